@@ -1,0 +1,94 @@
+"""The one meaning of a network: `D(x, sigma, cond) -> x0` (Karras et al. 2022, Eq. 7).
+
+`x = x0 + sigma * n` with `n ~ N(0, I)` has shape `[B, ...]`; `sigma` has shape `[B]` and is the standard
+deviation of the noise in data units. There is no other time variable above a denoiser.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+NULL_LABEL = -1
+"""The class label that stands for "no class"."""
+
+
+def per_sample(values: Tensor, like: Tensor) -> Tensor:
+    """Cast one number per sample, `[B]`, to the dtype of `like` and to the shape `[B, 1, ...]` that broadcasts to it.
+
+    Raises:
+        ValueError: `values` does not have the shape `[B]`, with `B = like.shape[0]`.
+    """
+    if values.ndim != 1 or values.shape[0] != like.shape[0]:
+        raise ValueError(
+            f"expected one value per sample, shape [{like.shape[0]}], but got shape {list(values.shape)}"
+        )
+    return values.to(like.dtype).view(-1, *(1,) * (like.ndim - 1))
+
+
+@dataclass(frozen=True)
+class Distilled:
+    """How a student of few steps is meant to be sampled: on exactly these noise levels, by exactly this sampler."""
+
+    sigmas: tuple[float, ...]
+    sampler: Literal["deterministic", "stochastic"] = "deterministic"
+
+    @property
+    def num_steps(self) -> int:
+        return len(self.sigmas) - 1
+
+
+class Denoiser(nn.Module):
+    """A function `D(x, sigma, cond) -> x0` that knows its range and its cost.
+
+    Subclasses define `forward`. Any other callable `(x, sigma, cond) -> x0` can be sampled too; what it does not
+    state is taken from the defaults below.
+
+    Attributes:
+        sigma_min, sigma_max: the noise levels between which the denoiser is valid.
+        sigma_data: standard deviation of the data.
+        data_shape: shape of one sample, such as `(3, 32, 32)`.
+        num_classes: number of class labels, 0 for an unconditional denoiser.
+        cost: network evaluations of one call: 1, or 2 under classifier-free guidance.
+        w_range: guidance weights that the denoiser was trained to take as an input, or None if it takes none.
+        distilled: how a few-step student is to be sampled, or None.
+        bottleneck: the module whose output learned solvers read, or None.
+    """
+
+    sigma_min: float = 0.002
+    sigma_max: float = 80.0
+    sigma_data: float = 0.5
+    data_shape: tuple[int, ...] = ()
+    num_classes: int = 0
+    cost: int = 1
+    w_range: tuple[float, float] | None = None
+    distilled: Distilled | None = None
+
+    @property
+    def bottleneck(self) -> nn.Module | None:
+        return None
+
+    def forward(self, x: Tensor, sigma: Tensor, cond: Any = None) -> Tensor:
+        raise NotImplementedError(f"{type(self).__name__} defines no forward(x, sigma, cond)")
+
+    def null_condition(self, cond: Any) -> Any:
+        """The condition of the same structure as `cond` that carries no information."""
+        return None if cond is None else torch.full_like(cond, NULL_LABEL)
+
+    def check_condition(self, cond: Any, batch: int) -> None:
+        """Raise `ValueError` unless `cond` is None or an integer label in `[0, num_classes)`, or -1, for each sample."""
+        if cond is None:
+            return
+        if self.num_classes == 0:
+            raise ValueError("this denoiser takes no class labels: pass cond=None")
+        if not isinstance(cond, Tensor) or cond.is_floating_point() or cond.shape != (batch,):
+            got = f"{cond.dtype} {list(cond.shape)}" if isinstance(cond, Tensor) else type(cond).__name__
+            raise ValueError(f"class labels are an integer tensor of shape [{batch}], not {got}")
+        wrong = cond[(cond < NULL_LABEL) | (cond >= self.num_classes)]
+        if wrong.numel():
+            raise ValueError(
+                f"class label {int(wrong[0])} is unknown: labels are 0 to {self.num_classes - 1}, or -1 for none"
+            )

@@ -1,0 +1,154 @@
+"""The solver step: per-sample in sigma, differentiable, and a pure function of its arguments.
+
+A solver integrates the probability-flow ODE `dx/dsigma = eps(x, sigma) = (x - D(x, sigma)) / sigma` (Karras et al.
+2022, Eq. 4) over one interval. A new solver subclasses `Solver` and writes `update`.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from dataclasses import dataclass, replace
+from functools import cached_property
+from typing import TYPE_CHECKING
+
+from torch import Tensor
+
+from diffdistill.denoiser import per_sample
+
+if TYPE_CHECKING:
+    from diffdistill.solvers.flow import ProbabilityFlow
+
+
+@dataclass(frozen=True, eq=False)
+class Evaluation:
+    """One answer of the denoiser at the state `x` and the nominal noise level `sigma: [B]`."""
+
+    x: Tensor
+    sigma: Tensor
+    denoised: Tensor
+    features: Tensor | None = None
+
+    @cached_property
+    def eps(self) -> Tensor:
+        """The noise that the denoiser sees in `x`: the slope of the ODE."""
+        return (self.x - self.denoised) / per_sample(self.sigma, self.x)
+
+
+@dataclass(frozen=True, eq=False)
+class Interval:
+    """One step of a schedule, from `sigma` to `sigma_next` (`[B]` each, float64).
+
+    Attributes:
+        index, total: this is step number `index` of `total`, counted from 0.
+        to_zero: the last step to sigma = 0, whose result is the denoised image.
+        sigma_after: the level after `sigma_next`, or None where the schedule ends.
+    """
+
+    sigma: Tensor
+    sigma_next: Tensor
+    index: int = 0
+    total: int = 1
+    to_zero: bool = False
+    sigma_after: Tensor | None = None
+
+    def split(self, sigma_mid: Tensor) -> tuple[Interval, Interval]:
+        """The two halves that meet at `sigma_mid: [B]`, as steps of a schedule with twice as many."""
+        first = Interval(self.sigma, sigma_mid, 2 * self.index, 2 * self.total, False, self.sigma_next)
+        second = replace(self, sigma=sigma_mid, index=2 * self.index + 1, total=2 * self.total)
+        return first, second
+
+
+@dataclass(frozen=True, eq=False)
+class Correction:
+    """Learned changes to one step, `[B]` each; None means "as published" (Zhou et al. 2024, Section 3.3).
+
+    Attributes:
+        r: place of the mid point, `sigma_mid = sigma_next**r * sigma**(1 - r)`.
+        scale_dir: multiplies the network-dependent term of the update.
+        scale_time: multiplies the sigma that the network is given, and nothing else.
+    """
+
+    r: Tensor | None = None
+    scale_dir: Tensor | None = None
+    scale_time: Tensor | None = None
+
+
+History = tuple[Evaluation, ...]
+"""Past evaluations, the newest last."""
+
+
+class Solver(ABC):
+    """One way to take a step. Solvers hold options and no state: what a step needs of the past is in its `history`.
+
+    Attributes:
+        stages: network evaluations of one step.
+        memory: past evaluations that a step uses.
+        stochastic: whether a step consumes `noise`.
+        afs: analytical first step (Dockhorn et al. 2022): the first evaluation is replaced by the answer for data
+            of zero mean and unit variance, `eps = x / sqrt(1 + sigma**2)`, which costs nothing.
+    """
+
+    stages: int = 1
+    memory: int = 0
+    stochastic: bool = False
+
+    def __init__(self, *, afs: bool = False) -> None:
+        self.afs = afs
+
+    def step(
+        self,
+        flow: ProbabilityFlow,
+        x: Tensor,
+        interval: Interval,
+        history: History = (),
+        *,
+        evaluation: Evaluation | None = None,
+        correction: Correction | None = None,
+        noise: Tensor | None = None,
+    ) -> tuple[Tensor, History]:
+        """Carry `x: [B, ...]` from `interval.sigma` to `interval.sigma_next`.
+
+        Args:
+            flow: answers for the denoiser, and counts.
+            x: the state at `interval.sigma`.
+            interval: the step to take.
+            history: past evaluations, as the previous step returned them.
+            evaluation: the evaluation at `(x, interval.sigma)` if the caller has it already.
+            correction: learned changes to the step.
+            noise: standard normal noise in the shape of `x`, which stochastic solvers need.
+
+        Returns:
+            The state at `interval.sigma_next` and the history for the next step.
+        """
+        if evaluation is None:
+            evaluation = self.evaluate(flow, x, interval, correction)
+        if interval.to_zero:
+            return evaluation.denoised, ()
+        evaluation = self.correct(evaluation, interval, history)
+        x_next = self.update(flow, evaluation, interval, history, correction)
+        kept = (*history, evaluation)[-self.memory :] if self.memory else ()
+        return x_next, kept
+
+    def evaluate(
+        self, flow: ProbabilityFlow, x: Tensor, interval: Interval, correction: Correction | None = None
+    ) -> Evaluation:
+        """The first evaluation of a step: the network's, or the analytical one."""
+        if self.afs and interval.index == 0:
+            return flow.analytic(x, interval.sigma)
+        single_stage = correction is not None and self.stages == 1
+        return flow(x, interval.sigma, scale_time=correction.scale_time if single_stage else None)
+
+    def correct(self, evaluation: Evaluation, interval: Interval, history: History) -> Evaluation:
+        """Improve the point just evaluated before stepping on; predictor-corrector solvers override this."""
+        return evaluation
+
+    @abstractmethod
+    def update(
+        self,
+        flow: ProbabilityFlow,
+        evaluation: Evaluation,
+        interval: Interval,
+        history: History,
+        correction: Correction | None,
+    ) -> Tensor:
+        """Return the state at `interval.sigma_next`. The formula of the solver, and nothing else."""

@@ -1,0 +1,73 @@
+"""The probability flow of a denoiser: the only caller of a denoiser, hence the only counter of evaluations."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from diffdistill.denoiser import per_sample
+from diffdistill.solvers.base import Evaluation
+
+
+class ProbabilityFlow:
+    """Ask a denoiser, under a fixed condition, at one noise level per sample.
+
+    Args:
+        denoiser: any callable `(x, sigma, cond) -> x0`.
+        cond: the condition handed to the denoiser, such as class labels `[B]`.
+        thresholding: applied to every prediction of x0 before use, such as `dynamic_thresholding`.
+        features: keep the output of the denoiser's bottleneck with every evaluation.
+
+    Attributes:
+        nfe: network evaluations so far; a guided denoiser counts twice.
+    """
+
+    def __init__(
+        self,
+        denoiser: Callable[[Tensor, Tensor, Any], Tensor],
+        cond: Any = None,
+        *,
+        thresholding: Callable[[Tensor], Tensor] | None = None,
+        features: Callable[[], Tensor | None] | None = None,
+    ) -> None:
+        self.denoiser = denoiser
+        self.cond = cond
+        self.thresholding = thresholding
+        self.features = features
+        self.cost: int = getattr(denoiser, "cost", 1)
+        self.nfe = 0
+
+    def __call__(self, x: Tensor, sigma: Tensor, *, scale_time: Tensor | None = None) -> Evaluation:
+        """Evaluate at `x: [B, ...]` and `sigma: [B]`.
+
+        `scale_time: [B]` multiplies the sigma that the network is given; the evaluation keeps the nominal one.
+        """
+        given = sigma if scale_time is None else sigma * scale_time
+        self.nfe += self.cost
+        denoised = self.denoiser(x, given, self.cond).to(x.dtype)
+        features = self.features() if self.features is not None else None
+        return Evaluation(x, sigma, self._threshold(denoised), features)
+
+    def analytic(self, x: Tensor, sigma: Tensor) -> Evaluation:
+        """The evaluation for data of zero mean and unit variance, `D = x / (1 + sigma**2)`-like, at no cost.
+
+        As published (Dockhorn et al. 2022, Section 3.2; Zhou et al. 2024): `eps = x / sqrt(1 + sigma**2)`.
+        """
+        eps = x / per_sample((1 + sigma**2).sqrt(), x)
+        return Evaluation(x, sigma, self._threshold(x - per_sample(sigma, x) * eps))
+
+    def _threshold(self, denoised: Tensor) -> Tensor:
+        return denoised if self.thresholding is None else self.thresholding(denoised)
+
+
+def dynamic_thresholding(denoised: Tensor, *, quantile: float = 0.995, least: float = 1.0) -> Tensor:
+    """Clip each sample to the given quantile of its absolute values, at least `least`, and scale it back to `least`.
+
+    Source: Saharia et al. 2022 (Imagen), Section 2.3.
+    """
+    magnitude = torch.quantile(denoised.abs().flatten(1), quantile, dim=1)
+    bound = per_sample(magnitude.clamp(min=least), denoised)
+    return denoised.clamp(-bound, bound) / bound

@@ -1,0 +1,148 @@
+"""`sample`: carry noise to data along a schedule."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal, overload
+
+import torch
+from torch import Tensor
+
+from diffdistill.denoiser import Denoiser
+from diffdistill.registry import choose
+from diffdistill.solvers.base import Interval, Solver
+from diffdistill.solvers.flow import ProbabilityFlow, dynamic_thresholding
+from diffdistill.solvers.noise import SampleNoise
+from diffdistill.solvers.schedules import check_sigmas
+
+THRESHOLDING: dict[str, Callable[[Tensor], Tensor]] = {"dynamic": dynamic_thresholding}
+
+
+@dataclass(frozen=True, eq=False)
+class Trajectory:
+    """A whole run: `x: [points, B, ...]` at `sigmas: [points]`, both ends included, and the evaluations it took."""
+
+    x: Tensor
+    sigmas: Tensor
+    nfe: int
+
+
+def intervals(sigmas: Tensor, batch: int, device: torch.device | str = "cpu") -> list[Interval]:
+    """The steps of a schedule `[num_steps + 1]` for a batch; a last level of 0 makes the last step one `to_zero`."""
+    total = len(sigmas) - 1
+    ends_at_zero = bool(sigmas[-1] == 0)
+    levels = [level.expand(batch) for level in sigmas.to(device=device, dtype=torch.float64)]
+    return [
+        Interval(
+            levels[i],
+            levels[i + 1],
+            index=i,
+            total=total,
+            to_zero=ends_at_zero and i + 1 == total,
+            sigma_after=levels[i + 2] if i + 2 <= total else None,
+        )
+        for i in range(total)
+    ]
+
+
+def integrate(
+    flow: ProbabilityFlow,
+    x: Tensor,
+    solver: Solver,
+    steps: Sequence[Interval],
+    noise: SampleNoise | None = None,
+) -> Iterator[Tensor]:
+    """Yield the state after each step. Gradients flow unless the caller disables them."""
+    history = ()
+    for interval in steps:
+        draw = noise.draw(dtype=x.dtype, device=x.device) if noise is not None and solver.stochastic else None
+        x, history = solver.step(flow, x, interval, history, noise=draw)
+        yield x
+
+
+@overload
+def sample(
+    denoiser: Callable[..., Tensor],
+    noise: Tensor,
+    *,
+    solver: Solver,
+    sigmas: Tensor,
+    cond: Any = None,
+    seeds: Sequence[int] | Tensor | None = None,
+    denoise_to_zero: bool = False,
+    thresholding: str | Callable[[Tensor], Tensor] | None = None,
+    return_trajectory: Literal[False] = False,
+) -> Tensor: ...
+
+
+@overload
+def sample(
+    denoiser: Callable[..., Tensor],
+    noise: Tensor,
+    *,
+    solver: Solver,
+    sigmas: Tensor,
+    cond: Any = None,
+    seeds: Sequence[int] | Tensor | None = None,
+    denoise_to_zero: bool = False,
+    thresholding: str | Callable[[Tensor], Tensor] | None = None,
+    return_trajectory: Literal[True],
+) -> Trajectory: ...
+
+
+@torch.no_grad()
+def sample(
+    denoiser: Callable[..., Tensor],
+    noise: Tensor,
+    *,
+    solver: Solver,
+    sigmas: Tensor,
+    cond: Any = None,
+    seeds: Sequence[int] | Tensor | None = None,
+    denoise_to_zero: bool = False,
+    thresholding: str | Callable[[Tensor], Tensor] | None = None,
+    return_trajectory: bool = False,
+) -> Tensor | Trajectory:
+    """Carry `noise` along the schedule `sigmas` to a sample.
+
+    Args:
+        denoiser: any callable `(x, sigma, cond) -> x0`.
+        noise: standard normal, unscaled, `[B, ...]`; its dtype and device are those of the state.
+        solver: from `make_solver`.
+        sigmas: from `make_schedule`, `[num_steps + 1]`; where it ends at 0, the last step returns the denoised image.
+        cond: the condition, such as integer class labels `[B]`.
+        seeds: one seed per sample for the noise of stochastic solvers, by default 0 .. B - 1.
+        denoise_to_zero: one more evaluation at the last level, whose denoised image is the result.
+        thresholding: "dynamic", or a function applied to every prediction of x0. Not for latents.
+        return_trajectory: return all points and the counted evaluations.
+
+    Returns:
+        The sample `[B, ...]`, or a `Trajectory`.
+
+    Raises:
+        ValueError: levels that do not decrease, unknown thresholding, labels of the wrong shape.
+    """
+    sigmas = check_sigmas(torch.as_tensor(sigmas, dtype=torch.float64).cpu())
+    if denoise_to_zero and sigmas[-1] > 0:
+        steps = intervals(sigmas, len(noise), noise.device)
+        last, zero = steps[-1].sigma_next, torch.zeros_like(steps[-1].sigma_next)
+        steps.append(Interval(last, zero, index=len(steps), total=len(steps), to_zero=True))
+        sigmas = torch.cat([sigmas, sigmas.new_zeros(1)])
+    else:
+        steps = intervals(sigmas, len(noise), noise.device)
+    if isinstance(thresholding, str):
+        thresholding = choose("thresholding", thresholding, THRESHOLDING)
+    if isinstance(denoiser, Denoiser):
+        denoiser.check_condition(cond, len(noise))
+
+    flow = ProbabilityFlow(denoiser, cond, thresholding=thresholding)
+    stream = None
+    if solver.stochastic:
+        stream = SampleNoise(range(len(noise)) if seeds is None else seeds, noise.shape[1:])
+    x = noise * sigmas[0].item()
+    points = [x]
+    for x in integrate(flow, x, solver, steps, stream):
+        if return_trajectory:
+            points.append(x)
+    return Trajectory(torch.stack(points), sigmas, flow.nfe) if return_trajectory else x
