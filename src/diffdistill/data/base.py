@@ -1,0 +1,105 @@
+"""What a data set is: images in [-1, 1] with class labels, addressed by an index."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torch.utils.data import Dataset
+
+
+class ImageData(Dataset[dict[str, Tensor]]):
+    """A map-style data set: `data[i]` is `{"x": float32 [C, H, W] in [-1, 1], "y": long scalar}`.
+
+    Item `i` depends on `i` alone, so that any order of access and any number of workers give the same items.
+
+    Attributes:
+        shape: `(C, H, W)` of every image.
+        num_classes: number of class labels, 0 for a set without labels (then y is -1).
+    """
+
+    shape: tuple[int, int, int]
+    num_classes: int = 0
+
+    def __len__(self) -> int:
+        raise NotImplementedError(f"{type(self).__name__} defines no __len__")
+
+    def __getitem__(self, index: int) -> dict[str, Tensor]:
+        raise NotImplementedError(f"{type(self).__name__} defines no __getitem__")
+
+    def tensors(self) -> dict[str, Tensor]:
+        """The whole set in memory: `{"x": float32 [N, C, H, W], "y": long [N]}`."""
+        items = [self[i] for i in range(len(self))]
+        return {name: torch.stack([item[name] for item in items]) for name in ("x", "y")}
+
+
+class TensorData(ImageData):
+    """Images that lie in memory.
+
+    Args:
+        x: float32 `[N, C, H, W]` in [-1, 1].
+        y: long `[N]`, in `[0, num_classes)`.
+        num_classes: number of class labels.
+
+    Raises:
+        ValueError: shapes that do not match, or values outside the range.
+    """
+
+    def __init__(self, x: Tensor, y: Tensor, *, num_classes: int) -> None:
+        if x.ndim != 4 or y.shape != x.shape[:1]:
+            raise ValueError(f"images are [N, C, H, W] with labels [N], not {list(x.shape)} with {list(y.shape)}")
+        check_range(x)
+        self.x, self.y = x.float(), y.long()
+        self.shape = (x.shape[1], x.shape[2], x.shape[3])
+        self.num_classes = num_classes
+
+    def __len__(self) -> int:
+        return len(self.x)
+
+    def __getitem__(self, index: int) -> dict[str, Tensor]:
+        return {"x": self.x[index], "y": self.y[index]}
+
+    def tensors(self) -> dict[str, Tensor]:
+        return {"x": self.x, "y": self.y}
+
+
+class MirroredData(ImageData):
+    """A set and its mirror images: twice as long, item `N + i` is item `i` flipped left to right.
+
+    This is how horizontal flips enter training: as items of the set, without randomness of their own.
+    """
+
+    def __init__(self, data: ImageData) -> None:
+        self.data = data
+        self.shape, self.num_classes = data.shape, data.num_classes
+
+    def __len__(self) -> int:
+        return 2 * len(self.data)
+
+    def __getitem__(self, index: int) -> dict[str, Tensor]:
+        index = checked_index(index, len(self))
+        item = self.data[index % len(self.data)]
+        return item if index < len(self.data) else {**item, "x": item["x"].flip(-1)}
+
+    def tensors(self) -> dict[str, Tensor]:
+        x, y = self.data.tensors().values()
+        return {"x": torch.cat([x, x.flip(-1)]), "y": torch.cat([y, y])}
+
+
+def checked_index(index: int, length: int) -> int:
+    """`index` counted from the front; raises `IndexError` outside `[-length, length)`."""
+    if not -length <= index < length:
+        raise IndexError(f"index {index} is outside a set of {length} images")
+    return index % length
+
+
+def check_range(x: Tensor, source: str = "images") -> None:
+    """Raise `ValueError` unless every value of `x` lies in [-1, 1] (which excludes NaN)."""
+    if x.numel() and not bool(((x >= -1) & (x <= 1)).all()):
+        raise ValueError(f"{source}: values must lie in [-1, 1], but span [{float(x.min()):g}, {float(x.max()):g}]")
+
+
+def check_split(split: str, valid: tuple[str, ...]) -> str:
+    """Return `split`; raise a `ValueError` that lists `valid` if it is not among them."""
+    if split not in valid:
+        raise ValueError(f"unknown split {split!r}: choose one of {', '.join(valid)}")
+    return split
