@@ -1,0 +1,72 @@
+"""What training draws: noise levels `draw(batch, generator) -> sigma [batch]` in float64, guidance weights, noise."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from diffdistill.registry import construct
+
+NoiseLevels = Callable[[int, torch.Generator], Tensor]
+
+
+def make_noise_levels(name: str, **options: Any) -> NoiseLevels:
+    """Build a distribution by name: "cosine", "lognormal" or "on_schedule"; errors list the valid names and options."""
+    return construct("noise-level distribution", name, NOISE_LEVELS, **options)
+
+
+def cosine(*, sigma_min: float = 0.002, sigma_max: float = 80.0) -> NoiseLevels:
+    """Uniform in the time t of the cosine process, `sigma = tan(pi t / 2)` (Meng et al. 2023, Section 3.1)."""
+    low, high = math.atan(sigma_min), math.atan(sigma_max)
+
+    def draw(batch: int, generator: torch.Generator) -> Tensor:
+        u = torch.rand(batch, generator=generator, device=generator.device, dtype=torch.float64)
+        return (low + u * (high - low)).tan()
+
+    return draw
+
+
+def lognormal(*, mean: float = -1.2, std: float = 1.2) -> NoiseLevels:
+    """`log sigma ~ N(mean, std**2)` (Karras et al. 2022, Table 1)."""
+
+    def draw(batch: int, generator: torch.Generator) -> Tensor:
+        n = torch.randn(batch, generator=generator, device=generator.device, dtype=torch.float64)
+        return (mean + std * n).exp()
+
+    return draw
+
+
+def on_schedule(*, sigmas: Sequence[float] | Tensor) -> NoiseLevels:
+    """Uniform on the positive levels of a schedule."""
+    levels = torch.as_tensor(sigmas, dtype=torch.float64)
+    levels = levels[levels > 0]
+    if not len(levels):
+        raise ValueError("the schedule to draw from has no positive noise level")
+
+    def draw(batch: int, generator: torch.Generator) -> Tensor:
+        index = torch.randint(len(levels), (batch,), generator=generator, device=generator.device)
+        return levels.to(generator.device)[index]
+
+    return draw
+
+
+NOISE_LEVELS: dict[str, Callable[..., NoiseLevels]] = {
+    "cosine": cosine,
+    "lognormal": lognormal,
+    "on_schedule": on_schedule,
+}
+
+
+def normal_like(x: Tensor, generator: torch.Generator) -> Tensor:
+    """Standard normal noise in the shape of `x`."""
+    return torch.randn(x.shape, generator=generator, device=x.device, dtype=x.dtype)
+
+
+def draw_w(w_range: tuple[float, float], batch: int, generator: torch.Generator) -> Tensor:
+    """Guidance weights `[batch]`, uniform in `w_range`."""
+    low, high = w_range
+    return low + (high - low) * torch.rand(batch, generator=generator, device=generator.device)
