@@ -6,11 +6,18 @@ from collections.abc import Callable
 from typing import Any
 
 from diffdistill.data.base import ImageData, MirroredData, TensorData
+from diffdistill.data.cifar10 import CIFAR10, load_cifar10
 from diffdistill.data.digits import Digits
+from diffdistill.data.files import ImageFolder, ZipData, load_images, load_zip
+from diffdistill.data.shapes import SHAPES, Shapes
 from diffdistill.registry import construct
 
 DATA_SETS: dict[str, Callable[..., ImageData]] = {
+    "cifar10": load_cifar10,
     "digits": Digits,
+    "images": load_images,
+    "shapes": Shapes,
+    "zip": load_zip,
 }
 
 
@@ -25,4 +32,16 @@ def load_data(name: str, **options: Any) -> ImageData:
     return construct("data set", name, DATA_SETS, **options)
 
 
-__all__ = ["DATA_SETS", "Digits", "ImageData", "MirroredData", "TensorData", "load_data"]
+__all__ = [
+    "CIFAR10",
+    "DATA_SETS",
+    "SHAPES",
+    "Digits",
+    "ImageData",
+    "ImageFolder",
+    "MirroredData",
+    "Shapes",
+    "TensorData",
+    "ZipData",
+    "load_data",
+]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.utils.data import Dataset
@@ -96,6 +97,11 @@ def check_range(x: Tensor, source: str = "images") -> None:
     """Raise `ValueError` unless every value of `x` lies in [-1, 1] (which excludes NaN)."""
     if x.numel() and not bool(((x >= -1) & (x <= 1)).all()):
         raise ValueError(f"{source}: values must lie in [-1, 1], but span [{float(x.min()):g}, {float(x.max()):g}]")
+
+
+def from_uint8(values: np.ndarray) -> Tensor:
+    """Map bytes 0 to 255 to float32 in [-1, 1]: `value / 127.5 - 1`, any shape."""
+    return torch.from_numpy(np.ascontiguousarray(values)).float() / 127.5 - 1
 
 
 def check_split(split: str, valid: tuple[str, ...]) -> str:

@@ -1,0 +1,183 @@
+"""Image folders, and zip archives in the layout of EDM (Karras et al. 2022)."""
+
+from __future__ import annotations
+
+import io
+import json
+import os
+import zipfile
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from diffdistill.data.base import ImageData, MirroredData, check_range, checked_index, from_uint8
+from diffdistill.denoiser import NULL_LABEL
+
+IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
+
+
+class ImageFolder(ImageData):
+    """Images of a folder; its sub-folders, where it has any, are the classes in alphabetical order.
+
+    Args:
+        root: the folder. A flat folder is a set without labels.
+        resolution: the shorter side is resized to this and the centre cropped; None takes images as they are.
+        channels: 3 (RGB) or 1 (grey).
+
+    Raises:
+        FileNotFoundError: no such folder, or no images in it.
+        ValueError: an image smaller than `resolution`, or of another size than the first where that is None.
+    """
+
+    def __init__(self, root: str | Path, *, resolution: int | None = None, channels: int = 3) -> None:
+        root = Path(root)
+        if not root.is_dir():
+            raise FileNotFoundError(f"no image folder at {str(root)!r}")
+        if channels not in (1, 3):
+            raise ValueError(f"images have 1 or 3 channels, not {channels}")
+        if resolution is not None and resolution < 1:
+            raise ValueError(f"resolution is at least 1 pixel, not {resolution}")
+        self._resolution, self._channels = resolution, channels
+        self._items: list[tuple[str, int]]
+        if any(entry.is_dir() for entry in root.iterdir()):
+            from torchvision.datasets import ImageFolder as ClassFolders
+
+            found = ClassFolders(str(root), is_valid_file=_is_image, allow_empty=True)
+            self._items, self.num_classes = found.samples, len(found.classes)
+        else:
+            self._items = [(str(path), NULL_LABEL) for path in sorted(root.iterdir()) if _is_image(str(path))]
+        if not self._items:
+            raise FileNotFoundError(f"no images in {str(root)!r}: expected files {', '.join(IMAGE_SUFFIXES)}")
+        height, width = self._read(self._items[0][0]).shape[1:]
+        self.shape = (channels, height, width)
+
+    def __len__(self) -> int:
+        return len(self._items)
+
+    def __getitem__(self, index: int) -> dict[str, Tensor]:
+        path, label = self._items[index]
+        x = self._read(path)
+        if tuple(x.shape) != self.shape:
+            raise ValueError(f"{path!r} has shape {list(x.shape)}, the first image {list(self.shape)}: set resolution")
+        return {"x": x, "y": torch.tensor(label)}
+
+    def _read(self, path: str) -> Tensor:
+        from PIL import Image
+
+        with Image.open(path) as image:
+            image = image.convert("RGB" if self._channels == 3 else "L")
+        side = self._resolution
+        if side is not None:
+            short = min(image.size)
+            if short < side:
+                raise ValueError(f"{path!r} is {image.width}x{image.height}, smaller than resolution {side}")
+            # The square that becomes the result is resampled in one step, with an antialiasing filter.
+            left, top = (image.width - short) / 2, (image.height - short) / 2
+            box = (left, top, left + short, top + short)
+            image = image.resize((side, side), Image.Resampling.BICUBIC, box=box)
+        return from_uint8(_channels_first(np.array(image)))
+
+
+class ZipData(ImageData):
+    """A zip of images with labels in `dataset.json`, as EDM's `dataset_tool.py` writes it.
+
+    `dataset.json` reads `{"labels": [["00000/img00000000.png", 3], ...]}`; without it, or with null, the set has no
+    labels. An image is a PNG (or another format that Pillow reads), or an `.npy` `[C, H, W]` of bytes or of floats in
+    [-1, 1]. Images are read when asked for; every process opens the archive for itself.
+
+    Args:
+        path: the archive.
+        resolution: height and width that images must have; None takes those of the first.
+
+    Raises:
+        FileNotFoundError: no such file, or no images in it.
+        ValueError: not a zip archive, a missing or non-integer label, or an image of another size or range.
+    """
+
+    def __init__(self, path: str | Path, *, resolution: int | None = None) -> None:
+        self.path = Path(path)
+        if not self.path.is_file():
+            raise FileNotFoundError(f"no zip data set at {str(path)!r}")
+        if not zipfile.is_zipfile(self.path):
+            raise ValueError(f"{str(path)!r} is not a zip archive")
+        self._archive: zipfile.ZipFile | None = None
+        self._owner = -1
+        names = self._open().namelist()
+        self._names = sorted(name for name in names if _is_image(name) or name.lower().endswith(".npy"))
+        if not self._names:
+            raise FileNotFoundError(f"no images in {str(path)!r}: expected .npy or {', '.join(IMAGE_SUFFIXES)}")
+        table = json.loads(self._open().read("dataset.json"))["labels"] if "dataset.json" in names else None
+        self._labels = torch.full((len(self._names),), NULL_LABEL) if table is None else self._read_labels(table)
+        self.num_classes = int(self._labels.max()) + 1
+        channels, height, width = self._read(self._names[0]).shape
+        if resolution is not None and (height, width) != (resolution, resolution):
+            raise ValueError(f"{str(path)!r} holds images of {width}x{height}, not {resolution}x{resolution}")
+        self.shape = (channels, height, width)
+
+    def __len__(self) -> int:
+        return len(self._names)
+
+    def __getitem__(self, index: int) -> dict[str, Tensor]:
+        index = checked_index(index, len(self))
+        x = self._read(self._names[index])
+        if tuple(x.shape) != self.shape:
+            raise ValueError(f"{self._names[index]!r} has shape {list(x.shape)}, the first image {list(self.shape)}")
+        return {"x": x, "y": self._labels[index]}
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_archive": None}
+
+    def _open(self) -> zipfile.ZipFile:
+        # A handle inherited through fork shares its file position with the parent, hence the owner.
+        if self._archive is None or self._owner != os.getpid():
+            self._archive, self._owner = zipfile.ZipFile(self.path), os.getpid()
+        return self._archive
+
+    def _read_labels(self, table: list[tuple[str, int]]) -> Tensor:
+        labels = dict(table)
+        missing = next((name for name in self._names if name not in labels), None)
+        if missing is not None:
+            raise ValueError(f"dataset.json of {str(self.path)!r} has no label for {missing!r}")
+        wrong = next((n for n in self._names if not isinstance(labels[n], int) or labels[n] < 0), None)
+        if wrong is not None:
+            raise ValueError(f"label {labels[wrong]!r} of {wrong!r} is not a non-negative integer")
+        return torch.tensor([labels[name] for name in self._names])
+
+    def _read(self, name: str) -> Tensor:
+        content = io.BytesIO(self._open().read(name))
+        if not name.lower().endswith(".npy"):
+            from PIL import Image
+
+            image = Image.open(content)
+            return from_uint8(_channels_first(np.array(image if image.mode in ("L", "RGB") else image.convert("RGB"))))
+        values = np.load(content, allow_pickle=False)
+        if values.ndim != 3:
+            raise ValueError(f"{name!r} has shape {list(values.shape)}: expected [C, H, W]")
+        if values.dtype == np.uint8:
+            return from_uint8(values)
+        x = torch.from_numpy(values.astype(np.float32))
+        check_range(x, repr(name))
+        return x
+
+
+def load_images(*, root: str | Path, resolution: int | None = None, channels: int = 3, flip: bool = False) -> ImageData:
+    """Images of a folder (see `ImageFolder`); `flip` appends every image's mirror image."""
+    data = ImageFolder(root, resolution=resolution, channels=channels)
+    return MirroredData(data) if flip else data
+
+
+def load_zip(*, path: str | Path, resolution: int | None = None, flip: bool = False) -> ImageData:
+    """Images of a zip archive (see `ZipData`); `flip` appends every image's mirror image."""
+    data = ZipData(path, resolution=resolution)
+    return MirroredData(data) if flip else data
+
+
+def _is_image(name: str) -> bool:
+    return name.lower().endswith(IMAGE_SUFFIXES)
+
+
+def _channels_first(image: np.ndarray) -> np.ndarray:
+    return image[None] if image.ndim == 2 else image.transpose(2, 0, 1)
