@@ -1,0 +1,112 @@
+"""Pictures of a run: grids of images and curves. Drawing libraries are imported where they are used."""
+
+from __future__ import annotations
+
+import math
+import os
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+from torch import Tensor
+
+from diffdistill.atomic import replacing
+
+CAPTION_SIZE = 14
+GAP = 2
+
+
+def save_grid(
+    images: Tensor,
+    path: str | os.PathLike[str],
+    *,
+    columns: int | None = None,
+    scale: int | None = None,
+    row_captions: Sequence[str] = (),
+    column_captions: Sequence[str] = (),
+) -> None:
+    """Write images as one PNG, row by row.
+
+    Args:
+        images: `[N, C, H, W]` in [-1, 1] (values outside are clipped), with one or three channels.
+        path: the file.
+        columns: images per row; the square root of N if not given.
+        scale: each pixel becomes `scale x scale` pixels; if not given, small images are enlarged to about 48 pixels.
+        row_captions, column_captions: text left of the rows and above the columns.
+
+    Raises:
+        ValueError: images of another shape.
+    """
+    from PIL import Image
+
+    if images.ndim != 4 or images.shape[0] == 0 or images.shape[1] not in (1, 3):
+        raise ValueError(f"a grid needs images [N, 1 or 3, H, W], not {list(images.shape)}")
+    columns = columns or math.ceil(math.sqrt(len(images)))
+    scale = scale or max(1, round(48 / max(images.shape[2:])))
+    pixels = ((images.detach().float().cpu().clamp(-1, 1) + 1) * 127.5).round().byte().permute(0, 2, 3, 1).numpy()
+    pixels = pixels.repeat(scale, axis=1).repeat(scale, axis=2)
+    if pixels.shape[-1] == 1:
+        pixels = pixels.repeat(3, axis=-1)
+    height, width = pixels.shape[1] + GAP, pixels.shape[2] + GAP
+    canvas = np.full((-(-len(pixels) // columns) * height - GAP, columns * width - GAP, 3), 255, np.uint8)
+    for i, image in enumerate(pixels):
+        top, left = i // columns * height, i % columns * width
+        canvas[top : top + height - GAP, left : left + width - GAP] = image
+    picture = _captioned(Image.fromarray(canvas), (width, height), row_captions, column_captions)
+    with replacing(path) as temporary:
+        picture.save(temporary, format="PNG")
+
+
+def _captioned(grid: Any, cell: tuple[int, int], rows: Sequence[str], columns: Sequence[str]) -> Any:
+    """The grid with captions in a margin to its left and above it."""
+    from PIL import Image, ImageDraw, ImageFont
+
+    if not rows and not columns:
+        return grid
+    font: Any = ImageFont.load_default(CAPTION_SIZE)
+    left = max((math.ceil(font.getlength(text)) for text in rows), default=0) + (12 if rows else 0)
+    top = CAPTION_SIZE + 10 if columns else 0
+    picture = Image.new("RGB", (grid.width + left, grid.height + top), "white")
+    picture.paste(grid, (left, top))
+    draw = ImageDraw.Draw(picture)
+    for i, text in enumerate(rows):
+        draw.text((left - 6, top + (i + 0.5) * cell[1]), text, fill="black", font=font, anchor="rm")
+    for i, text in enumerate(columns):
+        draw.text((left + (i + 0.5) * cell[0], top / 2), text, fill="black", font=font, anchor="mm")
+    return picture
+
+
+NOT_CURVES = ("update", "samples", "seconds", "learning_rate")
+
+
+def plot_curves(metrics: Sequence[Mapping[str, float]], path: str | os.PathLike[str]) -> None:
+    """Plot every metric against the update, loss on a logarithmic axis; nothing is written where there is none.
+
+    Args:
+        metrics: the records of a metrics.jsonl file.
+        path: the PNG file.
+    """
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    names = [name for name in dict.fromkeys(n for record in metrics for n in record) if name not in NOT_CURVES]
+    if not names:
+        return
+    columns = min(3, len(names))
+    rows = -(-len(names) // columns)
+    figure = Figure(figsize=(4.2 * columns, 2.9 * rows), dpi=120, layout="constrained")
+    FigureCanvasAgg(figure)
+    for i, name in enumerate(names):
+        axes = figure.add_subplot(rows, columns, i + 1)
+        points = [(r["update"], r[name]) for r in metrics if name in r]
+        axes.plot(*zip(*points, strict=True), color="#2b6cb0", linewidth=1.4, marker="." if len(points) < 3 else "")
+        if min(value for _, value in points) > 0:
+            axes.set_yscale("log")
+        axes.set_title(name.replace("_", " "), fontsize=10)
+        axes.set_xlabel("update", fontsize=9)
+        axes.tick_params(labelsize=8, which="both")
+        axes.grid(alpha=0.25, linewidth=0.6)
+        for side in ("top", "right"):
+            axes.spines[side].set_visible(False)
+    with replacing(path) as temporary:
+        figure.savefig(temporary, format="png")

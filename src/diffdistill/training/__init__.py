@@ -1,0 +1,19 @@
+"""Objectives and the one trainer that runs them."""
+
+from diffdistill.training.config import TrainerConfig
+from diffdistill.training.journal import NonFiniteLossError
+from diffdistill.training.objective import Loss, Objective
+from diffdistill.training.run import CheckpointError, Run
+from diffdistill.training.signals import Interrupted
+from diffdistill.training.trainer import Trainer
+
+__all__ = [
+    "CheckpointError",
+    "Interrupted",
+    "Loss",
+    "NonFiniteLossError",
+    "Objective",
+    "Run",
+    "Trainer",
+    "TrainerConfig",
+]

@@ -1,0 +1,28 @@
+"""The exponential moving average of the weights."""
+
+from __future__ import annotations
+
+import copy
+
+import torch
+from torch import nn
+
+
+class WeightAverage:
+    """A copy of a module whose parameters follow the module's; its buffers are the module's.
+
+    Attributes:
+        module: the averaged copy; it takes no gradient.
+    """
+
+    def __init__(self, source: nn.Module) -> None:
+        self.module = copy.deepcopy(source).eval().requires_grad_(False)
+        self._to, self._from = list(self.module.parameters()), list(source.parameters())
+        self._buffers_to, self._buffers_from = list(self.module.buffers()), list(source.buffers())
+
+    @torch.no_grad()
+    def update(self, decay: float) -> None:
+        """`average <- decay * average + (1 - decay) * weights`."""
+        torch._foreach_lerp_(self._to, self._from, 1.0 - decay)
+        if self._buffers_to:
+            torch._foreach_copy_(self._buffers_to, self._buffers_from)

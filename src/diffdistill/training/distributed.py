@@ -1,0 +1,95 @@
+"""What the trainer needs of several processes; every function is trivial when there is one.
+
+Processes are those of torch.distributed, once it is initialised (by `torchrun` and the script).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+BUCKET_BYTES = 32 * 2**20
+
+
+def world_size() -> int:
+    """Number of processes."""
+    return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
+
+
+def rank() -> int:
+    """Index of this process; process 0 is the one that writes files."""
+    return dist.get_rank() if dist.is_available() and dist.is_initialized() else 0
+
+
+def barrier() -> None:
+    """Wait for all processes."""
+    if world_size() > 1:
+        dist.barrier()
+
+
+def mean(values: Tensor) -> Tensor:
+    """The mean of a tensor over the processes."""
+    if world_size() > 1:
+        values = values.clone()
+        dist.all_reduce(values)
+        values /= world_size()
+    return values
+
+
+def from_main(value: int) -> int:
+    """The integer that process 0 passes, in every process."""
+    if world_size() == 1:
+        return value
+    box = [value]
+    dist.broadcast_object_list(box, src=0)
+    return box[0]
+
+
+def largest(value: int) -> int:
+    """The largest of the integers that the processes pass, in every process."""
+    if world_size() == 1:
+        return value
+    values: list[int] = [0] * world_size()
+    dist.all_gather_object(values, value)
+    return max(values)
+
+
+@torch.no_grad()
+def same_weights(module: nn.Module) -> None:
+    """Give every process the parameters and buffers of process 0."""
+    if world_size() > 1:
+        for tensor in (*module.parameters(), *module.buffers()):
+            dist.broadcast(tensor, src=0)
+
+
+@torch.no_grad()
+def average_gradients(parameters: Iterable[nn.Parameter]) -> None:
+    """Replace every gradient by its mean over the processes, in flat buckets that travel while the next is packed."""
+    if world_size() == 1:
+        return
+    pending = []
+    for bucket in _buckets([p.grad for p in parameters if p.grad is not None]):
+        flat = torch.cat([g.reshape(-1) for g in bucket])
+        pending.append((bucket, flat, dist.all_reduce(flat, async_op=True)))
+    for bucket, flat, work in pending:
+        if work is not None:
+            work.wait()
+        parts = (flat / world_size()).split([g.numel() for g in bucket])
+        torch._foreach_copy_(bucket, [part.view(g.shape) for part, g in zip(parts, bucket, strict=True)])
+
+
+def _buckets(gradients: Sequence[Tensor]) -> Iterable[list[Tensor]]:
+    """Runs of gradients of one dtype and of about `BUCKET_BYTES`."""
+    bucket: list[Tensor] = []
+    size = 0
+    for gradient in gradients:
+        if bucket and (gradient.dtype != bucket[0].dtype or size >= BUCKET_BYTES):
+            yield bucket
+            bucket, size = [], 0
+        bucket.append(gradient)
+        size += gradient.numel() * gradient.element_size()
+    if bucket:
+        yield bucket

@@ -1,0 +1,296 @@
+"""One trainer for every objective. It knows nothing of diffusion."""
+
+from __future__ import annotations
+
+import logging
+import sys
+import time
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from diffdistill.pictures import plot_curves, save_grid
+from diffdistill.training import distributed
+from diffdistill.training.average import WeightAverage
+from diffdistill.training.batches import Batches, MapData, split
+from diffdistill.training.config import TrainerConfig
+from diffdistill.training.journal import Journal, NonFiniteLossError
+from diffdistill.training.objective import Objective
+from diffdistill.training.optimizers import make_optimizer
+from diffdistill.training.randomness import BatchGenerator, seed_from
+from diffdistill.training.run import CheckpointError, Run
+from diffdistill.training.signals import Interrupted, StopRequest
+
+logger = logging.getLogger(__name__)
+
+
+class Trainer:
+    """Trains `objective.trained`; continues where the newest checkpoint of the run left off.
+
+    What an update computes is a function of the state before it and of (seed, update): its samples, its noise and its
+    dropout masks. So a resumed run equals an uninterrupted one, bit for bit on the CPU. The batch is split by place
+    over processes and accumulated parts, so the number of either changes a run by rounding only.
+
+    Nothing in an update waits for the device: losses are looked at every `log_every` updates and before a checkpoint.
+
+    Args:
+        objective: what to minimise; it is moved to the device.
+        data: a map-style data set of dicts of tensors, or None (see `batches.Batches`).
+        config: the settings.
+        run: the folder to write to.
+        on_samples: maps the model (averaged, if there is an average) to images `[N, C, H, W]` in [-1, 1]; they become
+            a grid in `samples/` every `sample_every` updates.
+        name: shown on the progress bar.
+
+    Raises:
+        ValueError: a batch that does not divide, an empty data set, or a device that is not there.
+    """
+
+    def __init__(
+        self,
+        objective: Objective,
+        data: MapData | None,
+        config: TrainerConfig,
+        run: Run,
+        *,
+        on_samples: Callable[[nn.Module], Tensor] | None = None,
+        name: str = "",
+    ) -> None:
+        self.config, self.run, self.on_samples, self.name = config, run, on_samples, name
+        self.device = _device(config.device)
+        layout = torch.channels_last if config.channels_last else torch.preserve_format
+        self.objective = objective.to(self.device, memory_format=layout)
+        self.parameters = [p for p in objective.trained.parameters() if p.requires_grad]
+        distributed.same_weights(objective.trained)
+        self.optimizer = make_optimizer(self.parameters, config)
+        self.average = None if config.ema_half_life is None else WeightAverage(objective.trained)
+        self.update = 0
+        self.journal = Journal()
+        self._batches, self._generators = self._share_of_batch(data)
+        self._started, self._seconds_before = time.monotonic(), 0.0
+        self._saved_at = self._started
+        if config.compile:
+            for module in objective.children():
+                module.compile()
+
+    def _share_of_batch(self, data: MapData | None) -> tuple[Batches, list[BatchGenerator]]:
+        """The rows of the batch that this process takes, and the generators of its parts."""
+        config, world = self.config, distributed.world_size()
+        if config.batch_size % (world * config.accumulation):
+            raise ValueError(
+                f"batch_size={config.batch_size} does not divide into {world} processes x "
+                f"accumulation={config.accumulation} equal parts"
+            )
+        share = config.batch_size // world
+        start, part = share * distributed.rank(), share // config.accumulation
+        generators = [
+            BatchGenerator(self.device, start + i * part, part, config.batch_size) for i in range(config.accumulation)
+        ]
+        rows = slice(start, start + share)
+        batches = Batches(data, config.batch_size, config.seed, rows=rows, device=self.device, workers=config.workers)
+        return batches, generators
+
+    @property
+    def model(self) -> nn.Module:
+        """The result: the average of the weights, or the weights where there is no average."""
+        return self.objective.trained if self.average is None else self.average.module
+
+    def train(self) -> nn.Module:
+        """Run the updates that are left, and return `model` in eval mode.
+
+        Raises:
+            NonFiniteLossError: a loss that is not finite; the last good checkpoint is kept.
+            CheckpointError: a checkpoint that cannot be read, does not fit, or cannot be written.
+            Interrupted: SIGTERM or SIGINT; a checkpoint was written.
+        """
+        self._resume()
+        with StopRequest() as stop, torch.random.fork_rng(devices=_cuda_index(self.device)):
+            if self.update < self.config.updates:
+                self._loop(stop)
+        self.objective.eval()
+        return self.model.eval()
+
+    def _loop(self, stop: StopRequest) -> None:
+        config = self.config
+        self._started = self._saved_at = time.monotonic()
+        self.objective.train()
+        hidden = None if distributed.rank() == 0 else True
+        with tqdm(total=config.updates, initial=self.update, desc=self.name or None, disable=hidden) as bar:
+            for batch in self._batches(range(self.update, config.updates)):
+                self._step(batch)
+                self.update += 1
+                bar.update()
+                done = self.update == config.updates
+                if done or self.update % config.log_every == 0:
+                    self._write_log(bar)
+                if done or (config.sample_every and self.update % config.sample_every == 0):
+                    self._write_pictures()
+                stopped = self._stopped(stop)
+                if done or stopped or self._checkpoint_due():
+                    self.save()
+                if stopped and not done:
+                    bar.close()
+                    print(f"stopped at update {self.update}; run it again to continue", file=sys.stderr)
+                    raise Interrupted(stopped)
+
+    def _step(self, batch: Mapping[str, Tensor]) -> None:
+        """One update: the optimiser steps that the objective makes of one batch."""
+        config, k = self.config, self.update
+        torch.manual_seed(seed_from(config.seed, "network", k, self._generators[0].start))  # dropout
+        for group in self.optimizer.param_groups:
+            group["lr"] = config.learning_rate_at(k)
+        if config.channels_last:
+            batch = {n: t.contiguous(memory_format=torch.channels_last) if t.ndim == 4 else t for n, t in batch.items()}
+        streams = [
+            iter(self.objective.losses(part, generator.reseed(config.seed, "batch", k)))
+            for part, generator in zip(split(batch, config.accumulation), self._generators, strict=True)
+        ]
+        while self._optimizer_step(streams):
+            pass
+        if self.average is not None:
+            self.average.update(config.ema_decay_at(k))
+
+    def _optimizer_step(self, streams: list[Iterator[Any]]) -> bool:
+        """Accumulate the next loss of every part and step; False once the objective has no more."""
+        logs: list[dict[str, Tensor]] = []
+        for stream in streams:
+            with torch.autocast(self.device.type, torch.bfloat16, enabled=self.config.precision == "bf16"):
+                loss = next(stream, None)
+            if loss is None:
+                continue
+            (loss.value if len(streams) == 1 else loss.value / len(streams)).backward()
+            logs.append({"loss": loss.value.detach(), **{n: v.detach() for n, v in loss.logs.items()}})
+        if not logs:
+            return False
+        if len(logs) != len(streams):
+            raise RuntimeError(f"{type(self.objective).__name__} yields different numbers of losses for equal parts")
+        distributed.average_gradients(self.parameters)
+        if self.config.clip is not None:
+            logs[0]["grad_norm"] = nn.utils.clip_grad_norm_(self.parameters, self.config.clip)
+        self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+        self.journal.add(self.update + 1, logs)
+        return True
+
+    def _write_log(self, bar: Any) -> None:
+        """Check the losses since the last line, and write their means."""
+        self._check_finite()
+        means = self.journal.take()
+        seconds = self._seconds()
+        record = {
+            "update": self.update,
+            "samples": self.update * self.config.batch_size,
+            **means,
+            "learning_rate": self.config.learning_rate_at(self.update - 1),
+            "seconds": round(seconds, 3),
+        }
+        self.run.log(record)
+        bar.set_postfix(loss=f"{means['loss']:.4g}")
+        if bar.disable:
+            logger.info(
+                "%supdate %d of %d, loss %.4g",
+                self.name and f"{self.name}: ",
+                self.update,
+                self.config.updates,
+                means["loss"],
+            )
+
+    def _check_finite(self) -> None:
+        try:
+            self.journal.fetch()
+        except NonFiniteLossError as error:
+            last = self.run.newest_checkpoint()
+            kept = f"the last good checkpoint is {last}" if last else "there is no checkpoint before it"
+            raise NonFiniteLossError(f"{error}: {kept}", update=error.update) from None
+
+    def _write_pictures(self) -> None:
+        if distributed.rank() == 0:
+            if self.on_samples is not None and self.config.sample_every is not None:
+                training = self.model.training
+                with torch.no_grad():
+                    images = self.on_samples(self.model.eval())
+                self.model.train(training)
+                save_grid(images, self.run.path / "samples" / f"{self.update:07d}.png")
+            plot_curves(self.run.metrics(), self.run.path / "curves.png")
+        distributed.barrier()
+
+    def _stopped(self, stop: StopRequest) -> int:
+        """The signal that asks to stop, or 0. Several processes agree on it when they log."""
+        if distributed.world_size() == 1:
+            return stop.signum or 0
+        return distributed.largest(stop.signum or 0) if self.update % self.config.log_every == 0 else 0
+
+    def _checkpoint_due(self) -> bool:
+        config = self.config
+        if config.checkpoint_every and self.update % config.checkpoint_every == 0:
+            return True
+        if config.checkpoint_minutes is None:
+            return False
+        due = time.monotonic() - self._saved_at > 60 * config.checkpoint_minutes
+        if distributed.world_size() == 1:
+            return due
+        return bool(distributed.from_main(int(due))) if self.update % config.log_every == 0 else False
+
+    def _seconds(self) -> float:
+        return self._seconds_before + time.monotonic() - self._started
+
+    def save(self) -> None:
+        """Write a checkpoint of the state after `update` updates, unless a loss or a weight is not finite."""
+        self._check_finite()
+        if not bool(torch.stack(torch._foreach_norm([p.detach() for p in self.parameters])).isfinite().all()):
+            raise NonFiniteLossError(f"a weight is not finite after update {self.update}", update=self.update)
+        state = {
+            "trained": self.objective.trained.state_dict(),
+            "average": {} if self.average is None else self.average.module.state_dict(),
+            "optimizer": self.optimizer.state_dict(),
+            "objective": self.objective.extra_state(),
+            "journal": self.journal.state(),
+            "seconds": self._seconds(),
+        }
+        self.run.save_checkpoint(self.update, state, keep=self.config.keep)
+        self._saved_at = time.monotonic()
+        distributed.barrier()
+
+    def _resume(self) -> None:
+        """Take the state of the newest good checkpoint, if there is one."""
+        checkpoint = self.run.load_checkpoint(self.device)
+        if checkpoint is None:
+            self.run.rewind(0)
+            return
+        state = checkpoint.state
+        try:
+            self.objective.trained.load_state_dict(state["trained"])
+            if self.average is not None:
+                self.average.module.load_state_dict(state["average"])
+            self.optimizer.load_state_dict(state["optimizer"])
+            self.objective.load_extra_state(state["objective"])
+            self.journal.load(state["journal"])
+            self._seconds_before = state["seconds"]
+        except (KeyError, RuntimeError, ValueError) as error:
+            reason = " ".join(str(error).split())[:300]
+            raise CheckpointError(f"the checkpoint {checkpoint.path} is not one of this model: {reason}") from error
+        self.update = checkpoint.update
+        self.run.rewind(self.update)
+        logger.info("continuing from %s", checkpoint.path)
+
+
+def _device(name: str) -> torch.device:
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        device = torch.device(name)
+    except RuntimeError:
+        raise ValueError(f"device must be auto, cpu, cuda or cuda:N, but is {name!r}") from None
+    if device.type == "cuda":
+        if not torch.cuda.is_available():
+            raise ValueError(f"device {name!r} is not there: PyTorch sees no CUDA GPU; choose cpu or auto")
+        if device.index is None:
+            device = torch.device("cuda", torch.cuda.current_device())
+    return device
+
+
+def _cuda_index(device: torch.device) -> list[int]:
+    return [device.index] if device.type == "cuda" else []
