@@ -7,10 +7,12 @@ A solver integrates the probability-flow ODE `dx/dsigma = eps(x, sigma) = (x - D
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
+import torch
 from torch import Tensor
 
 from diffdistill.denoiser import per_sample
@@ -32,6 +34,14 @@ class Evaluation:
     def eps(self) -> Tensor:
         """The noise that the denoiser sees in `x`: the slope of the ODE."""
         return (self.x - self.denoised) / per_sample(self.sigma, self.x)
+
+    def moved(self, x: Tensor, keeping: Literal["denoised", "eps"]) -> Evaluation:
+        """The same answer for another state `x` at the same level; `keeping` says which form of it stays as it is."""
+        if keeping == "denoised":
+            return Evaluation(x, self.sigma, self.denoised, self.features)
+        moved = Evaluation(x, self.sigma, x - per_sample(self.sigma, x) * self.eps, self.features)
+        moved.__dict__["eps"] = self.eps  # fills the cache: deriving eps again would lose digits at small sigma
+        return moved
 
 
 @dataclass(frozen=True, eq=False)
@@ -77,6 +87,14 @@ History = tuple[Evaluation, ...]
 """Past evaluations, the newest last."""
 
 
+def weighted_sum(x: Tensor, keep: Tensor | None, weights: Sequence[Tensor], terms: Sequence[Tensor]) -> Tensor:
+    """`keep * x + sum_j weights_j * terms_j`, with `[B]` weights and a `keep` of None for 1."""
+    total = x if keep is None else per_sample(keep, x) * x
+    for weight, term in zip(weights, terms, strict=True):
+        total = torch.addcmul(total, per_sample(weight, x), term)
+    return total
+
+
 class Solver(ABC):
     """One way to take a step. Solvers hold options and no state: what a step needs of the past is in its `history`.
 
@@ -84,6 +102,7 @@ class Solver(ABC):
         stages: network evaluations of one step.
         memory: past evaluations that a step uses.
         stochastic: whether a step consumes `noise`.
+        takes_correction: whether a step can be changed by a `Correction`.
         afs: analytical first step (Dockhorn et al. 2022): the first evaluation is replaced by the answer for data
             of zero mean and unit variance, `eps = x / sqrt(1 + sigma**2)`, which costs nothing.
     """
@@ -91,6 +110,7 @@ class Solver(ABC):
     stages: int = 1
     memory: int = 0
     stochastic: bool = False
+    takes_correction: bool = True
 
     def __init__(self, *, afs: bool = False) -> None:
         self.afs = afs
@@ -119,7 +139,12 @@ class Solver(ABC):
 
         Returns:
             The state at `interval.sigma_next` and the history for the next step.
+
+        Raises:
+            TypeError: a correction for a solver that takes none.
         """
+        if correction is not None and not self.takes_correction:
+            raise TypeError(f"{type(self).__name__} takes no correction: none of its stages has a free place")
         if evaluation is None:
             evaluation = self.evaluate(flow, x, interval, correction)
         if interval.to_zero:
@@ -135,8 +160,15 @@ class Solver(ABC):
         """The first evaluation of a step: the network's, or the analytical one."""
         if self.afs and interval.index == 0:
             return flow.analytic(x, interval.sigma)
-        single_stage = correction is not None and self.stages == 1
-        return flow(x, interval.sigma, scale_time=correction.scale_time if single_stage else None)
+        if correction is not None and self.stages == 1:
+            return flow(x, interval.sigma, scale_time=correction.scale_time)
+        return flow(x, interval.sigma)
+
+    def check_noise(self, noise: Tensor | None) -> Tensor:
+        """Return the noise of a stochastic step; a `ValueError` if there is none."""
+        if noise is None:
+            raise ValueError(f"{type(self).__name__} is stochastic: pass noise, standard normal in the shape of x")
+        return noise
 
     def correct(self, evaluation: Evaluation, interval: Interval, history: History) -> Evaluation:
         """Improve the point just evaluated before stepping on; predictor-corrector solvers override this."""

@@ -19,7 +19,7 @@ class ProbabilityFlow:
         denoiser: any callable `(x, sigma, cond) -> x0`.
         cond: the condition handed to the denoiser, such as class labels `[B]`.
         thresholding: applied to every prediction of x0 before use, such as `dynamic_thresholding`.
-        features: keep the output of the denoiser's bottleneck with every evaluation.
+        features: called after every evaluation for what is kept with it, such as the output of a bottleneck.
 
     Attributes:
         nfe: network evaluations so far; a guided denoiser counts twice.
@@ -52,9 +52,9 @@ class ProbabilityFlow:
         return Evaluation(x, sigma, self._threshold(denoised), features)
 
     def analytic(self, x: Tensor, sigma: Tensor) -> Evaluation:
-        """The evaluation for data of zero mean and unit variance, `D = x / (1 + sigma**2)`-like, at no cost.
+        """The analytical first step, at no cost: `eps = x / sqrt(1 + sigma**2)`, x scaled to unit variance.
 
-        As published (Dockhorn et al. 2022, Section 3.2; Zhou et al. 2024): `eps = x / sqrt(1 + sigma**2)`.
+        Source: Dockhorn et al. 2022 (GENIE), Section 3.2, in the form of Zhou et al. 2024.
         """
         eps = x / per_sample((1 + sigma**2).sqrt(), x)
         return Evaluation(x, sigma, self._threshold(x - per_sample(sigma, x) * eps))
@@ -64,7 +64,7 @@ class ProbabilityFlow:
 
 
 def dynamic_thresholding(denoised: Tensor, *, quantile: float = 0.995, least: float = 1.0) -> Tensor:
-    """Clip each sample to the given quantile of its absolute values, at least `least`, and scale it back to `least`.
+    """Clip each sample to the given quantile of its absolute values, at least `least`, and divide it by that.
 
     Source: Saharia et al. 2022 (Imagen), Section 2.3.
     """

@@ -13,6 +13,7 @@ class Heun(Solver):
     """An Euler step to `sigma_next`, then the trapezoidal rule. Second order, two evaluations per step."""
 
     stages = 2
+    takes_correction = False
 
     def update(
         self,

@@ -142,7 +142,8 @@ def sample(
         stream = SampleNoise(range(len(noise)) if seeds is None else seeds, noise.shape[1:])
     x = noise * sigmas[0].item()
     points = [x]
-    for x in integrate(flow, x, solver, steps, stream):
+    for x_next in integrate(flow, x, solver, steps, stream):
+        x = x_next
         if return_trajectory:
             points.append(x)
     return Trajectory(torch.stack(points), sigmas, flow.nfe) if return_trajectory else x

@@ -74,12 +74,20 @@ def logsnr(*, num_steps: int, sigma_min: float, sigma_max: float) -> Tensor:
     return _ends((high + _unit(num_steps) * (low - high)).exp(), sigma_min, sigma_max)
 
 
+def vp_betas(sigma_min: float, sigma_max: float, t_end: float = 1e-3) -> tuple[float, float]:
+    """`(beta_d, beta_min)` of the linear VP process with these levels at the times `t_end` and 1 (Karras et al. 2022).
+
+    `sigma(t) = sqrt(exp(beta_d t**2 / 2 + beta_min t) - 1)`.
+    """
+    low, high = math.log1p(sigma_min**2), math.log1p(sigma_max**2)
+    beta_d = 2 * (low / t_end - high) / (t_end - 1)
+    return beta_d, high - beta_d / 2
+
+
 def time_uniform(*, num_steps: int, sigma_min: float, sigma_max: float, rho: float = 1.0) -> Tensor:
     """Uniform in `t**(1 / rho)`, with t the time of the linear VP process from 1 to 1e-3 (Song et al. 2021, SDE)."""
     t_end = 1e-3
-    low, high = math.log1p(sigma_min**2), math.log1p(sigma_max**2)
-    beta_d = 2 * (low / t_end - high) / (t_end - 1)
-    beta_min = high - beta_d / 2
+    beta_d, beta_min = vp_betas(sigma_min, sigma_max, t_end)
     t = (1 + _unit(num_steps) * (t_end ** (1 / rho) - 1)) ** rho
     return _ends(torch.expm1(beta_d * t**2 / 2 + beta_min * t).sqrt(), sigma_min, sigma_max)
 
@@ -92,14 +100,19 @@ def scaled_linear_table() -> Tensor:
 
 
 def interpolate(x: Tensor, xs: Tensor, ys: Tensor) -> Tensor:
-    """Piecewise linear interpolation of `(xs, ys)` with `xs` increasing; differentiable in x, linear beyond the ends."""
+    """Piecewise linear interpolation of `(xs, ys)`, `xs` increasing; differentiable in x, linear beyond the ends."""
     right = torch.searchsorted(xs, x.detach().contiguous()).clamp(1, len(xs) - 1)
     x0, x1, y0, y1 = xs[right - 1], xs[right], ys[right - 1], ys[right]
     return y0 + (x - x0) * ((y1 - y0) / (x1 - x0))
 
 
 def discrete(
-    *, num_steps: int, sigma_min: float, sigma_max: float, table: Sequence[float] | Tensor | None = None, rho: float = 1.0
+    *,
+    num_steps: int,
+    sigma_min: float,
+    sigma_max: float,
+    table: Sequence[float] | Tensor | None = None,
+    rho: float = 1.0,
 ) -> Tensor:
     """Uniform in `t**(1 / rho)`, with t the index into a table of noise levels and log sigma linear between entries.
 

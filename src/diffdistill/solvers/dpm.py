@@ -1,0 +1,105 @@
+"""Single-step DPM-Solver and DPM-Solver++ (Lu et al. 2022, DPM-Solver, Algorithms 1-2; DPM-Solver++, Algorithm 1)."""
+
+from __future__ import annotations
+
+from typing import ClassVar
+
+from torch import Tensor
+
+from diffdistill.solvers.base import Correction, Evaluation, History, Interval, Solver, weighted_sum
+from diffdistill.solvers.exponential import FORMS, Form
+from diffdistill.solvers.flow import ProbabilityFlow
+
+
+def _level(interval: Interval, place: float | Tensor) -> Tensor:
+    """The noise level at `place` in (0, 1] of the step, on a log grid."""
+    return interval.sigma_next**place * interval.sigma ** (1 - place)
+
+
+class DPM2(Solver):
+    """DPM-Solver-2: two evaluations per step, second order, extrapolating the noise.
+
+    A learned correction moves the second stage (`r`), scales the sigma that the network is given there
+    (`scale_time`) and the whole network-dependent term of the step (`scale_dir`).
+
+    Args:
+        r: place of the second stage, `sigma_mid = sigma_next**r * sigma**(1 - r)`, in (0, 1].
+        afs: analytical first step; the second stage is evaluated.
+    """
+
+    stages = 2
+    form: ClassVar[Form] = FORMS["eps"]
+
+    def __init__(self, *, r: float = 0.5, afs: bool = False) -> None:
+        super().__init__(afs=afs)
+        if not 0 < r <= 1:
+            raise ValueError(f"r must be in (0, 1], but is {r}")
+        self.r = r
+
+    def update(
+        self,
+        flow: ProbabilityFlow,
+        evaluation: Evaluation,
+        interval: Interval,
+        history: History,
+        correction: Correction | None,
+    ) -> Tensor:
+        learned = correction or Correction()
+        r = self.r if learned.r is None else learned.r
+        x, start = evaluation.x, self.form.output(evaluation)
+        sigma_mid = _level(interval, r)
+        linear = self.form.linear(interval.sigma, sigma_mid)
+        x_mid = weighted_sum(x, linear.keep, linear.weights(linear.psi(1)), [start])
+        middle = self.form.output(flow(x_mid, sigma_mid, scale_time=learned.scale_time))
+
+        linear = self.form.linear(interval.sigma, interval.sigma_next)
+        (psi,) = linear.psi(1)
+        slope = psi * (0.5 / r)
+        return weighted_sum(x, linear.keep, linear.weights([psi - slope, slope], correction), [start, middle])
+
+
+class DPMpp2S(DPM2):
+    """DPM-Solver++(2S): two evaluations per step, second order, extrapolating the denoised image."""
+
+    form: ClassVar[Form] = FORMS["x0"]
+
+
+class DPM3(Solver):
+    """DPM-Solver-3: three evaluations per step, third order, extrapolating the noise. Stages at 1/3 and 2/3.
+
+    Args:
+        afs: analytical first step; the other two stages are evaluated.
+    """
+
+    stages = 3
+    takes_correction = False
+    form: ClassVar[Form] = FORMS["eps"]
+
+    def update(
+        self,
+        flow: ProbabilityFlow,
+        evaluation: Evaluation,
+        interval: Interval,
+        history: History,
+        correction: Correction | None,
+    ) -> Tensor:
+        x, sigma, start = evaluation.x, interval.sigma, self.form.output(evaluation)
+        r1, r2 = 1 / 3, 2 / 3
+        sigma_1, sigma_2 = _level(interval, r1), _level(interval, r2)
+
+        x_1 = self._stage(x, sigma, sigma_1, [start])
+        x_2 = self._stage(x, sigma, sigma_2, [start, self.form.output(flow(x_1, sigma_1))], r2 / r1)
+        return self._stage(x, sigma, interval.sigma_next, [start, self.form.output(flow(x_2, sigma_2))], 1 / r2)
+
+    def _stage(self, x: Tensor, sigma: Tensor, sigma_next: Tensor, outputs: list[Tensor], stretch: float = 1) -> Tensor:
+        """The state at `sigma_next`, with the slope `stretch` times the difference of two answers if there are two."""
+        linear = self.form.linear(sigma, sigma_next)
+        psi = linear.psi(len(outputs))
+        weights = psi if len(outputs) == 1 else [psi[0] - stretch * psi[1], stretch * psi[1]]
+        return weighted_sum(x, linear.keep, linear.weights(weights), outputs)
+
+
+class DPMpp3S(DPM3):
+    """DPM-Solver++(3S): three evaluations per step, third order, extrapolating the denoised image."""
+
+    form: ClassVar[Form] = FORMS["x0"]

@@ -1,0 +1,72 @@
+"""The exponential integrators of the DPM-Solver family: two forms of one exact solution.
+
+With `lambda = -log sigma` the flow is linear in x up to the network's answer, so that (Lu et al. 2022, DPM-Solver,
+Eq. 3.4, and DPM-Solver++, Eq. 9, for a variance-exploding process)
+
+    x_next = keep * x - gain * sum_k psi_{k+1}(h) f^(k),    psi_1(h) = e^h - 1,  psi_{k+1} = psi_k / h - 1 / k!
+
+where `f^(k)` is the k-th derivative of the network's answer f over the step, whose length counts as 1.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from math import factorial
+
+import torch
+from torch import Tensor
+
+from diffdistill.registry import choose
+from diffdistill.solvers.base import Correction, Evaluation
+
+
+@dataclass(frozen=True, eq=False)
+class LinearPart:
+    """`keep`, `gain` and the signed step `h`, `[B]` each; None stands for 1."""
+
+    keep: Tensor | None
+    gain: Tensor | None
+    h: Tensor
+
+    def psi(self, count: int) -> list[Tensor]:
+        """`psi_1 .. psi_count`."""
+        values = [torch.expm1(self.h)]
+        for k in range(1, count):
+            values.append(values[-1] / self.h - 1 / factorial(k))
+        return values
+
+    def weights(self, of_outputs: list[Tensor], correction: Correction | None = None) -> list[Tensor]:
+        """What multiplies the network's answers in x_next, learned scale included."""
+        scale = self.gain
+        if correction is not None and correction.scale_dir is not None:
+            scale = correction.scale_dir if scale is None else scale * correction.scale_dir
+        return [-w if scale is None else -w * scale for w in of_outputs]
+
+
+@dataclass(frozen=True)
+class Form:
+    """The answer that is extrapolated, and the solution of the linear part from sigma to sigma_next."""
+
+    output: Callable[[Evaluation], Tensor]
+    linear: Callable[[Tensor, Tensor], LinearPart]
+
+
+def _data_form(sigma: Tensor, sigma_next: Tensor) -> LinearPart:
+    ratio = sigma_next / sigma
+    return LinearPart(ratio, None, ratio.log())
+
+
+def _noise_form(sigma: Tensor, sigma_next: Tensor) -> LinearPart:
+    return LinearPart(None, sigma_next, (sigma / sigma_next).log())
+
+
+FORMS = {
+    "x0": Form(lambda evaluation: evaluation.denoised, _data_form),
+    "eps": Form(lambda evaluation: evaluation.eps, _noise_form),
+}
+
+
+def choose_form(prediction: str) -> Form:
+    """The form by name, "x0" or "eps"; a `ValueError` otherwise."""
+    return choose("prediction", prediction, FORMS)

@@ -1,0 +1,67 @@
+"""What linear multistep solvers share: how many past evaluations a step may use, and Adams weights."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import ClassVar
+
+from torch import Tensor
+
+from diffdistill.solvers.base import Evaluation, History, Interval, Solver
+
+
+class Multistep(Solver):
+    """A solver of one evaluation per step that extrapolates from past ones.
+
+    Args:
+        order: evaluations that a step uses, the current one included, once there are so many.
+        lower_order_final: lower the order towards the end of the run, so that the last step has order 1.
+        afs: analytical first step.
+    """
+
+    highest_order: ClassVar[int] = 4
+
+    def __init__(self, *, order: int, lower_order_final: bool = False, afs: bool = False) -> None:
+        super().__init__(afs=afs)
+        if isinstance(order, bool) or not isinstance(order, int) or not 1 <= order <= self.highest_order:
+            raise ValueError(f"order must be an integer from 1 to {self.highest_order}, but is {order!r}")
+        self.order = order
+        self.memory = order - 1
+        self.lower_order_final = lower_order_final
+
+    def order_at(self, interval: Interval, history: History, *, back: int = 0) -> int:
+        """The order of the step, or of the step `back` steps ago, given the evaluations that were there for it."""
+        index = interval.index - back
+        order = min(self.order, len(history) + 1 - back)
+        if self.lower_order_final and index + 1 >= self.order:
+            order = min(order, interval.total - index)
+        return max(order, 1)
+
+    @staticmethod
+    def newest(evaluation: Evaluation, history: History, count: int) -> list[Evaluation]:
+        """The `count` newest evaluations, the current one first."""
+        return [evaluation, *history[:-count:-1]]
+
+
+def adams_weights(nodes: Sequence[Tensor], moments: Sequence[Tensor]) -> list[Tensor]:
+    """Weights `w_j: [B]` with which `sum_j w_j f(t_j)` integrates the polynomial through the values at the nodes.
+
+    Newton's divided differences (Hairer, Norsett and Wanner, Solving ODEs I, Section III.5).
+
+    Args:
+        nodes: `t_0 .. t_{p-1}`, `[B]` each.
+        moments: integrals of `1`, `t - t_0`, `(t - t_0)(t - t_1)`, ..., as many as nodes.
+    """
+    weights = [moments[0]]
+    # scales[j] = 1 / prod_{m <= k, m != j} (t_j - t_m), the weight of f(t_j) in the k-th divided difference
+    scales: list[Tensor] = []
+    for k in range(1, len(nodes)):
+        gaps = [node - nodes[k] for node in nodes[:k]]
+        newest = -gaps[0]
+        for gap in gaps[1:]:
+            newest = newest * -gap
+        scales = [s / gap for s, gap in zip(scales, gaps, strict=True)] if scales else [1 / gaps[0]]
+        scales.append(1 / newest)
+        weights = [w + moments[k] * s for w, s in zip(weights, scales, strict=False)]
+        weights.append(moments[k] * scales[-1])
+    return weights
