@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from diffdistill.noise_levels import interpolate, scaled_linear_table
 from diffdistill.registry import construct
 
 
@@ -90,20 +91,6 @@ def time_uniform(*, num_steps: int, sigma_min: float, sigma_max: float, rho: flo
     beta_d, beta_min = vp_betas(sigma_min, sigma_max, t_end)
     t = (1 + _unit(num_steps) * (t_end ** (1 / rho) - 1)) ** rho
     return _ends(torch.expm1(beta_d * t**2 / 2 + beta_min * t).sqrt(), sigma_min, sigma_max)
-
-
-def scaled_linear_table() -> Tensor:
-    """The 1000 noise levels of latent diffusion models, increasing (Rombach et al. 2022)."""
-    beta = torch.linspace(0.00085**0.5, 0.012**0.5, 1000, dtype=torch.float64) ** 2
-    alpha_bar = torch.cumprod(1 - beta, 0)
-    return ((1 - alpha_bar) / alpha_bar).sqrt()
-
-
-def interpolate(x: Tensor, xs: Tensor, ys: Tensor) -> Tensor:
-    """Piecewise linear interpolation of `(xs, ys)`, `xs` increasing; differentiable in x, linear beyond the ends."""
-    right = torch.searchsorted(xs, x.detach().contiguous()).clamp(1, len(xs) - 1)
-    x0, x1, y0, y1 = xs[right - 1], xs[right], ys[right - 1], ys[right]
-    return y0 + (x - x0) * ((y1 - y0) / (x1 - x0))
 
 
 def discrete(

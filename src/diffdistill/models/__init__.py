@@ -1,0 +1,37 @@
+"""Denoisers: networks with their preconditioning, guidance, exact mixtures, and their files."""
+
+from diffdistill.models.dhariwal_unet import DhariwalUNet
+from diffdistill.models.files import (
+    NETWORKS,
+    build_denoiser,
+    fingerprint,
+    guidance_student,
+    load_denoiser,
+    save_denoiser,
+    with_guidance_input,
+)
+from diffdistill.models.guidance import ClassifierFreeGuidance, GuidanceConditioned, guided
+from diffdistill.models.mixture import GaussianMixture
+from diffdistill.models.network import NetworkDenoiser
+from diffdistill.models.preconditioning import PRECONDITIONINGS, Preconditioning, make_preconditioning
+from diffdistill.models.song_unet import SongUNet
+
+__all__ = [
+    "NETWORKS",
+    "PRECONDITIONINGS",
+    "ClassifierFreeGuidance",
+    "DhariwalUNet",
+    "GaussianMixture",
+    "GuidanceConditioned",
+    "NetworkDenoiser",
+    "Preconditioning",
+    "SongUNet",
+    "build_denoiser",
+    "fingerprint",
+    "guidance_student",
+    "guided",
+    "load_denoiser",
+    "make_preconditioning",
+    "save_denoiser",
+    "with_guidance_input",
+]

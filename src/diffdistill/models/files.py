@@ -1,0 +1,290 @@
+"""Models as files: one safetensors file, with the config that rebuilds the denoiser in its metadata."""
+
+from __future__ import annotations
+
+import copy
+import hashlib
+import json
+import os
+from collections.abc import Callable, Mapping
+from importlib import resources
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from diffdistill.atomic import replacing
+from diffdistill.denoiser import Denoiser, Distilled
+from diffdistill.models.dhariwal_unet import DhariwalUNet
+from diffdistill.models.network import NetworkDenoiser
+from diffdistill.models.preconditioning import make_preconditioning
+from diffdistill.models.song_unet import SongUNet
+from diffdistill.registry import construct
+
+FORMAT = 1
+METADATA_KEY = "diffdistill"
+
+NETWORKS: dict[str, Callable[..., nn.Module]] = {"song_unet": SongUNet, "dhariwal_unet": DhariwalUNet}
+
+_REQUIRED = ("network", "preconditioning", "data_shape", "sigma_min", "sigma_max")
+_OPTIONAL = ("format", "num_classes", "w_range", "distilled", "provenance")
+
+
+def build_denoiser(config: Mapping[str, Any]) -> NetworkDenoiser:
+    """Build a denoiser with fresh weights.
+
+    Args:
+        config: a mapping with
+            `network`: `name`, one of `NETWORKS`, and its options; `img_resolution`, `img_channels` and `label_dim` are
+            taken from the rest of the config unless given;
+            `preconditioning`: `name`, one of `PRECONDITIONINGS`, and its options;
+            `data_shape`, `sigma_min`, `sigma_max`; and optionally `num_classes` (0), `w_range`, `distilled`
+            (`sigmas` and `sampler`), `provenance` (anything that JSON holds).
+
+    Returns:
+        The denoiser, whose attribute `config` is the config with every default of this function filled in.
+
+    Raises:
+        ValueError: an unknown name, a key that is missing or unknown, an option out of range.
+        TypeError: an option that the network or the preconditioning does not have.
+    """
+    config = _resolve(config)
+    network, preconditioning, distilled = config["network"], config["preconditioning"], config["distilled"]
+    denoiser = NetworkDenoiser(
+        construct("network", network["name"], NETWORKS, **_options(network)),
+        make_preconditioning(preconditioning["name"], **_options(preconditioning)),
+        data_shape=tuple(config["data_shape"]),
+        num_classes=config["num_classes"],
+        sigma_min=config["sigma_min"],
+        sigma_max=config["sigma_max"],
+        w_range=None if config["w_range"] is None else tuple(config["w_range"]),
+        distilled=None if distilled is None else Distilled(tuple(distilled["sigmas"]), distilled["sampler"]),
+    )
+    denoiser.config = config
+    return denoiser
+
+
+def _options(part: dict[str, Any]) -> dict[str, Any]:
+    return {key: value for key, value in part.items() if key != "name"}
+
+
+def _resolve(config: Mapping[str, Any]) -> dict[str, Any]:
+    """A plain copy of `config`, checked, with defaults filled in."""
+    for key in _REQUIRED:
+        if key not in config:
+            raise ValueError(f"the config of a denoiser needs {key!r}: it has {', '.join(sorted(config)) or 'nothing'}")
+    for key in config:
+        if key not in _REQUIRED + _OPTIONAL:
+            valid = ", ".join(_REQUIRED + _OPTIONAL)
+            raise ValueError(f"the config of a denoiser has no entry {key!r}: it takes {valid}")
+    # Through JSON, so that what is built is what a file gives back.
+    resolved = json.loads(json.dumps(dict(config), default=_plain))
+    if resolved.setdefault("format", FORMAT) != FORMAT:
+        raise ValueError(f"model format {resolved['format']} is unknown: this version reads format {FORMAT}")
+    for part in ("network", "preconditioning"):
+        if "name" not in resolved[part]:
+            raise ValueError(f"the {part} of a denoiser needs a name")
+    resolved.setdefault("num_classes", 0)
+    resolved.setdefault("w_range", None)
+    resolved.setdefault("distilled", None)
+    resolved.setdefault("provenance", None)
+    resolved["network"].setdefault("img_channels", resolved["data_shape"][0])
+    resolved["network"].setdefault("img_resolution", resolved["data_shape"][-1])
+    resolved["network"].setdefault("label_dim", resolved["num_classes"])
+    return resolved
+
+
+def _plain(value: Any) -> Any:
+    """What JSON does not know: mappings and sequences of other libraries, tensors."""
+    if isinstance(value, Mapping):
+        return dict(value)
+    if isinstance(value, Tensor):
+        return value.tolist()
+    try:
+        return list(value)
+    except TypeError:
+        raise TypeError(f"a config holds plain values only, not {type(value).__name__}") from None
+
+
+def with_guidance_input(
+    config: Mapping[str, Any], w_range: tuple[float, float], *, w_channels: int = 64
+) -> dict[str, Any]:
+    """The config of the same denoiser with a guidance weight in `w_range` as a further input.
+
+    Raises:
+        ValueError: the denoiser takes a guidance weight already, or the range is empty.
+    """
+    if config.get("w_range") is not None:
+        raise ValueError(f"this denoiser takes a guidance weight already, in the range {list(config['w_range'])}")
+    if not w_range[0] <= w_range[1]:
+        raise ValueError(f"w_range must be (least, greatest), but is {tuple(w_range)}")
+    config = copy.deepcopy(dict(config))
+    config["network"] = {**config["network"], "w_channels": w_channels}
+    return {**config, "w_range": [float(w) for w in w_range], "provenance": None}
+
+
+def guidance_student(
+    teacher: NetworkDenoiser, w_range: tuple[float, float], *, w_channels: int = 64
+) -> NetworkDenoiser:
+    """A copy of `teacher` that takes a guidance weight in `w_range`, and ignores it until it is trained.
+
+    At first it equals the conditional teacher for every w: the new parameters are zero (Meng et al. 2023, Section 3.1,
+    start from the teacher's weights; the zero is ours).
+
+    Raises:
+        ValueError: the teacher has no config, or takes a guidance weight already.
+    """
+    student = build_denoiser(with_guidance_input(_config(teacher), w_range, w_channels=w_channels))
+    missing, unexpected = student.load_state_dict(teacher.state_dict(), strict=False)
+    if missing != ["model.map_w.weight"] or unexpected:
+        raise ValueError(f"the teacher's weights do not fit its config: missing {missing}, unexpected {unexpected}")
+    reference = next(teacher.parameters())
+    return student.to(device=reference.device, dtype=reference.dtype)
+
+
+def _config(denoiser: Denoiser) -> dict[str, Any]:
+    """The config of a denoiser as it is now."""
+    config = getattr(denoiser, "config", None)
+    if config is None:
+        raise ValueError(f"this {type(denoiser).__name__} has no config: build it with build_denoiser")
+    distilled = denoiser.distilled
+    plain = None if distilled is None else {"sigmas": list(distilled.sigmas), "sampler": distilled.sampler}
+    w_range = None if denoiser.w_range is None else list(denoiser.w_range)
+    return {**copy.deepcopy(config), "distilled": plain, "w_range": w_range}
+
+
+def save_denoiser(
+    denoiser: NetworkDenoiser, path: str | os.PathLike[str], *, provenance: Mapping[str, Any] | None = None
+) -> None:
+    """Write weights and config to one safetensors file, whole or not at all.
+
+    Args:
+        denoiser: from `build_denoiser` or `load_denoiser`.
+        path: of the file, which ends in .safetensors, or of a folder, in which it is `model.safetensors`.
+        provenance: what made these weights, such as command and metrics; by default that of the config.
+
+    Raises:
+        ValueError: the denoiser has no config.
+    """
+    config = _config(denoiser)
+    if provenance is not None:
+        config["provenance"] = dict(provenance)
+    path = Path(path)
+    if path.suffix != ".safetensors":
+        path = path / "model.safetensors"
+    state = {name: value.detach().cpu().contiguous() for name, value in denoiser.state_dict().items()}
+    with replacing(path) as temporary:
+        save_file(state, temporary, metadata={METADATA_KEY: json.dumps(_resolve(config))})
+
+
+def load_denoiser(name_or_path: str | os.PathLike[str], *, device: torch.device | str = "cpu") -> Denoiser:
+    """Load a denoiser, ready for evaluation.
+
+    Args:
+        name_or_path: the name of a shipped model (`shipped_models()` lists them), a file, or a folder that holds
+            `model.safetensors`.
+        device: where to put it.
+
+    Raises:
+        ValueError: there is no such model, or the file is truncated, of another format or another architecture.
+    """
+    shipped = shipped_models()
+    name = os.fspath(name_or_path)
+    path = shipped.get(name, Path(name))
+    if path.is_dir():
+        key = next((key for key in READERS if (path / key).is_file()), None)
+        if key is None:
+            raise ValueError(f"the folder {path} holds no model: expected one of {', '.join(_keys(folder=True))} in it")
+        path = path / key
+    elif path.is_file():
+        key = path.suffix
+        if key not in READERS:
+            raise ValueError(f"cannot read {path}: models end in {', '.join(_keys(folder=False))}")
+    else:
+        raise ValueError(
+            f"unknown model {name!r}: choose one of {', '.join(sorted(shipped)) or '(none shipped)'}, or give the path "
+            "of a file or folder"
+        )
+    return READERS[key](path).to(device).eval()
+
+
+def _keys(*, folder: bool) -> list[str]:
+    return [key for key in READERS if key.startswith(".") != folder]
+
+
+def shipped_models() -> dict[str, Path]:
+    """The models that come with the package, by name."""
+    assets = Path(str(resources.files("diffdistill"))) / "assets"
+    return {path.stem: path for path in sorted(assets.glob("digits-*.safetensors"))}
+
+
+def read_safetensors(path: Path) -> NetworkDenoiser:
+    """Read a file that `save_denoiser` wrote, strictly.
+
+    Raises:
+        ValueError: as `load_denoiser`.
+    """
+    try:
+        with safe_open(path, framework="pt") as file:
+            metadata = file.metadata() or {}
+            state = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a dict)
+    except (SafetensorError, OSError) as error:
+        raise ValueError(f"{path} is not a whole safetensors file: {error}") from None
+    if METADATA_KEY not in metadata:
+        raise ValueError(f"{path} holds tensors, but no config of a diffdistill model")
+    try:
+        config = json.loads(metadata[METADATA_KEY])
+    except json.JSONDecodeError as error:
+        raise ValueError(f"the config in {path} is not valid JSON: {error}") from None
+    if not isinstance(config, dict) or config.get("format") != FORMAT:
+        version = config.get("format") if isinstance(config, dict) else None
+        raise ValueError(f"{path} has model format {version}: this version reads format {FORMAT}")
+    try:
+        denoiser = build_denoiser(config)
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"the config in {path} builds no model: {error}") from None
+    load_state(denoiser, state, source=str(path))
+    return denoiser
+
+
+READERS: dict[str, Callable[[Path], Denoiser]] = {
+    ".safetensors": read_safetensors,
+    "model.safetensors": read_safetensors,
+}
+"""How to read a model: by the suffix of a file, or by the name of a file that a folder holds. Given that file."""
+
+
+def load_state(module: nn.Module, state: Mapping[str, Tensor], *, source: str) -> None:
+    """Copy `state` into `module`, strictly, with an error of one line.
+
+    Raises:
+        ValueError: `state` belongs to another architecture; `source` names where it comes from.
+    """
+    expected = module.state_dict()
+    missing = [name for name in expected if name not in state]
+    unexpected = [name for name in state if name not in expected]
+    shapes = [
+        f"{name} is {list(state[name].shape)} instead of {list(value.shape)}"
+        for name, value in expected.items()
+        if name in state and state[name].shape != value.shape
+    ]
+    for problem, names in (("missing", missing), ("unexpected", unexpected), ("of another shape", shapes)):
+        if names:
+            raise ValueError(f"{source} holds another architecture: {len(names)} tensors {problem}, first {names[0]}")
+    module.load_state_dict(dict(state))
+
+
+def fingerprint(denoiser: nn.Module) -> str:
+    """A short hash of config and weights, for predictors to record which model they belong to."""
+    digest = hashlib.sha256()
+    if isinstance(denoiser, Denoiser) and getattr(denoiser, "config", None) is not None:
+        config = {key: value for key, value in _config(denoiser).items() if key != "provenance"}
+        digest.update(json.dumps(config, sort_keys=True).encode())
+    for name, value in sorted(denoiser.state_dict().items()):
+        value = value.detach().cpu().contiguous()
+        digest.update(f"{name} {value.dtype} {list(value.shape)}".encode())
+        digest.update(value.reshape(-1).view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()[:16]

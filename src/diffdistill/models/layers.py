@@ -1,0 +1,257 @@
+"""What the U-Nets are made of. Parameter names and initialisation are those of the public EDM checkpoints."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+
+@dataclass(frozen=True)
+class Init:
+    """A distribution to draw parameters from, and what to multiply the drawn weights and biases by."""
+
+    mode: Literal["xavier_uniform", "kaiming_uniform", "kaiming_normal"] = "kaiming_normal"
+    weight: float = 1.0
+    bias: float = 0.0
+
+    @torch.no_grad()
+    def fill(self, weight: Tensor, bias: Tensor | None) -> None:
+        """Draw `weight: [out, in, ...]` and `bias: [out]`; both take their spread from the fans of the weight."""
+        size = weight[0, 0].numel()
+        fan_out, fan_in = weight.shape[0] * size, weight.shape[1] * size
+        for parameter, gain in ((weight, self.weight), (bias, self.bias)):
+            if parameter is None:
+                continue
+            if self.mode == "kaiming_normal":
+                parameter.normal_(0, gain * fan_in**-0.5)
+            else:
+                bound = math.sqrt(6 / (fan_in + fan_out) if self.mode == "xavier_uniform" else 3 / fan_in)
+                parameter.uniform_(-gain * bound, gain * bound)
+
+
+def linear(in_features: int, out_features: int, init: Init, *, bias: bool = True) -> nn.Linear:
+    """A fully connected layer with parameters drawn by `init`."""
+    layer = nn.Linear(in_features, out_features, bias=bias)
+    init.fill(layer.weight, layer.bias)
+    return layer
+
+
+def group_norm(channels: int, *, eps: float = 1e-5) -> nn.GroupNorm:
+    """Group normalisation with up to 32 groups of at least 4 channels."""
+    return nn.GroupNorm(min(32, channels // 4), channels, eps)
+
+
+class Conv2d(nn.Module):
+    """A convolution that keeps the size, with an optional resampling by two.
+
+    Args:
+        in_channels, out_channels: channels of input and output.
+        kernel: 1 or 3; 0 resamples only.
+        init: how to draw the parameters.
+        resample: "up" or "down" by two, before the convolution.
+        resample_filter: one-dimensional low-pass filter, applied along both axes.
+        filter_last: convolve at the full size, then resample down; NCSN++ does so in its encoder's residual path.
+    """
+
+    def __init__(
+        self,
+        in_channels: int,
+        out_channels: int,
+        kernel: int,
+        init: Init | None = None,
+        *,
+        resample: Literal["up", "down"] | None = None,
+        resample_filter: Sequence[float] = (1, 1),
+        filter_last: bool = False,
+    ) -> None:
+        super().__init__()
+        self.out_channels = out_channels
+        self.padding = kernel // 2
+        self.resample = resample
+        self.filter_last = filter_last
+        self.is_box = list(resample_filter) == [1, 1]
+        self.filter_padding = (len(resample_filter) - 1) // 2 if resample else 0
+        self.register_parameter("weight", None)
+        self.register_parameter("bias", None)
+        if kernel:
+            self.weight = nn.Parameter(torch.empty(out_channels, in_channels, kernel, kernel))
+            self.bias = nn.Parameter(torch.empty(out_channels))
+            (init or Init()).fill(self.weight, self.bias)
+        taps = torch.as_tensor(resample_filter, dtype=torch.float32)
+        taps = torch.outer(taps, taps)[None, None] / taps.sum() ** 2
+        self.register_buffer("resample_filter", taps if resample else None)
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.filter_last:
+            x = F.conv2d(x, self.weight, self.bias, padding=self.padding + self.filter_padding)
+            return self._downsample(x, padding=0)
+        if self.resample == "up":
+            x = self._upsample(x)
+        elif self.resample == "down":
+            x = self._downsample(x, padding=self.filter_padding)
+        return x if self.weight is None else F.conv2d(x, self.weight, self.bias, padding=self.padding)
+
+    def _upsample(self, x: Tensor) -> Tensor:
+        if self.is_box:
+            return F.interpolate(x, scale_factor=2.0, mode="nearest")
+        # Three of four inputs of the filter are the zeros between the pixels: the factor 4 makes up for them.
+        taps = (4 * self._taps(x)).expand(x.shape[1], -1, -1, -1)
+        return F.conv_transpose2d(x, taps, stride=2, padding=self.filter_padding, groups=x.shape[1])
+
+    def _downsample(self, x: Tensor, *, padding: int) -> Tensor:
+        if self.is_box:
+            return F.avg_pool2d(x, 2)
+        return F.conv2d(x, self._taps(x).expand(x.shape[1], -1, -1, -1), stride=2, padding=padding, groups=x.shape[1])
+
+    def _taps(self, x: Tensor) -> Tensor:
+        assert isinstance(self.resample_filter, Tensor)
+        return self.resample_filter.to(x.dtype)
+
+
+@dataclass(frozen=True)
+class BlockStyle:
+    """What all blocks of one network have in common.
+
+    Attributes:
+        emb_channels: width of the embedding of noise level and labels.
+        num_heads: heads of the attention, or None for one per 64 channels.
+        dropout: probability of dropping an activation before the second convolution.
+        skip_scale: multiplies every sum with a residual.
+        eps: of the group normalisations.
+        resample_filter: low-pass filter of up- and downsampling.
+        resample_proj: convolve the residual where it is resampled, also if it keeps its channels.
+        adaptive_scale: the embedding gives scale and shift after the second normalisation, or a bias before it.
+        init, init_zero, init_attn: for layers in general, for the last of a residual branch, for the one of q, k and v.
+    """
+
+    emb_channels: int
+    num_heads: int | None = None
+    dropout: float = 0.0
+    skip_scale: float = 1.0
+    eps: float = 1e-5
+    resample_filter: Sequence[float] = (1, 1)
+    resample_proj: bool = False
+    adaptive_scale: bool = True
+    init: Init = field(default_factory=Init)
+    init_zero: Init = field(default_factory=lambda: Init(weight=0))
+    init_attn: Init = field(default_factory=Init)
+
+
+class UNetBlock(nn.Module):
+    """Residual block with optional resampling and self-attention, as in DDPM++, NCSN++ and ADM."""
+
+    def __init__(
+        self,
+        in_channels: int,
+        out_channels: int,
+        style: BlockStyle,
+        *,
+        resample: Literal["up", "down"] | None = None,
+        attention: bool = False,
+    ) -> None:
+        super().__init__()
+        self.out_channels = out_channels
+        self.adaptive_scale = style.adaptive_scale
+        self.skip_scale = style.skip_scale
+        self.dropout = style.dropout
+        # One head per 64 channels means no attention at all below 64 channels, as published.
+        self.num_heads = (out_channels // 64 if style.num_heads is None else style.num_heads) if attention else 0
+
+        how: dict[str, Any] = {"resample": resample, "resample_filter": style.resample_filter}
+        self.norm0 = group_norm(in_channels, eps=style.eps)
+        self.conv0 = Conv2d(in_channels, out_channels, 3, style.init, **how)
+        self.affine = linear(style.emb_channels, out_channels * (2 if style.adaptive_scale else 1), style.init)
+        self.norm1 = group_norm(out_channels, eps=style.eps)
+        self.conv1 = Conv2d(out_channels, out_channels, 3, style.init_zero)
+        self.skip = None
+        if in_channels != out_channels or resample:
+            kernel = 1 if style.resample_proj or in_channels != out_channels else 0
+            self.skip = Conv2d(in_channels, out_channels, kernel, style.init, **how)
+        if self.num_heads:
+            self.norm2 = group_norm(out_channels, eps=style.eps)
+            self.qkv = Conv2d(out_channels, 3 * out_channels, 1, style.init_attn)
+            self.proj = Conv2d(out_channels, out_channels, 1, style.init_zero)
+
+    def forward(self, x: Tensor, emb: Tensor) -> Tensor:
+        """Map `x: [B, in_channels, H, W]` and `emb: [B, emb_channels]` to `[B, out_channels, H', W']`."""
+        h = self.conv0(F.silu(self.norm0(x)))
+        params = self.affine(emb)[:, :, None, None]
+        if self.adaptive_scale:
+            scale, shift = params.chunk(2, dim=1)
+            h = torch.addcmul(shift, self.norm1(h), scale + 1)
+        else:
+            h = self.norm1(h + params)
+        h = self.conv1(F.dropout(F.silu(h), self.dropout, self.training))
+        x = self._join(h, x if self.skip is None else self.skip(x))
+        return self._join(self.proj(self._attend(x)), x) if self.num_heads else x
+
+    def _join(self, branch: Tensor, residual: Tensor) -> Tensor:
+        total = branch + residual
+        return total if self.skip_scale == 1 else total * self.skip_scale
+
+    def _attend(self, x: Tensor) -> Tensor:
+        # Channels are ordered (head, channel of the head, q k v).
+        qkv = self.qkv(self.norm2(x)).reshape(x.shape[0], self.num_heads, -1, 3, x.shape[2] * x.shape[3])
+        q, k, v = (part.transpose(-1, -2) for part in qkv.unbind(3))
+        return F.scaled_dot_product_attention(q, k, v).transpose(-1, -2).reshape(x.shape)
+
+
+class SinusoidalEmbedding(nn.Module):
+    """Cosines and sines of a number per sample, `[B] -> [B, num_channels]`, computed in float32 or finer.
+
+    Args:
+        freqs: angular frequencies over `scale`, `[num_channels / 2]`.
+        scale: multiplies the frequencies.
+        sin_first: order the result (sin, cos) in place of (cos, sin).
+        persistent: keep the frequencies in the state, as is needed where they are random.
+    """
+
+    freqs: Tensor
+
+    def __init__(self, freqs: Tensor, *, scale: float = 1.0, sin_first: bool = False, persistent: bool = False) -> None:
+        super().__init__()
+        self.scale = scale
+        self.sin_first = sin_first
+        self.register_buffer("freqs", freqs.float(), persistent=persistent)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> SinusoidalEmbedding:
+        # A half-precision network keeps its frequencies: a phase of some hundred radians has no digits left in bf16.
+        def careful(t: Tensor) -> Tensor:
+            moved = fn(t)
+            return moved if moved.dtype.itemsize >= 4 else t.to(moved.device)
+
+        return super()._apply(careful, recurse)
+
+    def forward(self, values: Tensor) -> Tensor:
+        phase = values.to(self.freqs.dtype)[:, None] * (self.scale * self.freqs)
+        parts = (phase.sin(), phase.cos()) if self.sin_first else (phase.cos(), phase.sin())
+        return torch.cat(parts, dim=1)
+
+
+def positional_embedding(num_channels: int, *, endpoint: bool, sin_first: bool) -> SinusoidalEmbedding:
+    """Frequencies from 1 down to 1 / 10000, the last included or not (DDPM++, ADM)."""
+    half = num_channels // 2
+    exponent = torch.arange(half, dtype=torch.float32) / (half - 1 if endpoint else half)
+    return SinusoidalEmbedding((1 / 10000) ** exponent, sin_first=sin_first)
+
+
+def fourier_embedding(num_channels: int) -> SinusoidalEmbedding:
+    """Random normal frequencies of standard deviation 16 per cycle (NCSN++)."""
+    freqs = 16 * torch.randn(num_channels // 2)
+    return SinusoidalEmbedding(freqs, scale=2 * math.pi, sin_first=True, persistent=True)
+
+
+def guidance_embedding(num_channels: int) -> SinusoidalEmbedding:
+    """Embedding of a guidance weight in [0, 16]: periods from 64 down to 1, spaced evenly in their logarithm.
+
+    The slowest wave grows over a quarter of its period, hence tells all weights of the range apart; the fastest
+    resolves steps of about 0.1. Meng et al. 2023 embed w in Fourier features and do not state their frequencies.
+    """
+    period = torch.logspace(6, 0, num_channels // 2, base=2)
+    return SinusoidalEmbedding(1 / period, scale=2 * math.pi)
