@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from typing import Any
 
+import torch
+from torch import Tensor
+
 from diffdistill.registry import construct
+from diffdistill.solvers.amed import AMED, AMEDPlugin, AMEDPredictor, LearnedTable, Predictor, TabulatedPredictor
 from diffdistill.solvers.ancestral import EulerAncestral
 from diffdistill.solvers.base import Correction, Evaluation, Interval, Solver
 from diffdistill.solvers.deis import DEIS
@@ -12,12 +17,22 @@ from diffdistill.solvers.dpm import DPM2, DPM3, DPMpp2S, DPMpp3S
 from diffdistill.solvers.dpmpp import DPMpp
 from diffdistill.solvers.edm_sde import EDMStochastic
 from diffdistill.solvers.euler import Euler
+from diffdistill.solvers.features import FeatureTap
 from diffdistill.solvers.flow import ProbabilityFlow, dynamic_thresholding
+from diffdistill.solvers.gits import gits
 from diffdistill.solvers.heun import Heun
 from diffdistill.solvers.ipndm import IPNDM, IPNDMV
 from diffdistill.solvers.noise import SampleNoise, seeded_noise
 from diffdistill.solvers.sampling import Trajectory, integrate, intervals, sample
-from diffdistill.solvers.schedules import make_schedule
+from diffdistill.solvers.schedules import (
+    align_your_steps,
+    check_sigmas,
+    cosine,
+    discrete,
+    logsnr,
+    polynomial,
+    time_uniform,
+)
 from diffdistill.solvers.unipc import UniPC
 
 SOLVERS: dict[str, type[Solver]] = {
@@ -35,7 +50,39 @@ SOLVERS: dict[str, type[Solver]] = {
     "ipndm_v": IPNDMV,
     "edm_sde": EDMStochastic,
     "euler_ancestral": EulerAncestral,
+    "amed": AMED,
 }
+
+SCHEDULES: dict[str, Callable[..., Tensor]] = {
+    "polynomial": polynomial,
+    "logsnr": logsnr,
+    "time_uniform": time_uniform,
+    "discrete": discrete,
+    "cosine": cosine,
+    "align_your_steps": align_your_steps,
+    "gits": gits,
+}
+
+
+def make_schedule(name: str | Sequence[float] | Tensor, **options: Any) -> Tensor:
+    """Build a schedule of `num_steps + 1` noise levels, from `sigma_max` down to `sigma_min`.
+
+    Args:
+        name: one of `SCHEDULES`, whose functions document their options, or the noise levels themselves.
+        options: `num_steps`, `sigma_min`, `sigma_max` and what the schedule adds to them.
+
+    Returns:
+        float64, `[num_steps + 1]`, strictly decreasing.
+
+    Raises:
+        ValueError: an unknown name, an option out of range, or levels that do not decrease.
+        TypeError: an option that the schedule does not have.
+    """
+    if isinstance(name, str):
+        return check_sigmas(construct("schedule", name, SCHEDULES, **options))
+    if options:
+        raise TypeError(f"a schedule given as noise levels takes no options, but got {', '.join(options)}")
+    return check_sigmas(torch.as_tensor(name, dtype=torch.float64))
 
 
 def make_solver(name: str, **options: Any) -> Solver:
@@ -49,12 +96,16 @@ def make_solver(name: str, **options: Any) -> Solver:
 
 
 __all__ = [
+    "AMED",
     "DEIS",
     "DPM2",
     "DPM3",
     "IPNDM",
     "IPNDMV",
+    "SCHEDULES",
     "SOLVERS",
+    "AMEDPlugin",
+    "AMEDPredictor",
     "Correction",
     "DPMpp",
     "DPMpp2S",
@@ -63,11 +114,15 @@ __all__ = [
     "Euler",
     "EulerAncestral",
     "Evaluation",
+    "FeatureTap",
     "Heun",
     "Interval",
+    "LearnedTable",
+    "Predictor",
     "ProbabilityFlow",
     "SampleNoise",
     "Solver",
+    "TabulatedPredictor",
     "Trajectory",
     "UniPC",
     "dynamic_thresholding",

@@ -76,11 +76,13 @@ class Correction:
         r: place of the mid point, `sigma_mid = sigma_next**r * sigma**(1 - r)`.
         scale_dir: multiplies the network-dependent term of the update.
         scale_time: multiplies the sigma that the network is given, and nothing else.
+        scale_first: multiplies the network-dependent term of the way to the mid point. Ours.
     """
 
     r: Tensor | None = None
     scale_dir: Tensor | None = None
     scale_time: Tensor | None = None
+    scale_first: Tensor | None = None
 
 
 History = tuple[Evaluation, ...]
@@ -103,6 +105,7 @@ class Solver(ABC):
         memory: past evaluations that a step uses.
         stochastic: whether a step consumes `noise`.
         takes_correction: whether a step can be changed by a `Correction`.
+        features: whether a step reads the bottleneck of the network; "optional" is for where there is one.
         afs: analytical first step (Dockhorn et al. 2022): the first evaluation is replaced by the answer for data
             of zero mean and unit variance, `eps = x / sqrt(1 + sigma**2)`, which costs nothing.
     """
@@ -111,6 +114,7 @@ class Solver(ABC):
     memory: int = 0
     stochastic: bool = False
     takes_correction: bool = True
+    features: Literal["unused", "optional", "required"] = "unused"
 
     def __init__(self, *, afs: bool = False) -> None:
         self.afs = afs

@@ -20,7 +20,7 @@ class DPM2(Solver):
     """DPM-Solver-2: two evaluations per step, second order, extrapolating the noise.
 
     A learned correction moves the second stage (`r`), scales the sigma that the network is given there
-    (`scale_time`) and the whole network-dependent term of the step (`scale_dir`).
+    (`scale_time`), the way to it (`scale_first`) and the whole network-dependent term of the step (`scale_dir`).
 
     Args:
         r: place of the second stage, `sigma_mid = sigma_next**r * sigma**(1 - r)`, in (0, 1].
@@ -49,13 +49,14 @@ class DPM2(Solver):
         x, start = evaluation.x, self.form.output(evaluation)
         sigma_mid = _level(interval, r)
         linear = self.form.linear(interval.sigma, sigma_mid)
-        x_mid = weighted_sum(x, linear.keep, linear.weights(linear.psi(1)), [start])
+        to_mid = Correction(scale_dir=learned.scale_first)
+        x_mid = weighted_sum(x, linear.keep, linear.weights(linear.psi(1), to_mid), [start])
         middle = self.form.output(flow(x_mid, sigma_mid, scale_time=learned.scale_time))
 
         linear = self.form.linear(interval.sigma, interval.sigma_next)
         (psi,) = linear.psi(1)
         slope = psi * (0.5 / r)
-        return weighted_sum(x, linear.keep, linear.weights([psi - slope, slope], correction), [start, middle])
+        return weighted_sum(x, linear.keep, linear.weights([psi - slope, slope], learned.scale_dir), [start, middle])
 
 
 class DPMpp2S(DPM2):

@@ -69,5 +69,6 @@ class DPMpp(Multistep):
                 second = (psi[1] * r0 + self.second_derivative * psi[2]) / total
                 d0, d1 = (psi[1] + second) / r0, second / r1
                 weights = [psi[0] + d0, -d0 - d1, d1]
+        scale = None if correction is None else correction.scale_dir
         outputs = [self.form.output(e) for e in past]
-        return weighted_sum(evaluation.x, linear.keep, linear.weights(weights, correction), outputs)
+        return weighted_sum(evaluation.x, linear.keep, linear.weights(weights, scale), outputs)

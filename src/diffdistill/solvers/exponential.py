@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from diffdistill.registry import choose
-from diffdistill.solvers.base import Correction, Evaluation
+from diffdistill.solvers.base import Evaluation
 
 
 @dataclass(frozen=True, eq=False)
@@ -36,11 +36,10 @@ class LinearPart:
             values.append(values[-1] / self.h - 1 / factorial(k))
         return values
 
-    def weights(self, of_outputs: list[Tensor], correction: Correction | None = None) -> list[Tensor]:
-        """What multiplies the network's answers in x_next, learned scale included."""
-        scale = self.gain
-        if correction is not None and correction.scale_dir is not None:
-            scale = correction.scale_dir if scale is None else scale * correction.scale_dir
+    def weights(self, of_outputs: list[Tensor], scale: Tensor | None = None) -> list[Tensor]:
+        """What multiplies the network's answers in x_next, with a learned `scale: [B]` of all of them."""
+        if self.gain is not None:
+            scale = self.gain if scale is None else self.gain * scale
         return [-w if scale is None else -w * scale for w in of_outputs]
 
 

@@ -12,6 +12,7 @@ from torch import Tensor
 from diffdistill.denoiser import Denoiser
 from diffdistill.registry import choose
 from diffdistill.solvers.base import Interval, Solver
+from diffdistill.solvers.features import feature_tap
 from diffdistill.solvers.flow import ProbabilityFlow, dynamic_thresholding
 from diffdistill.solvers.noise import SampleNoise
 from diffdistill.solvers.schedules import check_sigmas
@@ -32,7 +33,7 @@ def intervals(sigmas: Tensor, batch: int, device: torch.device | str = "cpu") ->
     """The steps of a schedule `[num_steps + 1]` for a batch; a last level of 0 makes the last step one `to_zero`."""
     total = len(sigmas) - 1
     ends_at_zero = bool(sigmas[-1] == 0)
-    levels = [level.expand(batch) for level in sigmas.to(device=device, dtype=torch.float64)]
+    levels = [level.expand(batch) for level in sigmas.to(device=device, dtype=torch.float64, non_blocking=True)]
     return [
         Interval(
             levels[i],
@@ -121,7 +122,8 @@ def sample(
         The sample `[B, ...]`, or a `Trajectory`.
 
     Raises:
-        ValueError: levels that do not decrease, unknown thresholding, labels of the wrong shape.
+        ValueError: levels that do not decrease, unknown thresholding, labels of the wrong shape, a learned solver that
+            reads the bottleneck of a denoiser that declares none.
     """
     sigmas = check_sigmas(torch.as_tensor(sigmas, dtype=torch.float64).cpu())
     if denoise_to_zero and sigmas[-1] > 0:
@@ -136,14 +138,15 @@ def sample(
     if isinstance(denoiser, Denoiser):
         denoiser.check_condition(cond, len(noise))
 
-    flow = ProbabilityFlow(denoiser, cond, thresholding=thresholding)
     stream = None
     if solver.stochastic:
         stream = SampleNoise(range(len(noise)) if seeds is None else seeds, noise.shape[1:])
     x = noise * sigmas[0].item()
     points = [x]
-    for x_next in integrate(flow, x, solver, steps, stream):
-        x = x_next
-        if return_trajectory:
-            points.append(x)
+    with feature_tap(denoiser, solver) as features:
+        flow = ProbabilityFlow(denoiser, cond, thresholding=thresholding, features=features)
+        for x_next in integrate(flow, x, solver, steps, stream):
+            x = x_next
+            if return_trajectory:
+                points.append(x)
     return Trajectory(torch.stack(points), sigmas, flow.nfe) if return_trajectory else x

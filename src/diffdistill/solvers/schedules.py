@@ -3,36 +3,12 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
-from typing import Any
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
 from diffdistill.noise_levels import interpolate, scaled_linear_table
-from diffdistill.registry import construct
-
-
-def make_schedule(name: str | Sequence[float] | Tensor, **options: Any) -> Tensor:
-    """Build a schedule of `num_steps + 1` noise levels, from `sigma_max` down to `sigma_min`.
-
-    Args:
-        name: "polynomial" (rho), "logsnr", "time_uniform" (rho), "discrete" (table, rho), "cosine", or the noise
-            levels themselves.
-        options: `num_steps`, `sigma_min`, `sigma_max` and what the schedule adds to them.
-
-    Returns:
-        float64, `[num_steps + 1]`, strictly decreasing.
-
-    Raises:
-        ValueError: an unknown name, or levels that do not decrease.
-        TypeError: an option that the schedule does not have.
-    """
-    if isinstance(name, str):
-        return check_sigmas(construct("schedule", name, SCHEDULES, **options))
-    if options:
-        raise TypeError(f"a schedule given as noise levels takes no options, but got {', '.join(options)}")
-    return check_sigmas(torch.as_tensor(name, dtype=torch.float64))
 
 
 def check_sigmas(sigmas: Tensor) -> Tensor:
@@ -48,10 +24,23 @@ def check_sigmas(sigmas: Tensor) -> Tensor:
     return sigmas
 
 
+def check_num_steps(num_steps: int) -> None:
+    """Raise a `ValueError` unless there is at least one step."""
+    if num_steps != int(num_steps) or num_steps < 1:
+        raise ValueError(f"num_steps must be an integer of at least 1, but is {num_steps}")
+
+
+def check_range(sigma_min: float, sigma_max: float, rho: float = 1.0) -> None:
+    """Raise a `ValueError` unless `0 <= sigma_min < sigma_max < inf` and `rho > 0`."""
+    if not 0 <= sigma_min < sigma_max < math.inf:
+        raise ValueError(f"levels must satisfy 0 <= sigma_min < sigma_max, but are {sigma_min} and {sigma_max}")
+    if not rho > 0:
+        raise ValueError(f"rho must be positive, but is {rho}")
+
+
 def _unit(num_steps: int) -> Tensor:
     """`i / n` for `i = 0 .. n`."""
-    if num_steps < 1:
-        raise ValueError(f"num_steps must be at least 1, but is {num_steps}")
+    check_num_steps(num_steps)
     return torch.linspace(0, 1, num_steps + 1, dtype=torch.float64)
 
 
@@ -63,13 +52,15 @@ def _ends(sigmas: Tensor, sigma_min: float, sigma_max: float) -> Tensor:
 
 def polynomial(*, num_steps: int, sigma_min: float, sigma_max: float, rho: float = 7.0) -> Tensor:
     """Uniform in `sigma**(1 / rho)` (Karras et al. 2022, Eq. 5)."""
+    check_range(sigma_min, sigma_max, rho)
     low, high = sigma_min ** (1 / rho), sigma_max ** (1 / rho)
     return _ends((high + _unit(num_steps) * (low - high)) ** rho, sigma_min, sigma_max)
 
 
 def logsnr(*, num_steps: int, sigma_min: float, sigma_max: float) -> Tensor:
     """Uniform in log sigma, that is in log-SNR (Lu et al. 2022, DPM-Solver)."""
-    if sigma_min <= 0:
+    check_range(sigma_min, sigma_max)
+    if sigma_min == 0:
         raise ValueError(f"the logsnr schedule needs sigma_min > 0, but it is {sigma_min}")
     low, high = math.log(sigma_min), math.log(sigma_max)
     return _ends((high + _unit(num_steps) * (low - high)).exp(), sigma_min, sigma_max)
@@ -87,6 +78,7 @@ def vp_betas(sigma_min: float, sigma_max: float, t_end: float = 1e-3) -> tuple[f
 
 def time_uniform(*, num_steps: int, sigma_min: float, sigma_max: float, rho: float = 1.0) -> Tensor:
     """Uniform in `t**(1 / rho)`, with t the time of the linear VP process from 1 to 1e-3 (Song et al. 2021, SDE)."""
+    check_range(sigma_min, sigma_max, rho)
     t_end = 1e-3
     beta_d, beta_min = vp_betas(sigma_min, sigma_max, t_end)
     t = (1 + _unit(num_steps) * (t_end ** (1 / rho) - 1)) ** rho
@@ -105,6 +97,9 @@ def discrete(
 
     `table: [T]` holds increasing noise levels; the default is that of latent diffusion models.
     """
+    check_range(sigma_min, sigma_max, rho)
+    if sigma_min == 0:
+        raise ValueError("the discrete schedule needs sigma_min > 0, but it is 0")
     levels = scaled_linear_table() if table is None else torch.as_tensor(table, dtype=torch.float64)
     if levels.ndim != 1 or len(levels) < 2 or not (levels[1:] > levels[:-1]).all() or levels[0] <= 0:
         raise ValueError("the table of a discrete schedule must hold at least 2 positive, increasing noise levels")
@@ -117,14 +112,37 @@ def discrete(
 
 def cosine(*, num_steps: int, sigma_min: float, sigma_max: float) -> Tensor:
     """Uniform in the time t of the cosine process, `sigma = tan(pi t / 2)` (Salimans and Ho 2022, Section 2)."""
+    check_range(sigma_min, sigma_max)
     t_max, t_min = math.atan(sigma_max), math.atan(sigma_min)
     return _ends((t_max + _unit(num_steps) * (t_min - t_max)).tan(), sigma_min, sigma_max)
 
 
-SCHEDULES: dict[str, Callable[..., Tensor]] = {
-    "polynomial": polynomial,
-    "logsnr": logsnr,
-    "time_uniform": time_uniform,
-    "discrete": discrete,
-    "cosine": cosine,
+ALIGN_YOUR_STEPS = {
+    "sd15": (14.615, 6.475, 3.861, 2.697, 1.886, 1.396, 0.963, 0.652, 0.399, 0.152, 0.029),
+    "sdxl": (14.615, 6.315, 3.771, 2.181, 1.342, 0.862, 0.555, 0.380, 0.234, 0.113, 0.029),
+    "deepfloyd": (160.41, 8.081, 3.315, 1.885, 1.207, 0.785, 0.553, 0.293, 0.186, 0.030, 0.006),
+    "svd": (700.0, 54.5, 15.886, 7.977, 4.248, 1.789, 0.981, 0.403, 0.173, 0.034, 0.002),
 }
+
+
+def align_your_steps(
+    *,
+    num_steps: int = 10,
+    sigma_min: float | None = None,
+    sigma_max: float | None = None,
+    model: Literal["sd15", "sdxl", "deepfloyd", "svd"] = "sd15",
+) -> Tensor:
+    """The optimised levels of 10 steps (Sabour et al. 2024, Table 3), log-linear between them for other `num_steps`.
+
+    `sigma_min` and `sigma_max` replace the two ends; None keeps the published ones.
+    """
+    levels = torch.tensor(choose("model", model, ALIGN_YOUR_STEPS), dtype=torch.float64)
+    if num_steps != len(levels) - 1:
+        place = torch.arange(len(levels), dtype=torch.float64)
+        ends = float(levels[-1]), float(levels[0])
+        levels = _ends(interpolate(_unit(num_steps) * (len(levels) - 1), place, levels.log()).exp(), *ends)
+    return _ends(
+        levels,
+        float(levels[-1]) if sigma_min is None else sigma_min,
+        float(levels[0]) if sigma_max is None else sigma_max,
+    )

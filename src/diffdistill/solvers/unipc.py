@@ -69,10 +69,11 @@ class UniPC(Multistep):
         history: History,
         correction: Correction | None,
     ) -> Tensor:
+        scale = None if correction is None else correction.scale_dir
         past = self.newest(evaluation, history, self.order_at(interval, history))
         linear = self.form.linear(interval.sigma, interval.sigma_next)
         ratios = self._ratios(linear, past)
-        return self._advance(linear, past, ratios, self._slopes(linear, ratios), correction)
+        return self._advance(linear, past, ratios, self._slopes(linear, ratios), scale)
 
     def _ratios(self, linear: LinearPart, past: list[Evaluation]) -> list[Tensor]:
         """Places of the past evaluations in steps, `(lambda_j - lambda_0) / h`, negative."""
@@ -99,7 +100,7 @@ class UniPC(Multistep):
         points: list[Evaluation],
         ratios: list[Tensor] | list[Tensor | None],
         slopes: list[Tensor],
-        correction: Correction | None,
+        scale: Tensor | None,
     ) -> Tensor:
         """The state after the step from `points[0]`; a ratio of None stands for 1."""
         others = [s if r is None else s / r for s, r in zip(slopes, ratios, strict=True)]
@@ -107,4 +108,4 @@ class UniPC(Multistep):
         for weight in others:
             first = first - weight
         outputs = [self.form.output(point) for point in points]
-        return weighted_sum(points[0].x, linear.keep, linear.weights([first, *others], correction), outputs)
+        return weighted_sum(points[0].x, linear.keep, linear.weights([first, *others], scale), outputs)
