@@ -19,7 +19,9 @@ class ProbabilityFlow:
         denoiser: any callable `(x, sigma, cond) -> x0`.
         cond: the condition handed to the denoiser, such as class labels `[B]`.
         thresholding: applied to every prediction of x0 before use, such as `dynamic_thresholding`.
-        features: called after every evaluation for what is kept with it, such as the output of a bottleneck.
+        features: called after every evaluation for what is kept with it, such as the `FeatureTap` of a bottleneck.
+            Of a larger batch that the denoiser makes of the B samples, the first B rows are kept: under guidance the
+            conditional ones.
 
     Attributes:
         nfe: network evaluations so far; a guided denoiser counts twice.
@@ -48,7 +50,8 @@ class ProbabilityFlow:
         given = sigma if scale_time is None else sigma * scale_time
         self.nfe += self.cost
         denoised = self.denoiser(x, given, self.cond).to(x.dtype)
-        features = self.features() if self.features is not None else None
+        features = None if self.features is None else self.features()
+        features = None if features is None else features[: len(x)]
         return Evaluation(x, sigma, self._threshold(denoised), features)
 
     def analytic(self, x: Tensor, sigma: Tensor) -> Evaluation:

@@ -1,0 +1,23 @@
+"""AMED-Solver and AMED-Plugin (Zhou et al. 2024, Fast ODE-based Sampling for Diffusion Models in Around 5 Steps)."""
+
+from diffdistill.solvers.amed.network import AMEDPredictor
+from diffdistill.solvers.amed.plugin import AMED, AMEDPlugin, MeanDirection
+from diffdistill.solvers.amed.predictors import (
+    FunctionPredictor,
+    LearnedTable,
+    Predictor,
+    Table,
+    TabulatedPredictor,
+)
+
+__all__ = [
+    "AMED",
+    "AMEDPlugin",
+    "AMEDPredictor",
+    "FunctionPredictor",
+    "LearnedTable",
+    "MeanDirection",
+    "Predictor",
+    "Table",
+    "TabulatedPredictor",
+]

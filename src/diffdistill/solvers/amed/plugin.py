@@ -1,0 +1,146 @@
+"""AMED-Plugin and AMED-Solver: learned corrections for the steps of any solver (Zhou et al. 2024, Section 3.3)."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from diffdistill.denoiser import per_sample
+from diffdistill.solvers.amed.predictors import FunctionPredictor, Predictor
+from diffdistill.solvers.base import Correction, Evaluation, History, Interval, Solver
+from diffdistill.solvers.flow import ProbabilityFlow
+
+
+class AMEDPlugin(Solver):
+    """A solver around a solver, which holds no update formula of its own: a predictor corrects each step.
+
+    An inner solver of one stage takes two ordinary steps, which meet at `sigma_next**r * sigma**(1 - r)`; one of two
+    stages takes one step, whose second stage lies there. So each interval costs two evaluations.
+
+    Args:
+        inner: the solver to wrap.
+        predictor: a `Predictor`, or any function `(features, sigma, sigma_next) -> Correction`.
+
+    Raises:
+        TypeError: an inner solver without a free place, such as Heun, or one that is stochastic or learned itself.
+    """
+
+    stages = 2
+
+    def __init__(self, inner: Solver, predictor: Predictor | Callable[..., Correction]) -> None:
+        if (
+            not inner.takes_correction
+            or inner.stochastic
+            or inner.stages not in (1, 2)
+            or isinstance(inner, AMEDPlugin)
+        ):
+            raise TypeError(
+                f"AMEDPlugin cannot wrap {type(inner).__name__}: it needs a deterministic solver of one stage, or one "
+                "of two stages whose second has a free place (dpm2)"
+            )
+        super().__init__(afs=inner.afs)
+        self.inner = inner
+        self.memory = inner.memory
+        self.predictor = predictor if isinstance(predictor, Predictor) else FunctionPredictor(predictor)
+        self.features = self.predictor.features
+
+    def step(
+        self,
+        flow: ProbabilityFlow,
+        x: Tensor,
+        interval: Interval,
+        history: History = (),
+        *,
+        evaluation: Evaluation | None = None,
+        correction: Correction | None = None,
+        noise: Tensor | None = None,
+    ) -> tuple[Tensor, History]:
+        """Take a step of the inner solver as `correction`, by default the predictor's, says; see `Solver.step`."""
+        if evaluation is None:
+            evaluation = self.inner.evaluate(flow, x, interval)
+        if interval.to_zero:
+            return evaluation.denoised, ()
+        if correction is None:
+            correction = self.predict(evaluation, interval)
+        if self.inner.stages == 2:
+            return self.inner.step(flow, x, interval, history, evaluation=evaluation, correction=correction)
+        first, second = interval.split(midpoint(interval, correction))
+        x, history = self.inner.step(
+            flow, x, first, history, evaluation=evaluation, correction=Correction(scale_dir=correction.scale_first)
+        )
+        return self.inner.step(flow, x, second, history, correction=replace(correction, r=None, scale_first=None))
+
+    def predict(self, evaluation: Evaluation, interval: Interval) -> Correction:
+        """The predictor's correction for the step that starts at `evaluation`.
+
+        Raises:
+            ValueError: the predictor needs features, and the network was asked without a tap on its bottleneck.
+        """
+        analytic = self.inner.afs and interval.index == 0
+        if self.features == "required" and evaluation.features is None and not analytic:
+            raise ValueError(
+                "the predictor reads bottleneck features, but this evaluation has none: "
+                "build the flow with features=FeatureTap(denoiser.bottleneck)"
+            )
+        return self.predictor.correction(evaluation.features, interval)
+
+    def update(
+        self,
+        flow: ProbabilityFlow,
+        evaluation: Evaluation,
+        interval: Interval,
+        history: History,
+        correction: Correction | None,
+    ) -> Tensor:
+        return self.step(flow, evaluation.x, interval, history, evaluation=evaluation, correction=correction)[0]
+
+
+def midpoint(interval: Interval, correction: Correction | None) -> Tensor:
+    """`sigma_next**r * sigma**(1 - r)`, with r = 1/2 unless it is given (Zhou et al. 2024, Eq. 9)."""
+    r = 0.5 if correction is None or correction.r is None else correction.r
+    return interval.sigma_next**r * interval.sigma ** (1 - r)
+
+
+class MeanDirection(Solver):
+    """`x_next = x + c (sigma_next - sigma) eps_mid`: the slope at one point in between serves the whole step.
+
+    By the mean value theorem such a point exists where the trajectory is a plane curve (Zhou et al. 2024, Eq. 8 to
+    10). Uncorrected, at the geometric mean of the ends, this is DPM-Solver-2 without its weights for r. Second order.
+    """
+
+    stages = 2
+
+    def update(
+        self,
+        flow: ProbabilityFlow,
+        evaluation: Evaluation,
+        interval: Interval,
+        history: History,
+        correction: Correction | None,
+    ) -> Tensor:
+        x, sigma, sigma_mid = evaluation.x, interval.sigma, midpoint(interval, correction)
+        correction = correction or Correction()
+        to_mid, whole = sigma_mid - sigma, interval.sigma_next - sigma
+        if correction.scale_first is not None:
+            to_mid = to_mid * correction.scale_first
+        if correction.scale_dir is not None:
+            whole = whole * correction.scale_dir
+        x_mid = torch.addcmul(x, per_sample(to_mid, x), evaluation.eps)
+        eps_mid = flow(x_mid, sigma_mid, scale_time=correction.scale_time).eps
+        return torch.addcmul(x, per_sample(whole, x), eps_mid)
+
+
+class AMED(AMEDPlugin):
+    """AMED-Solver: the learned mean direction of each step.
+
+    Args:
+        predictor: as in `AMEDPlugin`.
+        afs: analytical first step, as published.
+    """
+
+    def __init__(self, predictor: Predictor | Callable[..., Correction], *, afs: Any = False) -> None:
+        super().__init__(MeanDirection(afs=afs), predictor)

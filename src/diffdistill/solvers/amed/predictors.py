@@ -1,0 +1,164 @@
+"""Predictors: what a learned solver does differently in one step, as a function of the sample or of the place."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any, ClassVar, Literal
+
+import torch
+from torch import Tensor, nn
+
+from diffdistill.solvers.base import Correction, Interval
+
+Features = Literal["unused", "optional", "required"]
+
+
+class Predictor(nn.Module):
+    """Maps a step to its `Correction`.
+
+    A predictor that looks at the sample defines `forward(features, sigma, sigma_next)`, one that looks at the place in
+    the run overrides `correction`.
+
+    Attributes:
+        features: whether it reads the bottleneck of the network.
+    """
+
+    features: Features = "required"
+
+    def correction(self, features: Tensor | None, interval: Interval) -> Correction:
+        """The correction of the step over `interval`.
+
+        Args:
+            features: the bottleneck's output at the start of the step, `[B, C, h, w]`, or None where the network was
+                not asked (analytical first step).
+            interval: the step to take, of the schedule that the user gave.
+        """
+        return self(features, interval.sigma, interval.sigma_next)
+
+
+class FunctionPredictor(Predictor):
+    """A plain function `(features, sigma, sigma_next) -> Correction` as a predictor."""
+
+    features: Features = "optional"
+
+    def __init__(self, function: Callable[[Tensor | None, Tensor, Tensor], Correction]) -> None:
+        super().__init__()
+        self.function = function
+
+    def forward(self, features: Tensor | None, sigma: Tensor, sigma_next: Tensor) -> Correction:
+        """Call the function."""
+        return self.function(features, sigma, sigma_next)
+
+
+def check_bound(name: str, bound: float) -> float:
+    """Return `bound` if scales in [1 - bound, 1 + bound] are positive; a `ValueError` otherwise."""
+    if isinstance(bound, bool) or not 0 <= bound < 1:
+        raise ValueError(f"{name} bounds a scale to [1 - {name}, 1 + {name}] and must lie in [0, 1), but is {bound!r}")
+    return float(bound)
+
+
+def scale_within(bound: float, logit: Tensor) -> Tensor:
+    """A scale in `[1 - bound, 1 + bound]`, which is 1 at a logit of 0 (Zhou et al. 2024, Section 3.3)."""
+    return 2 * bound * torch.sigmoid(logit) + (1 - bound)
+
+
+class Table(Predictor):
+    """A predictor with one row of numbers per interval."""
+
+    features: Features = "unused"
+    num_intervals: int
+
+    def row(self, index: int, batch: int) -> Correction:
+        """The correction of interval `index`, `[batch]` each."""
+        raise NotImplementedError(f"{type(self).__name__} defines no row(index, batch)")
+
+    def correction(self, features: Tensor | None, interval: Interval) -> Correction:
+        # A schedule that ends at 0 has one interval more, which needs no correction.
+        if interval.total not in (self.num_intervals, self.num_intervals + 1) or interval.index >= self.num_intervals:
+            raise ValueError(
+                f"this predictor has rows for {self.num_intervals} intervals, but the schedule has {interval.total}"
+            )
+        return self.row(interval.index, len(interval.sigma))
+
+
+class TabulatedPredictor(Table):
+    """Fixed corrections, one row per interval of the schedule.
+
+    Args:
+        r, scale_dir, scale_time, scale_first: `[N]`, or `[N, B]` with one column per sample; None for "as published".
+
+    Raises:
+        ValueError: no row at all, tables of different lengths, `r` outside (0, 1), or scales that are not positive.
+    """
+
+    def __init__(
+        self,
+        r: Sequence[Any] | Tensor,
+        *,
+        scale_dir: Sequence[Any] | Tensor | None = None,
+        scale_time: Sequence[Any] | Tensor | None = None,
+        scale_first: Sequence[Any] | Tensor | None = None,
+    ) -> None:
+        super().__init__()
+        given = {"r": r, "scale_dir": scale_dir, "scale_time": scale_time, "scale_first": scale_first}
+        self.num_intervals = len(r)
+        for name, values in given.items():
+            table = None if values is None else torch.as_tensor(values, dtype=torch.float64)
+            if table is not None:
+                if table.ndim not in (1, 2) or len(table) != self.num_intervals or not len(table):
+                    raise ValueError(
+                        f"the table {name} must have the shape [N] or [N, B] with N = {self.num_intervals} > 0, "
+                        f"but has shape {list(table.shape)}"
+                    )
+                highest = 1.0 if name == "r" else float("inf")
+                if not ((table > 0) & (table < highest)).all():
+                    raise ValueError(f"the table {name} must lie between 0 and {highest}, but is {table.tolist()}")
+            self.register_buffer(name, table)
+
+    def row(self, index: int, batch: int) -> Correction:
+        """The correction of interval `index`; a row of a single number serves all samples."""
+        values = {}
+        for name, table in self.named_buffers():
+            row = table[index]
+            if row.ndim == 1 and len(row) != batch:
+                raise ValueError(f"the table {name} has columns for {len(row)} samples, but the batch has {batch}")
+            values[name] = row.expand(batch)
+        return Correction(**values)
+
+
+class LearnedTable(Table):
+    """Learned numbers per interval, the same for all samples: the simplest predictor there is.
+
+    It starts neutral: `r = 1/2` and all scales 1.
+
+    Args:
+        num_intervals: N.
+        scale_dir, scale_time, scale_first: bounds b; scales lie in [1 - b, 1 + b]; 0 leaves the scale out.
+
+    Raises:
+        ValueError: a bound outside [0, 1), or no interval.
+    """
+
+    SCALES: ClassVar = ("scale_dir", "scale_time", "scale_first")
+
+    def __init__(
+        self, num_intervals: int, *, scale_dir: float = 0.01, scale_time: float = 0.2, scale_first: float = 0.0
+    ) -> None:
+        super().__init__()
+        if isinstance(num_intervals, bool) or num_intervals < 1:
+            raise ValueError(f"num_intervals must be at least 1, but is {num_intervals!r}")
+        self.num_intervals = num_intervals
+        given = (scale_dir, scale_time, scale_first)
+        self.bounds = {name: check_bound(name, bound) for name, bound in zip(self.SCALES, given, strict=True)}
+        self.logit_r = nn.Parameter(torch.zeros(num_intervals))
+        for name, bound in self.bounds.items():
+            self.register_parameter(f"logit_{name}", nn.Parameter(torch.zeros(num_intervals)) if bound else None)
+
+    def row(self, index: int, batch: int) -> Correction:
+        """The correction of interval `index`, the same for all samples."""
+        scales = {
+            name: scale_within(bound, self.get_parameter(f"logit_{name}")[index].double()).expand(batch)
+            for name, bound in self.bounds.items()
+            if bound
+        }
+        return Correction(r=torch.sigmoid(self.logit_r[index].double()).expand(batch), **scales)
