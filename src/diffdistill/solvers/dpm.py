@@ -49,8 +49,7 @@ class DPM2(Solver):
         x, start = evaluation.x, self.form.output(evaluation)
         sigma_mid = _level(interval, r)
         linear = self.form.linear(interval.sigma, sigma_mid)
-        to_mid = Correction(scale_dir=learned.scale_first)
-        x_mid = weighted_sum(x, linear.keep, linear.weights(linear.psi(1), to_mid), [start])
+        x_mid = weighted_sum(x, linear.keep, linear.weights(linear.psi(1), learned.scale_first), [start])
         middle = self.form.output(flow(x_mid, sigma_mid, scale_time=learned.scale_time))
 
         linear = self.form.linear(interval.sigma, interval.sigma_next)

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from typing import Literal
 
 import torch
 from torch import Tensor
 
 from diffdistill.noise_levels import interpolate, scaled_linear_table
+from diffdistill.registry import choose
 
 
 def check_sigmas(sigmas: Tensor) -> Tensor:
