@@ -44,15 +44,15 @@ SHAPES: dict[str, Callable[[Array, Array], Array]] = {
     "circle": _disc,
     "ring": lambda u, v: np.abs(_disc(u, v, 0.75)) - 0.25,
     "crescent": lambda u, v: np.maximum(_disc(u, v), -_disc(u - 0.5, v, 0.8)),
-    "half_disc": lambda u, v: np.maximum(_disc(u, v - 0.4), 0.4 - v),
+    "half_disc": lambda u, v: np.maximum(_disc(u, v + 0.4, 0.9), -0.4 - v),
     "triangle": lambda u, v: _half_planes(u, v, 3, 0.5).max(axis=0),
-    "square": lambda u, v: _box(u, v, 0.75, 0.75),
-    "frame": lambda u, v: np.maximum(_box(u, v, 0.75, 0.75), -_box(u, v, 0.42, 0.42)),
-    "bar": lambda u, v: _box(u, v, 1.0, 0.3),
-    "cross": lambda u, v: np.minimum(_box(u, v, 1.0, 0.3), _box(u, v, 0.3, 1.0)),
+    "square": lambda u, v: _box(u, v, 0.7, 0.7),
+    "frame": lambda u, v: np.maximum(_box(u, v, 0.7, 0.7), -_box(u, v, 0.4, 0.4)),
+    "bar": lambda u, v: _box(u, v, 0.95, 0.3),
+    "cross": lambda u, v: np.minimum(_box(u, v, 0.95, 0.3), _box(u, v, 0.3, 0.95)),
     "star": _star,
 }
-"""Signed distance of each class, negative inside, in a frame where the shape has radius 1; labels follow this order."""
+"""Signed distance of each class in label order, negative inside; each shape lies in the unit disc of its frame."""
 
 
 class Shapes(ImageData):
