@@ -12,9 +12,9 @@ from torch import Tensor, nn
 from diffdistill.models.layers import (
     BlockStyle,
     Conv2d,
+    GroupNorm,
     Init,
     UNetBlock,
-    group_norm,
     guidance_embedding,
     linear,
     positional_embedding,
@@ -101,7 +101,7 @@ class DhariwalUNet(nn.Module):
                 before, channels = channels + skips.pop(), model_channels * mult
                 block = UNetBlock(before, channels, style, attention=res in attn_resolutions)
                 self.dec[f"{res}x{res}_block{i}"] = block
-        self.out_norm = group_norm(channels)
+        self.out_norm = GroupNorm(channels)
         self.out_conv = Conv2d(channels, img_channels if out_channels is None else out_channels, 3, zero)
 
     @property

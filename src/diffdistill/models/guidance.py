@@ -77,8 +77,8 @@ class GuidanceConditioned(_Guided):
 
     def forward(self, x: Tensor, sigma: Tensor, cond: Any = None) -> Tensor:
         """Denoise `x: [B, ...]` at `sigma: [B]` under `cond`."""
-        given = torch.as_tensor(self.w, dtype=torch.float32, device=x.device)
-        return self.denoiser(x, sigma, cond, w=given.expand(len(x)))
+        w = self.w if isinstance(self.w, Tensor) else torch.full((len(x),), float(self.w))
+        return self.denoiser(x, sigma, cond, w=w.to(x.device))
 
 
 def guided(denoiser: Callable[..., Tensor], w: float | Tensor) -> Denoiser:

@@ -42,9 +42,18 @@ def linear(in_features: int, out_features: int, init: Init, *, bias: bool = True
     return layer
 
 
-def group_norm(channels: int, *, eps: float = 1e-5) -> nn.GroupNorm:
-    """Group normalisation with up to 32 groups of at least 4 channels."""
-    return nn.GroupNorm(min(32, channels // 4), channels, eps)
+class GroupNorm(nn.GroupNorm):
+    """Group normalisation with up to 32 groups of at least 4 channels, computed in float32 or finer."""
+
+    def __init__(self, channels: int, *, eps: float = 1e-5) -> None:
+        super().__init__(min(32, channels // 4), channels, eps)
+
+    def forward(self, input: Tensor) -> Tensor:
+        if input.dtype.itemsize >= 4:
+            return super().forward(input)
+        # Exact sums, and three times faster than torch's own bf16 kernel for channels_last on a CPU.
+        weight, bias = self.weight.float(), self.bias.float()
+        return F.group_norm(input.float(), self.num_groups, weight, bias, self.eps).to(input.dtype)
 
 
 class Conv2d(nn.Module):
@@ -164,17 +173,17 @@ class UNetBlock(nn.Module):
         self.num_heads = (out_channels // 64 if style.num_heads is None else style.num_heads) if attention else 0
 
         how: dict[str, Any] = {"resample": resample, "resample_filter": style.resample_filter}
-        self.norm0 = group_norm(in_channels, eps=style.eps)
+        self.norm0 = GroupNorm(in_channels, eps=style.eps)
         self.conv0 = Conv2d(in_channels, out_channels, 3, style.init, **how)
         self.affine = linear(style.emb_channels, out_channels * (2 if style.adaptive_scale else 1), style.init)
-        self.norm1 = group_norm(out_channels, eps=style.eps)
+        self.norm1 = GroupNorm(out_channels, eps=style.eps)
         self.conv1 = Conv2d(out_channels, out_channels, 3, style.init_zero)
         self.skip = None
         if in_channels != out_channels or resample:
             kernel = 1 if style.resample_proj or in_channels != out_channels else 0
             self.skip = Conv2d(in_channels, out_channels, kernel, style.init, **how)
         if self.num_heads:
-            self.norm2 = group_norm(out_channels, eps=style.eps)
+            self.norm2 = GroupNorm(out_channels, eps=style.eps)
             self.qkv = Conv2d(out_channels, 3 * out_channels, 1, style.init_attn)
             self.proj = Conv2d(out_channels, out_channels, 1, style.init_zero)
 

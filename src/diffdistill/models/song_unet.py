@@ -13,10 +13,10 @@ from torch import Tensor, nn
 from diffdistill.models.layers import (
     BlockStyle,
     Conv2d,
+    GroupNorm,
     Init,
     UNetBlock,
     fourier_embedding,
-    group_norm,
     guidance_embedding,
     linear,
     positional_embedding,
@@ -155,7 +155,7 @@ class SongUNet(nn.Module):
                 if kind == "skip" and level < lowest:
                     how: dict[str, Any] = {"resample": "up", "resample_filter": style.resample_filter}
                     dec[f"{res}x{res}_aux_up"] = Conv2d(out_channels, out_channels, 0, **how)
-                dec[f"{res}x{res}_aux_norm"] = group_norm(channels, eps=1e-6)
+                dec[f"{res}x{res}_aux_norm"] = GroupNorm(channels, eps=1e-6)
                 dec[f"{res}x{res}_aux_conv"] = Conv2d(channels, out_channels, 3, style.init_zero)
         return dec
 
