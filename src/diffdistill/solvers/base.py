@@ -35,6 +35,10 @@ class Evaluation:
         """The noise that the denoiser sees in `x`: the slope of the ODE."""
         return (self.x - self.denoised) / per_sample(self.sigma, self.x)
 
+    @cached_property
+    def log_sigma(self) -> Tensor:
+        return self.sigma.log()
+
     def moved(self, x: Tensor, keeping: Literal["denoised", "eps"]) -> Evaluation:
         """The same answer for another state `x` at the same level; `keeping` says which form of it stays as it is."""
         if keeping == "denoised":
@@ -89,10 +93,20 @@ History = tuple[Evaluation, ...]
 """Past evaluations, the newest last."""
 
 
-def weighted_sum(x: Tensor, keep: Tensor | None, weights: Sequence[Tensor], terms: Sequence[Tensor]) -> Tensor:
-    """`keep * x + sum_j weights_j * terms_j`, with `[B]` weights and a `keep` of None for 1."""
+def weighted_sum(
+    x: Tensor,
+    keep: Tensor | None,
+    weights: Sequence[Tensor],
+    terms: Sequence[Tensor],
+    *,
+    scale: Tensor | float | None = None,
+) -> Tensor:
+    """`keep * x + scale * sum_j weights_j * terms_j`, with factors `[B]`; None stands for 1."""
+    stacked = torch.stack(tuple(weights))
+    if scale is not None:
+        stacked = stacked * scale
     total = x if keep is None else per_sample(keep, x) * x
-    for weight, term in zip(weights, terms, strict=True):
+    for weight, term in zip(stacked.to(x.dtype).unbind(), terms, strict=True):
         total = torch.addcmul(total, per_sample(weight, x), term)
     return total
 

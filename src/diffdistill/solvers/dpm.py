@@ -6,7 +6,7 @@ from typing import ClassVar
 
 from torch import Tensor
 
-from diffdistill.solvers.base import Correction, Evaluation, History, Interval, Solver, weighted_sum
+from diffdistill.solvers.base import Correction, Evaluation, History, Interval, Solver
 from diffdistill.solvers.exponential import FORMS, Form
 from diffdistill.solvers.flow import ProbabilityFlow
 
@@ -49,13 +49,13 @@ class DPM2(Solver):
         x, start = evaluation.x, self.form.output(evaluation)
         sigma_mid = _level(interval, r)
         linear = self.form.linear(interval.sigma, sigma_mid)
-        x_mid = weighted_sum(x, linear.keep, linear.weights(linear.psi(1), learned.scale_first), [start])
+        x_mid = linear.advance(x, linear.psi(1), [start], learned.scale_first)
         middle = self.form.output(flow(x_mid, sigma_mid, scale_time=learned.scale_time))
 
         linear = self.form.linear(interval.sigma, interval.sigma_next)
         (psi,) = linear.psi(1)
         slope = psi * (0.5 / r)
-        return weighted_sum(x, linear.keep, linear.weights([psi - slope, slope], learned.scale_dir), [start, middle])
+        return linear.advance(x, [psi - slope, slope], [start, middle], learned.scale_dir)
 
 
 class DPMpp2S(DPM2):
@@ -96,7 +96,7 @@ class DPM3(Solver):
         linear = self.form.linear(sigma, sigma_next)
         psi = linear.psi(len(outputs))
         weights = psi if len(outputs) == 1 else [psi[0] - stretch * psi[1], stretch * psi[1]]
-        return weighted_sum(x, linear.keep, linear.weights(weights), outputs)
+        return linear.advance(x, weights, outputs)
 
 
 class DPMpp3S(DPM3):

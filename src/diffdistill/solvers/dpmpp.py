@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-from itertools import pairwise
 from typing import ClassVar, Literal
 
 from torch import Tensor
 
 from diffdistill.registry import choose
-from diffdistill.solvers.base import Correction, Evaluation, History, Interval, weighted_sum
+from diffdistill.solvers.base import Correction, Evaluation, History, Interval
 from diffdistill.solvers.exponential import choose_form
 from diffdistill.solvers.flow import ProbabilityFlow
 from diffdistill.solvers.multistep import Multistep
@@ -57,13 +56,14 @@ class DPMpp(Multistep):
         psi = linear.psi(1 if order == 2 else order)
         weights = [psi[0]]
         if order > 1:
-            steps = [self.form.linear(old.sigma, new.sigma).h for new, old in pairwise(past)]
-            r0 = steps[0] / linear.h
+            levels = [e.log_sigma for e in past]
+            length = abs(linear.h)
+            r0 = (levels[1] - levels[0]) / length
             if order == 2:
                 slope = 0.5 * psi[0] / r0
                 weights = [psi[0] + slope, -slope]
             else:
-                r1 = steps[1] / linear.h
+                r1 = (levels[2] - levels[1]) / length
                 total = r0 + r1
                 # f^(1) = d0 + r0 * second, f^(2) = c * second, second = (d0 - d1) / (r0 + r1), d0 and d1 differences
                 second = (psi[1] * r0 + self.second_derivative * psi[2]) / total
@@ -71,4 +71,4 @@ class DPMpp(Multistep):
                 weights = [psi[0] + d0, -d0 - d1, d1]
         scale = None if correction is None else correction.scale_dir
         outputs = [self.form.output(e) for e in past]
-        return weighted_sum(evaluation.x, linear.keep, linear.weights(weights, scale), outputs)
+        return linear.advance(evaluation.x, weights, outputs, scale)

@@ -3,7 +3,7 @@
 With `lambda = -log sigma` the flow is linear in x up to the network's answer, so that (Lu et al. 2022, DPM-Solver,
 Eq. 3.4, and DPM-Solver++, Eq. 9, for a variance-exploding process)
 
-    x_next = keep * x - gain * sum_k psi_{k+1}(h) f^(k),    psi_1(h) = e^h - 1,  psi_{k+1} = psi_k / h - 1 / k!
+    x_next = keep * x + gain * sum_k psi_{k+1}(h) f^(k),    psi_1(h) = e^h - 1,  psi_{k+1} = psi_k / h - 1 / k!
 
 where `f^(k)` is the k-th derivative of the network's answer f over the step, whose length counts as 1.
 """
@@ -18,15 +18,15 @@ import torch
 from torch import Tensor
 
 from diffdistill.registry import choose
-from diffdistill.solvers.base import Evaluation
+from diffdistill.solvers.base import Evaluation, weighted_sum
 
 
 @dataclass(frozen=True, eq=False)
 class LinearPart:
-    """`keep`, `gain` and the signed step `h`, `[B]` each; None stands for 1."""
+    """`keep`, `gain` and the signed step `h`, numbers or `[B]`; a `keep` of None stands for 1."""
 
     keep: Tensor | None
-    gain: Tensor | None
+    gain: Tensor | float
     h: Tensor
 
     def psi(self, count: int) -> list[Tensor]:
@@ -36,11 +36,9 @@ class LinearPart:
             values.append(values[-1] / self.h - 1 / factorial(k))
         return values
 
-    def weights(self, of_outputs: list[Tensor], scale: Tensor | None = None) -> list[Tensor]:
-        """What multiplies the network's answers in x_next, with a learned `scale: [B]` of all of them."""
-        if self.gain is not None:
-            scale = self.gain if scale is None else self.gain * scale
-        return [-w if scale is None else -w * scale for w in of_outputs]
+    def advance(self, x: Tensor, weights: list[Tensor], outputs: list[Tensor], scale: Tensor | None = None) -> Tensor:
+        """`keep * x + gain * scale * sum_j weights_j * outputs_j`, with a learned `scale: [B]`, or None for 1."""
+        return weighted_sum(x, self.keep, weights, outputs, scale=self.gain if scale is None else self.gain * scale)
 
 
 @dataclass(frozen=True)
@@ -53,11 +51,11 @@ class Form:
 
 def _data_form(sigma: Tensor, sigma_next: Tensor) -> LinearPart:
     ratio = sigma_next / sigma
-    return LinearPart(ratio, None, ratio.log())
+    return LinearPart(ratio, -1.0, ratio.log())
 
 
 def _noise_form(sigma: Tensor, sigma_next: Tensor) -> LinearPart:
-    return LinearPart(None, sigma_next, (sigma / sigma_next).log())
+    return LinearPart(None, -sigma_next, (sigma / sigma_next).log())
 
 
 FORMS = {

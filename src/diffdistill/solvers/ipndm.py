@@ -42,9 +42,8 @@ class IPNDM(Multistep):
         h = interval.sigma_next - interval.sigma
         if correction is not None and correction.scale_dir is not None:
             h = h * correction.scale_dir
-        order = self.order_at(interval, history)
-        past = self.newest(evaluation, history, order)
-        weights = [h * coefficient for coefficient in ADAMS_BASHFORTH[order]]
+        past = self.newest(evaluation, history, self.order_at(interval, history))
+        weights = [h * coefficient for coefficient in ADAMS_BASHFORTH[len(past)]]
         return weighted_sum(evaluation.x, None, weights, [e.eps for e in past])
 
 
@@ -69,7 +68,7 @@ class IPNDMV(IPNDM):
         weights = _coefficients(h, steps)
         if correction is not None and correction.scale_dir is not None:
             h = h * correction.scale_dir
-        return weighted_sum(evaluation.x, None, [h * w for w in weights], [e.eps for e in past])
+        return weighted_sum(evaluation.x, None, weights, [e.eps for e in past], scale=h)
 
 
 def _coefficients(h: Tensor, steps: list[Tensor]) -> list[Tensor]:

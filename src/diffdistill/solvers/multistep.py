@@ -1,11 +1,8 @@
-"""What linear multistep solvers share: how many past evaluations a step may use, and Adams weights."""
+"""What multistep solvers share: which past evaluations a step may use."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import ClassVar
-
-from torch import Tensor
 
 from diffdistill.solvers.base import Evaluation, History, Interval, Solver
 
@@ -41,27 +38,3 @@ class Multistep(Solver):
     def newest(evaluation: Evaluation, history: History, count: int) -> list[Evaluation]:
         """The `count` newest evaluations, the current one first."""
         return [evaluation, *history[:-count:-1]]
-
-
-def adams_weights(nodes: Sequence[Tensor], moments: Sequence[Tensor]) -> list[Tensor]:
-    """Weights `w_j: [B]` with which `sum_j w_j f(t_j)` integrates the polynomial through the values at the nodes.
-
-    Newton's divided differences (Hairer, Norsett and Wanner, Solving ODEs I, Section III.5).
-
-    Args:
-        nodes: `t_0 .. t_{p-1}`, `[B]` each.
-        moments: integrals of `1`, `t - t_0`, `(t - t_0)(t - t_1)`, ..., as many as nodes.
-    """
-    weights = [moments[0]]
-    # scales[j] = 1 / prod_{m <= k, m != j} (t_j - t_m), the weight of f(t_j) in the k-th divided difference
-    scales: list[Tensor] = []
-    for k in range(1, len(nodes)):
-        gaps = [node - nodes[k] for node in nodes[:k]]
-        newest = -gaps[0]
-        for gap in gaps[1:]:
-            newest = newest * -gap
-        scales = [s / gap for s, gap in zip(scales, gaps, strict=True)] if scales else [1 / gaps[0]]
-        scales.append(1 / newest)
-        weights = [w + moments[k] * s for w, s in zip(weights, scales, strict=False)]
-        weights.append(moments[k] * scales[-1])
-    return weights

@@ -3,19 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from math import factorial
 from typing import ClassVar, Literal
 
 import torch
 from torch import Tensor
 
 from diffdistill.registry import choose
-from diffdistill.solvers.base import Correction, Evaluation, History, Interval, weighted_sum
+from diffdistill.solvers.base import Correction, Evaluation, History, Interval
 from diffdistill.solvers.exponential import LinearPart, choose_form
 from diffdistill.solvers.flow import ProbabilityFlow
 from diffdistill.solvers.multistep import Multistep
 
-# B(h) of Section 3.1. It matters only where one unknown is set to 1/2; in the solved systems it cancels.
+# B(h) of Section 3.1. It matters where a lone rho is set to 1/2; where several rho solve Eq. 5 it cancels. Their
+# Vandermonde matrix is inverted by hand below, with the right side c_k = k! psi_{k+1}.
 VARIANTS: dict[str, Callable[[Tensor], Tensor]] = {"bh1": lambda h: h, "bh2": torch.expm1}
 
 
@@ -56,10 +56,9 @@ class UniPC(Multistep):
         previous = history[-1]
         past = self.newest(previous, history[:-1], self.order_at(interval, history, back=1))
         linear = self.form.linear(previous.sigma, evaluation.sigma)
-        ratios = self._ratios(linear, past)
-        slopes = self._slopes(linear, [*ratios, torch.ones_like(linear.h)])
-        x = self._advance(linear, [*past, evaluation], [*ratios, None], slopes, None)
-        return evaluation.moved(x, self.keeping)
+        weights = self._corrector_weights(linear, self._ratios(linear, past))
+        outputs = [self.form.output(e) for e in (*past, evaluation)]
+        return evaluation.moved(linear.advance(previous.x, weights, outputs), self.keeping)
 
     def update(
         self,
@@ -72,40 +71,50 @@ class UniPC(Multistep):
         scale = None if correction is None else correction.scale_dir
         past = self.newest(evaluation, history, self.order_at(interval, history))
         linear = self.form.linear(interval.sigma, interval.sigma_next)
-        ratios = self._ratios(linear, past)
-        return self._advance(linear, past, ratios, self._slopes(linear, ratios), scale)
+        weights = self._predictor_weights(linear, self._ratios(linear, past))
+        return linear.advance(evaluation.x, weights, [self.form.output(e) for e in past], scale)
 
-    def _ratios(self, linear: LinearPart, past: list[Evaluation]) -> list[Tensor]:
+    @staticmethod
+    def _ratios(linear: LinearPart, past: list[Evaluation]) -> list[Tensor]:
         """Places of the past evaluations in steps, `(lambda_j - lambda_0) / h`, negative."""
-        return [self.form.linear(past[0].sigma, old.sigma).h / linear.h for old in past[1:]]
+        if len(past) == 1:
+            return []
+        backward = -abs(linear.h)
+        return [(e.log_sigma - past[0].log_sigma) / backward for e in past[1:]]
 
-    def _slopes(self, linear: LinearPart, ratios: list[Tensor]) -> list[Tensor]:
-        """`B(h) rho_j`: what multiplies `(f_j - f_0) / ratio_j` (Eq. 5), by the inverse of a Vandermonde matrix."""
-        if len(ratios) < 2:
-            return [0.5 * self.variant(linear.h)] * len(ratios)
-        right = [psi * factorial(k) for k, psi in enumerate(linear.psi(len(ratios) + 1))][1:]
-        slopes = []
-        for j, node in enumerate(ratios):
-            others = [other for k, other in enumerate(ratios) if k != j]
-            if len(others) == 1:
-                slopes.append((right[1] - others[0] * right[0]) / (node - others[0]))
-            else:
-                a, b = others
-                slopes.append((right[2] - (a + b) * right[1] + a * b * right[0]) / ((node - a) * (node - b)))
-        return slopes
+    def _predictor_weights(self, linear: LinearPart, ratios: list[Tensor]) -> list[Tensor]:
+        """Weights of `f_0, f_1, ...`: B(h) rho_j / ratio_j for all but the first (Algorithm 2, Eq. 5)."""
+        if not ratios:
+            return linear.psi(1)
+        if len(ratios) == 1:
+            (psi,) = linear.psi(1)
+            slope = 0.5 * self.variant(linear.h) / ratios[0]
+            return [psi - slope, slope]
+        a, b = ratios
+        psi, c1, c2 = linear.psi(3)
+        c2 = 2 * c2
+        gap = a - b
+        first, second = (c2 - b * c1) / (gap * a), (a * c1 - c2) / (gap * b)
+        return [psi - first - second, first, second]
 
-    def _advance(
-        self,
-        linear: LinearPart,
-        points: list[Evaluation],
-        ratios: list[Tensor] | list[Tensor | None],
-        slopes: list[Tensor],
-        scale: Tensor | None,
-    ) -> Tensor:
-        """The state after the step from `points[0]`; a ratio of None stands for 1."""
-        others = [s if r is None else s / r for s, r in zip(slopes, ratios, strict=True)]
-        first = torch.expm1(linear.h)
-        for weight in others:
-            first = first - weight
-        outputs = [self.form.output(point) for point in points]
-        return weighted_sum(points[0].x, linear.keep, linear.weights([first, *others], scale), outputs)
+    def _corrector_weights(self, linear: LinearPart, ratios: list[Tensor]) -> list[Tensor]:
+        """Weights of `f_0, f_1, ...` and of the new evaluation, whose ratio is 1 (Algorithm 1, Eq. 5)."""
+        if not ratios:
+            (psi,) = linear.psi(1)
+            new = 0.5 * self.variant(linear.h)
+            return [psi - new, new]
+        a = ratios[0]
+        if len(ratios) == 1:
+            psi, c1, c2 = linear.psi(3)
+            c2 = 2 * c2
+            gap = a - 1
+            first, new = (c2 - c1) / (gap * a), (a * c1 - c2) / gap
+            return [psi - first - new, first, new]
+        b = ratios[1]
+        psi, c1, c2, c3 = linear.psi(4)
+        c2, c3 = 2 * c2, 6 * c3
+        low, high, gap, a_1, b_1 = c2 - c1, c3 - c2, a - b, a - 1, b - 1
+        first = (high - b * low) / (gap * a_1 * a)
+        second = (a * low - high) / (gap * b_1 * b)
+        new = (c3 - (a + b) * c2 + a * b * c1) / (a_1 * b_1)
+        return [psi - first - second - new, first, second, new]
