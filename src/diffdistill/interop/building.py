@@ -1,0 +1,137 @@
+"""From a foreign state to a denoiser of ours, strictly, and with no allocation that the file does not account for."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from diffdistill.denoiser import Denoiser
+from diffdistill.interop.checkpoints import Checkpoint
+from diffdistill.interop.records import ForeignFileError, Record
+from diffdistill.interop.tensors import ArrayRecord, TensorRecord
+from diffdistill.models.files import build_denoiser, load_state
+from diffdistill.models.network import NetworkDenoiser
+
+_MAX_CHANNELS = 2**16
+_MAX_BLOCKS = 512
+
+
+@dataclass(frozen=True)
+class Found:
+    """What a foreign file turned out to be.
+
+    Attributes:
+        kind: "edm", "adm", "consistency", "ldm", "classifier" or "amed-predictor".
+        denoiser: the model, or None where the file holds a classifier or a predictor.
+        description: one sentence for people.
+        other: the classifier, or the predictor.
+        settings: what else the file says, such as the settings that a predictor was trained for.
+    """
+
+    kind: str
+    denoiser: Denoiser | None
+    description: str
+    other: nn.Module | None = None
+    settings: Mapping[str, Any] = field(default_factory=dict)
+
+
+def module_state(record: Record) -> dict[str, TensorRecord | ArrayRecord]:
+    """Parameters and buffers of a module's record and all those within it, by their names in a state dict.
+
+    Raises:
+        ForeignFileError: something else stands where a parameter or a module should.
+    """
+    state: dict[str, TensorRecord | ArrayRecord] = {}
+    seen: set[int] = set()
+
+    def collect(module: Any, prefix: str, depth: int) -> None:
+        if not isinstance(module, Record) or depth > 32 or id(module) in seen:
+            raise ForeignFileError(f"{prefix[:80] or 'the root'} is not a module, or is nested in itself")
+        seen.add(id(module))
+        for part in ("_parameters", "_buffers", "_modules"):
+            children = module.state.get(part, {})
+            if not isinstance(children, dict):
+                raise ForeignFileError(f"{part} of {prefix[:80] or 'the root'} is damaged")
+            for name, child in children.items():
+                if child is None:
+                    continue
+                if part == "_modules":
+                    collect(child, f"{prefix}{name}.", depth + 1)
+                elif isinstance(child, (TensorRecord, ArrayRecord)):
+                    state[f"{prefix}{name}"] = child
+                else:
+                    raise ForeignFileError(f"{prefix[:80]}{name} is not a tensor")
+
+    collect(record, "", 0)
+    return state
+
+
+def whole(value: Any, name: str, *, low: int = 0, high: int = _MAX_CHANNELS) -> int:
+    """A whole number of an architecture, within bounds.
+
+    Raises:
+        ForeignFileError: it is none, or is out of bounds.
+    """
+    if type(value) is not int or not low <= value <= high:
+        raise ForeignFileError(f"{name} is {str(value)[:40]}: expected a whole number from {low} to {high}")
+    return value
+
+
+def real(value: Any, name: str, *, positive: bool = False) -> float:
+    """A finite number.
+
+    Raises:
+        ForeignFileError: it is none.
+    """
+    if type(value) not in (int, float) or not abs(value) < 1e30 or (positive and value <= 0):
+        raise ForeignFileError(f"{name} is {str(value)[:40]}: expected a {'positive ' * positive}number")
+    return float(value)
+
+
+def check_size(levels: int, blocks: int) -> None:
+    """Refuse an architecture of more blocks than any published one has, before it is built."""
+    if levels < 1 or levels * blocks > _MAX_BLOCKS:
+        raise ForeignFileError(f"an architecture of {levels} levels with {blocks} blocks each is refused")
+
+
+def build_strictly(config: Mapping[str, Any], records: Mapping[str, Any], checkpoint: Checkpoint) -> NetworkDenoiser:
+    """Build the denoiser of `config` and copy `records` into it, in float32.
+
+    Raises:
+        ForeignFileError: the config is invalid, or the state belongs to another architecture.
+    """
+    try:
+        # A network without memory first: a damaged size must not allocate.
+        with torch.device("meta"):
+            skeleton = build_denoiser({**config, "preconditioning": {"name": "edm"}})
+            shapes = {name: torch.empty(_shape(record)) for name, record in records.items()}
+        load_state(skeleton, shapes, source="the file")
+        state = checkpoint.tensors(records)
+        denoiser = build_denoiser(config)
+        load_state(denoiser, state, source="the file")
+    except ForeignFileError:
+        raise
+    except (ValueError, TypeError, ArithmeticError, RuntimeError, LookupError) as error:
+        raise ForeignFileError(str(error).partition("\n")[0]) from None
+    return denoiser.eval()
+
+
+def _shape(record: Any) -> tuple[int, ...]:
+    return record.size if isinstance(record, TensorRecord) else record.shape
+
+
+def load_strictly(module: nn.Module, records: Mapping[str, Any], checkpoint: Checkpoint) -> None:
+    """Copy `records` into a module that is small, or whose size was checked.
+
+    Raises:
+        ForeignFileError: the state belongs to another architecture.
+    """
+    state: dict[str, Tensor] = checkpoint.tensors(records)
+    try:
+        load_state(module, state, source="the file")
+    except (ValueError, RuntimeError) as error:
+        raise ForeignFileError(str(error).partition("\n")[0]) from None

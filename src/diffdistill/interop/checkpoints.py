@@ -1,0 +1,203 @@
+"""The containers of checkpoints: plain pickles, and the two formats of `torch.save`, read without torch's unpickler."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import struct
+import zipfile
+import zlib
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from torch import Tensor
+
+from diffdistill.interop.pickles import Machine
+from diffdistill.interop.records import AllowList, Budget, ForeignFileError, Name
+from diffdistill.interop.tensors import ALLOWED, CALLS, STORAGES, ArrayRecord, Raw, Storage, TensorRecord
+
+_MAGIC = 0x1950A86A20F9469CFC6C
+_PROTOCOL = 1001
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """What a file holds, as plain values and records.
+
+    Attributes:
+        root: the pickled value.
+        nbytes: size of the file; nothing taken from it may be larger in all.
+    """
+
+    root: Any
+    nbytes: int
+
+    def tensors(self, records: Mapping[str, Any]) -> dict[str, Tensor]:
+        """The tensors of a state dict.
+
+        Raises:
+            ForeignFileError: an entry is not a tensor, or the tensors together are larger than the file.
+        """
+        wrong = next(
+            (name for name, value in records.items() if not isinstance(value, (TensorRecord, ArrayRecord))), None
+        )
+        if wrong is not None:
+            raise ForeignFileError(f"entry {str(wrong)[:80]!r} of the state is not a tensor")
+        if sum(value.nbytes for value in records.values()) > self.nbytes:
+            raise ForeignFileError("the tensors of the state are larger than the file: they repeat the same data")
+        return {name: value.tensor() for name, value in records.items()}
+
+
+@contextlib.contextmanager
+def open_checkpoint(path: str | os.PathLike[str]) -> Iterator[Checkpoint]:
+    """Open a pickle or a file of `torch.save`; its tensors can be read until the block ends. Nothing is executed.
+
+    Raises:
+        UnsafePickleError: it names something outside the allow-list.
+        ForeignFileError: it is truncated, damaged, or of another format.
+    """
+    path = Path(path)
+    try:
+        with contextlib.ExitStack() as stack:
+            with open(path, "rb") as file:
+                is_zip = file.read(4) == b"PK\x03\x04"
+            size = path.stat().st_size
+            if is_zip:
+                root = _read_zip(stack.enter_context(zipfile.ZipFile(path)), size)
+            else:
+                root = read_stream(path.read_bytes())
+            yield Checkpoint(root, size)
+    except (zipfile.BadZipFile, zlib.error, NotImplementedError, EOFError, struct.error) as error:
+        raise ForeignFileError(f"{path} is damaged: {error}") from None
+    except ForeignFileError as error:
+        if str(path) in str(error):
+            raise
+        raise type(error)(f"{path}: {error}") from None
+
+
+def read_stream(data: Raw, *, nesting: int = 0, budget: Budget | None = None) -> Any:
+    """Read a plain pickle, or the older format of `torch.save`: a stream of pickles, then the numbers."""
+    storages: dict[str, Storage] = {}
+    machine = Machine(data, FULL, budget=budget, nesting=nesting)
+    root = machine.load()
+    if type(root) is not int or root != _MAGIC:
+        return root
+    if machine.load() != _PROTOCOL:
+        raise ForeignFileError("unknown version of the format of torch.save")
+    system = machine.load()
+    if not isinstance(system, dict) or system.get("little_endian") is not True:
+        raise ForeignFileError("the file was written on a big-endian machine")
+    machine.persistent = lambda identity: _storage(identity, storages)
+    root = machine.load()
+    machine.persistent = None
+    keys = machine.load()
+    if not isinstance(keys, list) or not all(isinstance(key, str) and key in storages for key in keys):
+        raise ForeignFileError("the file lists storages that it does not use")
+    for key in keys:
+        storage = storages[key]
+        numel = machine.number("<q")
+        if numel != storage.numel:
+            raise ForeignFileError(f"a storage has {numel} numbers, but {storage.numel} are declared")
+        storage.read = _constant(machine.take(storage.nbytes))
+    if any(storage.read is None for storage in storages.values()):
+        raise ForeignFileError("the file declares a storage that it does not hold")
+    return root
+
+
+def _constant(raw: Raw) -> Callable[[], Raw]:
+    return lambda: raw
+
+
+def _storage(identity: Any, storages: dict[str, Storage], read: Callable[[str], Raw] | None = None) -> Any:
+    """What a persistent id of `torch.save` stands for: `("storage", type, key, location, numel[, view])`."""
+    if isinstance(identity, tuple) and len(identity) == 4 and identity[0] == "module" and isinstance(identity[1], Name):
+        return identity[1]
+    if not isinstance(identity, tuple) or len(identity) not in (5, 6) or identity[0] != "storage":
+        raise ForeignFileError("damaged reference to a storage")
+    kind, key, numel, view = identity[1], identity[2], identity[4], identity[5:]
+    if not isinstance(key, str) or type(numel) is not int or numel < 0 or view not in ((), (None,)):
+        raise ForeignFileError("damaged reference to a storage")
+    if str(kind) not in STORAGES:
+        raise ForeignFileError(f"storages of the type {str(kind)[:80]} are not read")
+    if key not in storages:
+        storages[key] = Storage(STORAGES[str(kind)], numel, None if read is None else lambda: read(key))
+    storage = storages[key]
+    if storage.numel != numel or storage.dtype != STORAGES[str(kind)]:
+        raise ForeignFileError(f"storage {key[:20]!r} is declared twice, differently")
+    return storage
+
+
+def _read_zip(archive: zipfile.ZipFile, size: int) -> Any:
+    """Read the newer format of `torch.save`: an archive of one pickle and one file for each storage, uncompressed."""
+    entries = {info.filename: info for info in archive.infolist()}
+    pickle = next((name for name in entries if name.count("/") == 1 and name.endswith("/data.pkl")), None)
+    if pickle is None:
+        raise ForeignFileError("the archive holds no data.pkl: it is not a file of torch.save")
+    folder = pickle.partition("/")[0]
+
+    def read(name: str) -> bytes:
+        info = entries.get(f"{folder}/{name}")
+        if info is None:
+            raise ForeignFileError(f"the archive misses {name[:80]}")
+        if info.compress_type != zipfile.ZIP_STORED or info.file_size > size:
+            raise ForeignFileError(f"{name[:80]} in the archive is compressed, or larger than the file")
+        return archive.read(info)
+
+    if f"{folder}/byteorder" in entries and read("byteorder") != b"little":
+        raise ForeignFileError("the file was written on a big-endian machine")
+    storages: dict[str, Storage] = {}
+    machine = Machine(
+        read("data.pkl"),
+        FULL,
+        persistent=lambda identity: _storage(identity, storages, lambda key: read(f"data/{key}")),
+    )
+    return machine.load()
+
+
+def _nested(m: Machine, data: Any) -> Any:
+    """`torch.storage._load_from_bytes`: torch would unpickle these bytes; here they are a stream like any other."""
+    if not isinstance(data, (bytes, memoryview)):
+        raise ForeignFileError("a nested stream is not made of bytes")
+    value = read_stream(data, nesting=m.nesting + 1, budget=m.budget)
+    if not isinstance(value, (Storage, TensorRecord)):
+        raise ForeignFileError("a nested stream holds something other than a storage or a tensor")
+    return value
+
+
+FULL: AllowList = replace(ALLOWED, calls={**CALLS, "torch.storage._load_from_bytes": _nested})
+
+
+def read_arrays(path: str | os.PathLike[str]) -> dict[str, Any]:
+    """Read a pickle of (nested) dictionaries of arrays, such as EDM2's reference statistics.
+
+    Returns:
+        Dictionaries of numpy arrays (tensors become arrays too), numbers and strings.
+
+    Raises:
+        UnsafePickleError: it names something outside the allow-list.
+        ForeignFileError: it is truncated, damaged, or holds anything else.
+    """
+    with open_checkpoint(path) as checkpoint:
+        left = [checkpoint.nbytes]
+        result = _arrays(checkpoint.root, left, depth=0)
+    if not isinstance(result, dict):
+        raise ForeignFileError(f"{path} holds no dictionary of arrays")
+    return result
+
+
+def _arrays(value: Any, left: list[int], *, depth: int) -> Any:
+    left[0] -= 1 if not isinstance(value, (ArrayRecord, TensorRecord)) else value.nbytes
+    if left[0] < 0 or depth > 4:
+        raise ForeignFileError("the dictionaries are nested too deep, or repeat the same data")
+    if isinstance(value, dict):
+        return {str(key): _arrays(item, left, depth=depth + 1) for key, item in value.items()}
+    if isinstance(value, ArrayRecord):
+        return value.array()
+    if isinstance(value, TensorRecord):
+        return np.asarray(value.tensor())
+    if isinstance(value, (int, float, str)) or value is None:
+        return value
+    raise ForeignFileError(f"a {type(value).__name__} is among the arrays")
