@@ -32,7 +32,8 @@ def save_grid(
         path: the file.
         columns: images per row; the square root of N if not given.
         scale: each pixel becomes `scale x scale` pixels; if not given, small images are enlarged to about 48 pixels.
-        row_captions, column_captions: text left of the rows and above the columns.
+        row_captions: text left of the rows.
+        column_captions: text above the columns.
 
     Raises:
         ValueError: images of another shape.

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 
 class WeightAverage:
@@ -17,7 +17,8 @@ class WeightAverage:
 
     def __init__(self, source: nn.Module) -> None:
         self.module = copy.deepcopy(source).eval().requires_grad_(False)
-        self._to, self._from = list(self.module.parameters()), list(source.parameters())
+        self._to: list[Tensor] = list(self.module.parameters())
+        self._from: list[Tensor] = list(source.parameters())
         self._buffers_to, self._buffers_from = list(self.module.buffers()), list(source.buffers())
 
     @torch.no_grad()

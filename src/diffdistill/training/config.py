@@ -86,6 +86,8 @@ class TrainerConfig:
             self._check(name, "a positive number or null", lambda v: v is None or 0 < v < math.inf)
         self._check("weight_decay", "a number of at least 0", lambda v: 0 <= v < math.inf)
         self._check("betas", "two numbers in [0, 1)", lambda v: len(v) == 2 and all(0 <= b < 1 for b in v))
+        for name in ("channels_last", "compile"):
+            self._check(name, "true or false", lambda v: isinstance(v, bool))
         for name, valid in CHOICES.items():
             self._check(name, "one of " + ", ".join(valid), lambda v, valid=valid: v in valid)
         if self.batch_size % self.accumulation:

@@ -15,7 +15,7 @@ import torch
 
 from diffdistill.atomic import replacing, write_text
 from diffdistill.training.config import HARMLESS
-from diffdistill.training.distributed import barrier, rank
+from diffdistill.training.distributed import barrier, from_main, rank
 
 logger = logging.getLogger(__name__)
 
@@ -44,17 +44,23 @@ class Run:
         path: the folder; it is made if it is not there.
         config: nested dicts of plain values.
         harmless: names of settings, at any depth, that may differ from the ones the run was started with.
+        accept_changes: continue a run whose configuration differs in other settings too.
 
     Raises:
         ValueError: the folder holds another run, or files that are not a run's.
     """
 
     def __init__(
-        self, path: str | os.PathLike[str], config: Mapping[str, Any], *, harmless: Collection[str] = HARMLESS
+        self,
+        path: str | os.PathLike[str],
+        config: Mapping[str, Any],
+        *,
+        harmless: Collection[str] = HARMLESS,
+        accept_changes: bool = False,
     ) -> None:
         self.path = Path(path)
         self.config: dict[str, Any] = json.loads(json.dumps(config, default=_plain))
-        self.harmless = frozenset(harmless)
+        self.harmless, self.accept_changes = frozenset(harmless), accept_changes
         if self.path.exists() and not self.path.is_dir():
             raise ValueError(f"{self.path} is a file: a run needs a folder")
         if (self.path / "config.yaml").exists():
@@ -69,14 +75,17 @@ class Run:
 
     def _check_same(self, stored: Any) -> None:
         found = [d for d in differences(stored, self.config) if d[0].rpartition(".")[2] not in self.harmless]
-        if found:
+        if found and not self.accept_changes:
             shown = ", ".join(f"{name} was {old} and is now {new}" for name, old, new in found[:5])
             more = f" and {len(found) - 5} more" if len(found) > 5 else ""
             raise ValueError(f"{self.path} holds another run: {shown}{more}")
 
     def stage(self, name: str) -> Run:
         """The run of one stage, in `stages/NAME`, with its own metrics, checkpoints and `finished` mark."""
-        return Run(self.path / "stages" / name, {**self.config, "stage": name}, harmless=self.harmless)
+        if not name or name != Path(name).name:
+            raise ValueError(f"a stage is named like a file, without folders, not {name!r}")
+        config = {**self.config, "stage": name}
+        return Run(self.path / "stages" / name, config, harmless=self.harmless, accept_changes=self.accept_changes)
 
     @property
     def finished(self) -> bool:
@@ -134,17 +143,24 @@ class Run:
             last = self.newest_checkpoint()
             left = f"the last good one is {last}" if last else "there is none before it"
             raise CheckpointError(f"could not write the checkpoint {path} ({_line(error)}): {left}") from error
-        self._prune(keep)
+        self._prune(keep, newest=update)
         return path
 
     def load_checkpoint(self, map_location: torch.device | str = "cpu") -> Checkpoint | None:
         """The newest checkpoint whose size and hash are right, or None if none was written.
 
-        A damaged one is set aside with a warning, and the one before it is taken.
+        A damaged one is passed over with a warning; the one before it is taken.
 
         Raises:
             CheckpointError: there are checkpoints, but none can be read.
         """
+        found = self._newest_good(map_location) if rank() == 0 else None
+        update = from_main(-1 if found is None else found.update)
+        if rank() != 0 and update >= 0:
+            found = Checkpoint(update, read_checkpoint(self._path(update), map_location), self._path(update))
+        return found
+
+    def _newest_good(self, map_location: torch.device | str) -> Checkpoint | None:
         updates = self._updates()
         for update in reversed(updates):
             path = self._path(update)
@@ -152,8 +168,6 @@ class Run:
                 return Checkpoint(update, read_checkpoint(path, map_location), path)
             except CheckpointError as error:
                 logger.warning("%s; going back to the checkpoint before it", error)
-                if rank() == 0:
-                    path.with_suffix(".json").replace(path.with_suffix(".json.damaged"))
         if updates:
             raise CheckpointError(f"no checkpoint in {self.path / 'checkpoints'} can be read: remove it to start again")
         return None
@@ -170,9 +184,9 @@ class Run:
         """The updates of complete checkpoints, in order."""
         return sorted(int(p.stem) for p in (self.path / "checkpoints").glob("*.json") if p.stem.isdigit())
 
-    def _prune(self, keep: int) -> None:
-        """Remove all but the last checkpoints, and what crashes left behind."""
-        updates = self._updates()
+    def _prune(self, keep: int, newest: int = -1) -> None:
+        """Remove all but the last checkpoints up to `newest`: later ones were damaged, or a resumed run went past them."""
+        updates = [update for update in self._updates() if update <= newest]
         kept = {f"{u:07d}" for u in updates[max(len(updates) - keep, 0) :]}
         folder = self.path / "checkpoints"
         if not folder.exists():

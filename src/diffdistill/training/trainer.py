@@ -61,8 +61,9 @@ class Trainer:
     ) -> None:
         self.config, self.run, self.on_samples, self.name = config, run, on_samples, name
         self.device = _device(config.device)
-        layout = torch.channels_last if config.channels_last else torch.preserve_format
-        self.objective = objective.to(self.device, memory_format=layout)
+        self.objective = objective.to(self.device)
+        if config.channels_last:
+            self.objective.to(memory_format=torch.channels_last)  # pyright: ignore[reportCallIssue]
         self.parameters = [p for p in objective.trained.parameters() if p.requires_grad]
         distributed.same_weights(objective.trained)
         self.optimizer = make_optimizer(self.parameters, config)
@@ -139,7 +140,7 @@ class Trainer:
     def _step(self, batch: Mapping[str, Tensor]) -> None:
         """One update: the optimiser steps that the objective makes of one batch."""
         config, k = self.config, self.update
-        torch.manual_seed(seed_from(config.seed, "network", k, self._generators[0].start))  # dropout
+        self._seed_network(seed_from(config.seed, "network", k, self._generators[0].start))
         for group in self.optimizer.param_groups:
             group["lr"] = config.learning_rate_at(k)
         if config.channels_last:
@@ -152,6 +153,12 @@ class Trainer:
             pass
         if self.average is not None:
             self.average.update(config.ema_decay_at(k))
+
+    def _seed_network(self, seed: int) -> None:
+        """Seed the default generators, which dropout draws from (torch.manual_seed costs more: it looks at all devices)."""
+        torch.default_generator.manual_seed(seed)
+        if self.device.type == "cuda":
+            torch.cuda.manual_seed(seed)
 
     def _optimizer_step(self, streams: list[Iterator[Any]]) -> bool:
         """Accumulate the next loss of every part and step; False once the objective has no more."""
@@ -189,7 +196,7 @@ class Trainer:
         }
         self.run.log(record)
         bar.set_postfix(loss=f"{means['loss']:.4g}")
-        if bar.disable:
+        if bar.disable and distributed.rank() == 0:
             logger.info(
                 "%supdate %d of %d, loss %.4g",
                 self.name and f"{self.name}: ",
