@@ -74,7 +74,7 @@ class ImageFolder(ImageData):
             short = min(image.size)
             if short < side:
                 raise ValueError(f"{path!r} is {image.width}x{image.height}, smaller than resolution {side}")
-            # The square that becomes the result is resampled in one step, with an antialiasing filter.
+            # Resizing and cropping in one step, with an antialiasing filter.
             left, top = (image.width - short) / 2, (image.height - short) / 2
             box = (left, top, left + short, top + short)
             image = image.resize((side, side), Image.Resampling.BICUBIC, box=box)

@@ -125,7 +125,7 @@ def load_classifier(path: str | os.PathLike[str] | None = None) -> DigitClassifi
         ValueError: weights of another architecture.
     """
     if path is None:
-        with as_file(files("diffdistill").joinpath("assets", SHIPPED)) as shipped:
+        with as_file(files("diffdistill").joinpath("assets").joinpath(SHIPPED)) as shipped:
             return load_classifier(shipped)
     if not Path(path).is_file():
         raise FileNotFoundError(f"no classifier at {str(path)!r}")
@@ -141,5 +141,5 @@ def load_classifier(path: str | os.PathLike[str] | None = None) -> DigitClassifi
 
 def classifier_provenance() -> dict[str, str]:
     """How the shipped classifier was made: command, versions and held-out accuracy."""
-    with as_file(files("diffdistill").joinpath("assets", SHIPPED)) as path, safe_open(path, framework="pt") as file:
+    with as_file(files("diffdistill").joinpath("assets").joinpath(SHIPPED)) as path, safe_open(path, framework="pt") as file:
         return dict(file.metadata())

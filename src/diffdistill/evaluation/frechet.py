@@ -7,6 +7,7 @@ import warnings
 import zipfile
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -132,7 +133,8 @@ def frechet_distance(a: Gaussian, b: Gaussian) -> float:
     mean_a, mean_b = a.mean.double(), b.mean.double().to(a.mean.device)
     cov_a, cov_b = a.covariance.double(), b.covariance.double().to(a.covariance.device)
     root = torch.linalg.svdvals(symmetric_root(cov_a) @ symmetric_root(cov_b)).sum()
-    return float((mean_a - mean_b).square().sum() + cov_a.trace() + cov_b.trace() - 2 * root)
+    distance = (mean_a - mean_b).square().sum() + cov_a.trace() + cov_b.trace() - 2 * root
+    return max(float(distance), 0.0)  # rounding may leave the distance of equals just below zero
 
 
 def symmetric_root(covariance: Tensor) -> Tensor:
@@ -174,8 +176,12 @@ def load_statistics(path: str | os.PathLike[str], *, spatial: bool = False) -> G
 
 def save_statistics(statistics: Gaussian, path: str | os.PathLike[str], *, features: str) -> None:
     """Write `mu`, `sigma`, `count` (where known) and the features' name to an `.npz` that EDM's tools read too."""
-    arrays = {"mu": statistics.mean.cpu().numpy(), "sigma": statistics.covariance.cpu().numpy()}
+    arrays: dict[str, Any] = {
+        "mu": statistics.mean.cpu().numpy(),
+        "sigma": statistics.covariance.cpu().numpy(),
+        "features": np.asarray(features),
+    }
     if statistics.count is not None:
         arrays["count"] = np.asarray(statistics.count)
     with replacing(path) as temporary, open(temporary, "wb") as file:
-        np.savez(file, features=np.asarray(features), **arrays)
+        np.savez(file, **arrays)
