@@ -12,8 +12,8 @@ from diffdistill.evaluation.frechet import (
     save_statistics,
 )
 from diffdistill.evaluation.kernel import Estimate, inception_score, kernel_distance, polynomial_mmd
-from diffdistill.evaluation.manifold import Manifold, density_coverage, manifold, precision_recall
-from diffdistill.evaluation.memorisation import Memorisation, memorisation, nearest_distances
+from diffdistill.evaluation.manifold import Manifold, compare_manifolds, density_coverage, precision_recall
+from diffdistill.evaluation.memorisation import Memorisation, measure_memorisation, nearest_distances
 from diffdistill.evaluation.report import Measures, evaluate_samples
 
 __all__ = [
@@ -26,6 +26,7 @@ __all__ = [
     "Manifold",
     "Measures",
     "Memorisation",
+    "compare_manifolds",
     "density_coverage",
     "evaluate_samples",
     "extract",
@@ -36,8 +37,7 @@ __all__ = [
     "load_classifier",
     "load_statistics",
     "make_features",
-    "manifold",
-    "memorisation",
+    "measure_memorisation",
     "nearest_distances",
     "polynomial_mmd",
     "precision_recall",

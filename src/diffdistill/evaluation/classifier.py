@@ -141,5 +141,8 @@ def load_classifier(path: str | os.PathLike[str] | None = None) -> DigitClassifi
 
 def classifier_provenance() -> dict[str, str]:
     """How the shipped classifier was made: command, versions and held-out accuracy."""
-    with as_file(files("diffdistill").joinpath("assets").joinpath(SHIPPED)) as path, safe_open(path, framework="pt") as file:
+    with (
+        as_file(files("diffdistill").joinpath("assets").joinpath(SHIPPED)) as path,
+        safe_open(path, framework="pt") as file,
+    ):
         return dict(file.metadata())

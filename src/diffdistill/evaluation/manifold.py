@@ -56,7 +56,7 @@ def density_coverage(samples: Tensor, real: Tensor, *, k: int = 5) -> tuple[floa
     return balls / (k * len(samples)), float(covered.double().mean())
 
 
-def manifold(samples: Tensor, real: Tensor, *, k: int = 3, k_coverage: int = 5) -> Manifold:
+def compare_manifolds(samples: Tensor, real: Tensor, *, k: int = 3, k_coverage: int = 5) -> Manifold:
     """All four, with the papers' numbers of neighbours."""
     return Manifold(*precision_recall(samples, real, k=k), *density_coverage(samples, real, k=k_coverage))
 

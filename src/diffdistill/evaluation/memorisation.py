@@ -31,7 +31,7 @@ def nearest_distances(images: Tensor, training: Tensor) -> Tensor:
     return nearest(images.flatten(1), training.flatten(1))[1]
 
 
-def memorisation(samples: Tensor, training: Tensor, unseen: Tensor | None = None) -> Memorisation:
+def measure_memorisation(samples: Tensor, training: Tensor, unseen: Tensor | None = None) -> Memorisation:
     """Compare the samples' nearest distances with those of unseen images.
 
     Args:

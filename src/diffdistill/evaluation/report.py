@@ -10,7 +10,7 @@ from diffdistill.data.base import ImageData
 from diffdistill.evaluation.classifier import load_classifier
 from diffdistill.evaluation.features import gaussian_of, make_features
 from diffdistill.evaluation.frechet import frechet_distance
-from diffdistill.evaluation.memorisation import Memorisation, memorisation
+from diffdistill.evaluation.memorisation import Memorisation, measure_memorisation
 
 DIGITS_SHAPE = (1, 8, 8)
 
@@ -67,5 +67,5 @@ def evaluate_samples(x: Tensor, y: Tensor | None, data: ImageData, *, unseen: Im
         frechet_pixels=frechet("pixels"),
         frechet_features=frechet("digits_classifier") if digits else None,
         accuracy=load_classifier().to(x.device).accuracy(x, y) if digits and y is not None else None,
-        memorisation=memorisation(x, reference, None if unseen is None else unseen.tensors()["x"].to(x.device)),
+        memorisation=measure_memorisation(x, reference, None if unseen is None else unseen.tensors()["x"].to(x.device)),
     )
