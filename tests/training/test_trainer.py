@@ -7,11 +7,11 @@ from pathlib import Path
 
 import pytest
 import torch
-from problems import Fit, HeldRows, Rows, settings
 from torch import nn
 
 from diffdistill.training import CheckpointError, Loss, NonFiniteLossError, Objective, Run, Trainer
 from diffdistill.training.average import WeightAverage
+from tests.training.problems import Fit, HeldRows, Rows, settings
 
 
 def state_of(trainer):
@@ -77,7 +77,9 @@ def test_accumulated_parts_equal_the_whole_batch(tmp_path, accumulation):
 
     whole, whole_run = run(1)
     parts, parts_run = run(accumulation)
-    torch.testing.assert_close(parts.objective.trained.state_dict(), whole.objective.trained.state_dict(), rtol=1e-6, atol=1e-6)
+    torch.testing.assert_close(
+        parts.objective.trained.state_dict(), whole.objective.trained.state_dict(), rtol=1e-6, atol=1e-6
+    )
     losses = [[r["loss"] for r in r_.metrics()] for r_ in (whole_run, parts_run)]
     assert losses[0] == pytest.approx(losses[1], rel=1e-5)
 
@@ -138,7 +140,9 @@ class Breaks(Fit):
 def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_the_last_good_checkpoint(tmp_path, at, kept, bad):
     run = Run(tmp_path, {})
     trainer = Trainer(Breaks(at, bad), HeldRows(), settings(), run)
-    with pytest.raises(NonFiniteLossError, match=f"at update {at}: the last good checkpoint is .*{kept:07d}.pt") as caught:
+    with pytest.raises(
+        NonFiniteLossError, match=f"at update {at}: the last good checkpoint is .*{kept:07d}.pt"
+    ) as caught:
         trainer.train()
     assert caught.value.update == at
     checkpoint = run.load_checkpoint()
@@ -184,7 +188,17 @@ class TwoSteps(Objective):
 
 def test_an_objective_may_make_several_steps_of_a_batch_without_data_and_keep_a_state(tmp_path):
     def run(updates):
-        config = settings(updates=updates, batch_size=4, optimizer="sgd", betas=(0.0, 0.0), learning_rate=0.25, clip=None, warmup=0, decay="constant", ema_half_life=None)
+        config = settings(
+            updates=updates,
+            batch_size=4,
+            optimizer="sgd",
+            betas=(0.0, 0.0),
+            learning_rate=0.25,
+            clip=None,
+            warmup=0,
+            decay="constant",
+            ema_half_life=None,
+        )
         objective = TwoSteps()
         Trainer(objective, None, config, Run(tmp_path, {})).train()
         return objective
@@ -237,8 +251,8 @@ def test_errors_name_what_is_wrong(tmp_path):
 
 SCRIPT = """
 import sys, time
-sys.path.insert(0, {tests!r})
-from problems import Fit, HeldRows, settings
+sys.path.insert(0, {root!r})
+from tests.training.problems import Fit, HeldRows, settings
 from diffdistill.training import Run, Trainer
 
 class Slow(Fit):
@@ -253,9 +267,13 @@ Trainer(Slow(), HeldRows(), settings(updates=10_000, checkpoint_every=None), Run
 
 @pytest.mark.parametrize(("signum", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
 def test_a_signal_writes_a_checkpoint_and_ends_the_run(tmp_path, signum, code):
-    script = SCRIPT.format(tests=str(Path(__file__).parent), out=str(tmp_path))
+    script = SCRIPT.format(root=str(Path(__file__).parents[2]), out=str(tmp_path))
     process = subprocess.Popen(
-        [sys.executable, "-c", script], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"}
+        [sys.executable, "-c", script],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
     )
     assert process.stdout is not None
     for _ in range(3):

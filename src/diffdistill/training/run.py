@@ -76,7 +76,7 @@ class Run:
     def _check_same(self, stored: Any) -> None:
         found = [d for d in differences(stored, self.config) if d[0].rpartition(".")[2] not in self.harmless]
         if found and not self.accept_changes:
-            shown = ", ".join(f"{name} was {old} and is now {new}" for name, old, new in found[:5])
+            shown = ", ".join(f"{name} was {old!r} and is now {new!r}" for name, old, new in found[:5])
             more = f" and {len(found) - 5} more" if len(found) > 5 else ""
             raise ValueError(f"{self.path} holds another run: {shown}{more}")
 
@@ -185,7 +185,7 @@ class Run:
         return sorted(int(p.stem) for p in (self.path / "checkpoints").glob("*.json") if p.stem.isdigit())
 
     def _prune(self, keep: int, newest: int = -1) -> None:
-        """Remove all but the last checkpoints up to `newest`: later ones were damaged, or a resumed run went past them."""
+        """Remove all but the last checkpoints up to `newest` (later ones are damaged), and what crashes left behind."""
         updates = [update for update in self._updates() if update <= newest]
         kept = {f"{u:07d}" for u in updates[max(len(updates) - keep, 0) :]}
         folder = self.path / "checkpoints"

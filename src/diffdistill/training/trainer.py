@@ -155,7 +155,7 @@ class Trainer:
             self.average.update(config.ema_decay_at(k))
 
     def _seed_network(self, seed: int) -> None:
-        """Seed the default generators, which dropout draws from (torch.manual_seed costs more: it looks at all devices)."""
+        """Seed what dropout draws from; `torch.manual_seed` takes longer, since it looks at every device."""
         torch.default_generator.manual_seed(seed)
         if self.device.type == "cuda":
             torch.cuda.manual_seed(seed)

@@ -1,0 +1,42 @@
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from diffdistill.pictures import GAP, plot_curves, save_grid
+
+
+def test_a_grid_places_images_row_by_row(tmp_path):
+    levels = torch.tensor([-1.0, -0.5, 0.0, 0.5, 2.0])
+    images = levels.view(5, 1, 1, 1).expand(5, 3, 4, 6)
+    save_grid(images, tmp_path / "grid.png", columns=3, scale=2)
+    pixels = np.asarray(Image.open(tmp_path / "grid.png"))
+    assert pixels.shape == (2 * 8 + GAP, 3 * 12 + 2 * GAP, 3)
+    centres = [pixels[4 + r * (8 + GAP), 6 + c * (12 + GAP), 0] for r in range(2) for c in range(3)]
+    assert centres == [0, 64, 128, 191, 255, 255]
+    assert [p.name for p in tmp_path.iterdir()] == ["grid.png"]
+
+
+def test_captions_get_a_margin(tmp_path):
+    images = torch.zeros(6, 1, 8, 8)
+    save_grid(images, tmp_path / "plain.png", columns=3)
+    save_grid(images, tmp_path / "named.png", columns=3, row_captions=["w = 0", "w = 1"], column_captions="abc")
+    plain, named = (np.asarray(Image.open(tmp_path / f"{n}.png")) for n in ("plain", "named"))
+    margin = [b - a for a, b in zip(plain.shape, named.shape, strict=True)]
+    assert margin[0] > 0 and margin[1] > 0
+    assert np.array_equal(named[margin[0] :, margin[1] :], plain)
+    assert (named[: margin[0]] < 128).any() and (named[margin[0] :, : margin[1]] < 128).any()
+
+
+def test_a_grid_refuses_other_shapes(tmp_path):
+    with pytest.raises(ValueError, match=r"not \[2, 4, 8, 8\]"):
+        save_grid(torch.zeros(2, 4, 8, 8), tmp_path / "grid.png")
+    assert not list(tmp_path.iterdir())
+
+
+def test_curves_are_drawn_of_what_there_is(tmp_path):
+    plot_curves([], tmp_path / "none.png")
+    assert not (tmp_path / "none.png").exists()
+    records = [{"update": k, "loss": 1 / k, "drift": k - 3.0, "seconds": k} for k in range(1, 9)]
+    plot_curves([*records, {"update": 9, "loss": 0.1}], tmp_path / "curves.png")
+    assert Image.open(tmp_path / "curves.png").size[0] > 500
