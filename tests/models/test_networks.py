@@ -20,7 +20,14 @@ PRECONDITIONINGS = {
     "VEPrecond": {"name": "ve"},
     "iDDPMPrecond": {"name": "iddpm", "noise_level": "nearest"},
 }
-SMALL = {"img_resolution": 8, "img_channels": 3, "model_channels": 16, "channel_mult": [1, 2], "num_blocks": 1, "dropout": 0.0}
+SMALL = {
+    "img_resolution": 8,
+    "img_channels": 3,
+    "model_channels": 16,
+    "channel_mult": [1, 2],
+    "num_blocks": 1,
+    "dropout": 0.0,
+}
 
 
 def reference(name):

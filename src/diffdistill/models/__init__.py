@@ -1,5 +1,7 @@
 """Denoisers: networks with their preconditioning, guidance, exact mixtures, and their files."""
 
+from diffdistill.models.adm_unet import OpenAIUNet
+from diffdistill.models.classifier import ClassifierGuidance, EncoderUNet, NoisyClassifier
 from diffdistill.models.dhariwal_unet import DhariwalUNet
 from diffdistill.models.files import (
     NETWORKS,
@@ -20,10 +22,14 @@ __all__ = [
     "NETWORKS",
     "PRECONDITIONINGS",
     "ClassifierFreeGuidance",
+    "ClassifierGuidance",
     "DhariwalUNet",
+    "EncoderUNet",
     "GaussianMixture",
     "GuidanceConditioned",
     "NetworkDenoiser",
+    "NoisyClassifier",
+    "OpenAIUNet",
     "Preconditioning",
     "SongUNet",
     "build_denoiser",

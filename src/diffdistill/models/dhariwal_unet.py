@@ -107,7 +107,7 @@ class DhariwalUNet(nn.Module):
     @property
     def bottleneck(self) -> nn.Module:
         """The last block of the encoder, at the lowest resolution."""
-        return next(reversed(self.enc.values()))
+        return list(self.enc.values())[-1]
 
     def forward(
         self,

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from diffdistill.atomic import replacing
 from diffdistill.denoiser import Denoiser, Distilled
+from diffdistill.models.adm_unet import OpenAIUNet
 from diffdistill.models.dhariwal_unet import DhariwalUNet
 from diffdistill.models.network import NetworkDenoiser
 from diffdistill.models.preconditioning import make_preconditioning
@@ -27,7 +28,11 @@ from diffdistill.registry import construct
 FORMAT = 1
 METADATA_KEY = "diffdistill"
 
-NETWORKS: dict[str, Callable[..., nn.Module]] = {"song_unet": SongUNet, "dhariwal_unet": DhariwalUNet}
+NETWORKS: dict[str, Callable[..., nn.Module]] = {
+    "song_unet": SongUNet,
+    "dhariwal_unet": DhariwalUNet,
+    "openai_unet": OpenAIUNet,
+}
 
 _REQUIRED = ("network", "preconditioning", "data_shape", "sigma_min", "sigma_max")
 _OPTIONAL = ("format", "num_classes", "w_range", "distilled", "provenance")
@@ -217,8 +222,8 @@ def _keys(*, folder: bool) -> list[str]:
 
 def shipped_models() -> dict[str, Path]:
     """The models that come with the package, by name."""
-    assets = Path(str(resources.files("diffdistill"))) / "assets"
-    return {path.stem: path for path in sorted(assets.glob("digits-*.safetensors"))}
+    assets = Path(str(resources.files("diffdistill"))) / "assets" / "models"
+    return {path.stem: path for path in sorted(assets.glob("*.safetensors"))}
 
 
 def read_safetensors(path: Path) -> NetworkDenoiser:

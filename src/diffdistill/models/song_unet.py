@@ -162,7 +162,7 @@ class SongUNet(nn.Module):
     @property
     def bottleneck(self) -> nn.Module:
         """The last block of the encoder, at the lowest resolution."""
-        return next(reversed(self.enc.values()))
+        return list(self.enc.values())[-1]
 
     def forward(
         self,
@@ -196,9 +196,8 @@ class SongUNet(nn.Module):
         with torch.autocast(noise_labels.device.type, enabled=False):
             emb = self.map_noise(noise_labels).to(dtype)
             if self.map_label is not None:
-                if class_labels is None:
-                    class_labels = emb.new_zeros(len(emb), self.label_dim)
-                emb = emb + self.map_label(class_labels.to(dtype) * self.label_dim**0.5)
+                labels = emb.new_zeros(len(emb), self.label_dim) if class_labels is None else class_labels.to(dtype)
+                emb = emb + self.map_label(labels * self.label_dim**0.5)
             if self.map_augment is not None and augment_labels is not None:
                 emb = emb + self.map_augment(augment_labels.to(dtype))
             if self.embed_w is not None and self.map_w is not None:
