@@ -12,6 +12,7 @@ from diffdistill.models import GuidanceConditioned
 from diffdistill.solvers import Euler, Interval, ProbabilityFlow
 from diffdistill.training.noise_levels import draw_w, normal_like
 from diffdistill.training.objective import Loss, Objective
+from diffdistill.training.randomness import randint
 from diffdistill.training.weighting import weighted_error
 
 
@@ -77,7 +78,7 @@ class StepDistillation(Objective):
     def loss(self, batch: Mapping[str, Tensor], generator: torch.Generator) -> Loss:
         """`batch` holds images `x` `[B, ...]` and, for a conditional model, conditions `y`."""
         x, y = batch["x"], batch.get("y") if self.trained.num_classes else None
-        index = torch.randint(len(self.steps), (len(x),), generator=generator, device=x.device)
+        index = randint(len(self.steps), (len(x),), generator)
         sigma, sigma_mid, sigma_next = self.steps[index].unbind(1)
         noisy = x + per_sample(sigma, x) * normal_like(x, generator)
         teacher, student = self.teacher, self.trained

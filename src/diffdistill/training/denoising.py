@@ -10,6 +10,7 @@ from torch import Tensor
 from diffdistill.denoiser import NULL_LABEL, Denoiser, per_sample
 from diffdistill.training.noise_levels import NoiseLevels, normal_like
 from diffdistill.training.objective import Loss, Objective
+from diffdistill.training.randomness import rand
 from diffdistill.training.weighting import weighted_error
 
 
@@ -44,7 +45,7 @@ class Denoising(Objective):
         x, y = batch["x"], batch.get("y") if self.trained.num_classes else None
         sigma = self.noise_levels(len(x), generator)
         if y is not None and self.label_dropout > 0:
-            dropped = torch.rand(len(x), generator=generator, device=x.device) < self.label_dropout
+            dropped = rand((len(x),), generator) < self.label_dropout
             y = y.masked_fill(dropped, NULL_LABEL)
         noisy = x + per_sample(sigma, x) * normal_like(x, generator)
         denoised = self.trained(noisy, sigma, y)

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from diffdistill.registry import construct
+from diffdistill.training.randomness import rand, randint, randn
 
 NoiseLevels = Callable[[int, torch.Generator], Tensor]
 
@@ -24,7 +25,7 @@ def cosine(*, sigma_min: float = 0.002, sigma_max: float = 80.0) -> NoiseLevels:
     low, high = math.atan(sigma_min), math.atan(sigma_max)
 
     def draw(batch: int, generator: torch.Generator) -> Tensor:
-        u = torch.rand(batch, generator=generator, device=generator.device, dtype=torch.float64)
+        u = rand((batch,), generator, dtype=torch.float64)
         return (low + u * (high - low)).tan()
 
     return draw
@@ -34,7 +35,7 @@ def lognormal(*, mean: float = -1.2, std: float = 1.2) -> NoiseLevels:
     """`log sigma ~ N(mean, std**2)` (Karras et al. 2022, Table 1)."""
 
     def draw(batch: int, generator: torch.Generator) -> Tensor:
-        n = torch.randn(batch, generator=generator, device=generator.device, dtype=torch.float64)
+        n = randn((batch,), generator, dtype=torch.float64)
         return (mean + std * n).exp()
 
     return draw
@@ -48,7 +49,7 @@ def on_schedule(*, sigmas: Sequence[float] | Tensor) -> NoiseLevels:
         raise ValueError("the schedule to draw from has no positive noise level")
 
     def draw(batch: int, generator: torch.Generator) -> Tensor:
-        index = torch.randint(len(levels), (batch,), generator=generator, device=generator.device)
+        index = randint(len(levels), (batch,), generator)
         return levels.to(generator.device)[index]
 
     return draw
@@ -63,10 +64,10 @@ NOISE_LEVELS: dict[str, Callable[..., NoiseLevels]] = {
 
 def normal_like(x: Tensor, generator: torch.Generator) -> Tensor:
     """Standard normal noise in the shape of `x`."""
-    return torch.randn(x.shape, generator=generator, device=x.device, dtype=x.dtype)
+    return randn(x.shape, generator, dtype=x.dtype)
 
 
 def draw_w(w_range: tuple[float, float], batch: int, generator: torch.Generator) -> Tensor:
     """Guidance weights `[batch]`, uniform in `w_range`."""
     low, high = w_range
-    return low + (high - low) * torch.rand(batch, generator=generator, device=generator.device)
+    return low + (high - low) * rand((batch,), generator)
