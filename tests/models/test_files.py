@@ -163,7 +163,7 @@ def test_other_formats_can_be_added(tmp_path, monkeypatch):
 def test_solvers_import_neither_models_nor_safetensors():
     code = """
 import sys, diffdistill.solvers
-names = ("diffdistill.models", "safetensors", "hydra", "torchvision", "tqdm", "matplotlib")
+names = ("diffdistill.models", "safetensors", "hydra", "torchvision", "matplotlib")
 assert not [module for module in sys.modules if module.startswith(names)]
 from diffdistill import load_denoiser, sample
 """
