@@ -11,6 +11,7 @@ from torch import nn
 
 from diffdistill.training import CheckpointError, Loss, NonFiniteLossError, Objective, Run, Trainer
 from diffdistill.training.average import WeightAverage
+from diffdistill.training.randomness import rand
 from tests.training.problems import Fit, HeldRows, Rows, settings
 
 
@@ -24,6 +25,22 @@ def state_of(trainer):
 
 def metrics_of(run):
     return [{k: v for k, v in record.items() if k != "seconds"} for record in run.metrics()]
+
+
+def test_every_update_and_every_seed_has_noise_of_its_own(tmp_path):
+    def first_draws(seed):
+        draws = []
+
+        class Watched(Fit):
+            def loss(self, batch, generator):
+                draws.append(rand((12,), generator).tolist())
+                return super().loss(batch, generator)
+
+        train(tmp_path / str(seed), objective=Watched(), updates=4, seed=seed)
+        return draws
+
+    draws = [tuple(draw) for seed in (0, 1) for draw in first_draws(seed)]
+    assert len(set(draws)) == len(draws) == 8
 
 
 class Killed(BaseException):
