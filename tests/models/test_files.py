@@ -73,6 +73,9 @@ def test_a_guidance_student_equals_its_teacher_exactly_for_every_weight():
     assert teacher.config["w_range"] is None and "w_channels" not in teacher.config["network"]
     with pytest.raises(ValueError, match="takes a guidance weight already"):
         guidance_student(student, (0.0, 4.0))
+    teacher.model.extra = torch.nn.Linear(1, 1)
+    with pytest.raises(ValueError, match=r"do not fit its config: .* unexpected \['model.extra.weight'"):
+        guidance_student(teacher, (0.0, 4.0))
     with pytest.raises(ValueError, match="must be \\(least, greatest\\)"):
         with_guidance_input(teacher.config, (4.0, 0.0))
 
