@@ -54,6 +54,14 @@ def test_a_zip_is_read_by_forked_and_by_pickled_processes(archive):
         assert torch.equal(torch.cat([batch["x"] for batch in batches]), expected["x"])
 
 
+def test_another_process_opens_the_zip_for_itself(archive, monkeypatch):
+    data = load_data("zip", path=archive)
+    handle = data._open()
+    assert data._open() is handle
+    monkeypatch.setattr("os.getpid", lambda: -5)
+    assert data._open() is not handle
+
+
 def test_a_zip_without_labels_has_no_classes(tmp_path):
     path = tmp_path / "set.zip"
     with zipfile.ZipFile(path, "w") as file:
