@@ -9,12 +9,14 @@ from diffdistill.solvers.amed.predictors import (
     Table,
     TabulatedPredictor,
 )
+from diffdistill.solvers.amed.steps import LearnedSteps
 
 __all__ = [
     "AMED",
     "AMEDPlugin",
     "AMEDPredictor",
     "FunctionPredictor",
+    "LearnedSteps",
     "LearnedTable",
     "MeanDirection",
     "Predictor",

@@ -1,0 +1,1 @@
+"""Training the predictors of learned solvers, and their files."""

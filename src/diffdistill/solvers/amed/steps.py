@@ -1,0 +1,66 @@
+"""Learned corrections of whole steps: as many evaluations as steps, so odd numbers need no analytical first step."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+from torch import Tensor
+
+from diffdistill.solvers.amed.predictors import Predictor
+from diffdistill.solvers.base import Correction, Evaluation, History, Interval, Solver
+from diffdistill.solvers.flow import ProbabilityFlow
+
+
+class LearnedSteps(Solver):
+    """A one-stage solver whose every step is corrected by `scale_dir` and `scale_time`. Ours.
+
+    The steps are not split, so r plays no part; the schedule is what takes its place, and is learned beside it.
+
+    Args:
+        inner: the solver to wrap.
+        predictor: a predictor that reads no features, such as `LearnedTable`: it is asked before the network is.
+
+    Raises:
+        TypeError: an inner solver that takes no correction, has more stages, is stochastic or learned itself.
+        ValueError: a predictor that reads features.
+    """
+
+    def __init__(self, inner: Solver, predictor: Predictor) -> None:
+        if not inner.takes_correction or inner.stochastic or inner.stages != 1:
+            raise TypeError(
+                f"LearnedSteps cannot wrap {type(inner).__name__}: it needs a deterministic one-stage solver"
+            )
+        if predictor.features != "unused":
+            raise ValueError(
+                f"LearnedSteps asks its predictor before the network, but {type(predictor).__name__} reads it"
+            )
+        super().__init__(afs=inner.afs)
+        self.inner = inner
+        self.memory = inner.memory
+        self.predictor = predictor
+
+    def step(
+        self,
+        flow: ProbabilityFlow,
+        x: Tensor,
+        interval: Interval,
+        history: History = (),
+        *,
+        evaluation: Evaluation | None = None,
+        correction: Correction | None = None,
+        noise: Tensor | None = None,
+    ) -> tuple[Tensor, History]:
+        """Take a step of the inner solver as `correction`, by default the predictor's, says; see `Solver.step`."""
+        if correction is None and not interval.to_zero:
+            correction = replace(self.predictor.correction(None, interval), r=None)
+        return self.inner.step(flow, x, interval, history, evaluation=evaluation, correction=correction)
+
+    def update(
+        self,
+        flow: ProbabilityFlow,
+        evaluation: Evaluation,
+        interval: Interval,
+        history: History,
+        correction: Correction | None,
+    ) -> Tensor:
+        return self.step(flow, evaluation.x, interval, history, evaluation=evaluation, correction=correction)[0]
