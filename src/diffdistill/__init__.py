@@ -19,6 +19,7 @@ def __getattr__(name: str) -> Any:
 
         return sample
     if name == "load_denoiser":
+        import diffdistill.interop  # noqa: F401 (which adds the readers of foreign files)
         from diffdistill.models.files import load_denoiser
 
         return load_denoiser

@@ -1,18 +1,88 @@
-"""Foreign checkpoints, read as data: nothing that a file carries is executed."""
+"""Foreign checkpoints, read as data: nothing that a file carries is executed.
+
+Importing this package teaches `diffdistill.models.load_denoiser` to open the files that `read_foreign` knows.
+"""
 
 from __future__ import annotations
 
+import logging
 import os
+from pathlib import Path
 
+from diffdistill.denoiser import Denoiser
+from diffdistill.interop.adm import read_adm
 from diffdistill.interop.building import Found
 from diffdistill.interop.checkpoints import open_checkpoint, read_arrays
-from diffdistill.interop.edm import read_edm
+from diffdistill.interop.edm import find_module, read_edm
+from diffdistill.interop.ldm import holds_latent_diffusion, read_ldm
 from diffdistill.interop.records import ForeignFileError, UnsafePickleError
+from diffdistill.interop.unets import Hints
+from diffdistill.models.files import READERS
 
-__all__ = ["ForeignFileError", "Found", "UnsafePickleError", "open_checkpoint", "read_arrays", "read_foreign"]
+__all__ = [
+    "ForeignFileError",
+    "Found",
+    "Hints",
+    "UnsafePickleError",
+    "open_checkpoint",
+    "read_arrays",
+    "read_foreign",
+]
+
+SUFFIXES = (".pkl", ".pt", ".pth", ".ckpt")
 
 
-def read_foreign(path: str | os.PathLike[str]) -> Found:
-    """Read a foreign checkpoint."""
+def read_foreign(path: str | os.PathLike[str], hints: Hints | None = None) -> Found:
+    """Read a checkpoint of another project: EDM, AMED, ADM, consistency models or latent diffusion.
+
+    What it is follows from its content, not from its name. Nothing of it is executed, and what is allocated is bounded
+    by the size of the file.
+
+    Args:
+        path: of the file.
+        hints: what ADM-like files do not say and their published models do not settle.
+
+    Returns:
+        The denoiser, or the predictor or classifier, with a description.
+
+    Raises:
+        UnsafePickleError: the file names something that is not on the allow-list, such as `os.system`.
+        ForeignFileError: it is truncated, damaged or of another kind; a `ValueError`, as is the above.
+        FileNotFoundError: there is no such file.
+    """
+    path = Path(path)
     with open_checkpoint(path) as checkpoint:
-        return read_edm(checkpoint)
+        if find_module(checkpoint.root) is not None:
+            found = read_edm(checkpoint)
+        elif holds_latent_diffusion(checkpoint.root):
+            found = read_ldm(checkpoint, hints)
+        elif isinstance(checkpoint.root, dict) and "input_blocks.0.0.weight" in checkpoint.root:
+            found = read_adm(checkpoint, path, hints)
+        else:
+            root = checkpoint.root
+            held = ", ".join(str(key)[:40] for key in list(root)[:5]) if isinstance(root, dict) else type(root).__name__
+            raise ForeignFileError(
+                f"it is none of EDM, AMED, ADM, consistency models and latent diffusion: it holds {held or 'nothing'}"
+            )
+    config = getattr(found.denoiser, "config", None)
+    if config is not None:
+        config["provenance"] = {**config["provenance"], "file": path.name, "found": found.description}
+    return found
+
+
+def read_denoiser(path: Path) -> Denoiser:
+    """Read a foreign denoiser, and say in the log what it is.
+
+    Raises:
+        ForeignFileError: as `read_foreign`, or the file holds a classifier or a predictor.
+    """
+    found = read_foreign(path)
+    if found.denoiser is None:
+        raise ForeignFileError(
+            f"{path} is no denoiser but an {found.description}: use diffdistill.interop.read_foreign"
+        )
+    logging.getLogger("diffdistill").info("%s: %s", path, found.description)
+    return found.denoiser
+
+
+READERS.update(dict.fromkeys(SUFFIXES, read_denoiser))

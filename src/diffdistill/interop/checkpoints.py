@@ -9,6 +9,7 @@ import zipfile
 import zlib
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
+from operator import itemgetter
 from pathlib import Path
 from typing import Any
 
@@ -117,7 +118,7 @@ def _storage(identity: Any, storages: dict[str, Storage], read: Callable[[str], 
         return identity[1]
     if not isinstance(identity, tuple) or len(identity) not in (5, 6) or identity[0] != "storage":
         raise ForeignFileError("damaged reference to a storage")
-    kind, key, numel, view = identity[1], identity[2], identity[4], identity[5:]
+    kind, key, numel, view = itemgetter(1, 2, 4, slice(5, None))(identity)
     if not isinstance(key, str) or type(numel) is not int or numel < 0 or view not in ((), (None,)):
         raise ForeignFileError("damaged reference to a storage")
     if str(kind) not in STORAGES:

@@ -194,7 +194,7 @@ class ADMShape:
         num_blocks: int,
         attn_resolutions: Sequence[int],
     ) -> ADMShape:
-        channels = tuple(int(mult * model_channels) for mult in channel_mult)
+        channels = tuple(round(mult * model_channels) for mult in channel_mult)
         attention = tuple(img_resolution >> level in attn_resolutions for level in range(len(channels)))
         return cls(channels, num_blocks, attention)
 

@@ -1,0 +1,43 @@
+"""Turn a checkpoint of another project into a file of ours, and say what it is. Nothing of it is executed.
+
+python scripts/convert.py edm-cifar10-32x32-cond-vp.pkl models/edm-cifar10.safetensors
+python scripts/convert.py source=model.pt dest=models/model.safetensors hints.family=consistency
+"""
+
+from __future__ import annotations
+
+import sys
+
+from omegaconf import DictConfig
+
+from common import command, plain
+from diffdistill.interop import Hints, read_foreign
+from diffdistill.models import save_denoiser
+
+
+@command("convert")
+def main(config: DictConfig) -> None:
+    settings = plain(config)
+    found = read_foreign(settings["source"], Hints(**settings["hints"]))
+    print(f"{settings['source']}: {found.description}")
+    if found.denoiser is None:
+        raise ValueError(f"a {found.kind} is not converted: read it with diffdistill.interop.read_foreign")
+    save_denoiser(found.denoiser, settings["dest"])
+    print(f"the model is {settings['dest']}")
+
+
+def named(arguments: list[str]) -> list[str]:
+    """SOURCE and DEST, given by their place, as Hydra overrides."""
+    names = iter(("source", "dest"))
+
+    def override(argument: str) -> str:
+        name = None if argument.startswith("-") or "=" in argument else next(names, None)
+        quoted = argument.replace("\\", "\\\\").replace("'", "\\'")
+        return argument if name is None else f"{name}='{quoted}'"
+
+    return [override(argument) for argument in arguments]
+
+
+if __name__ == "__main__":
+    sys.argv[1:] = named(sys.argv[1:])
+    main()
