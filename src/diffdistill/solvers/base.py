@@ -102,12 +102,14 @@ def weighted_sum(
     scale: Tensor | float | None = None,
 ) -> Tensor:
     """`keep * x + scale * sum_j weights_j * terms_j`, with factors `[B]`; None stands for 1."""
-    stacked = torch.stack(tuple(weights))
+    factors = torch.stack(tuple(weights))
     if scale is not None:
-        stacked = stacked * scale
+        factors = factors * scale
+    # per_sample for all weights at once: a cast and a view for each would cost more than the arithmetic
+    factors = factors.to(x.dtype).view(len(terms), len(x), *(1,) * (x.ndim - 1))
     total = x if keep is None else per_sample(keep, x) * x
-    for weight, term in zip(stacked.to(x.dtype).unbind(), terms, strict=True):
-        total = torch.addcmul(total, per_sample(weight, x), term)
+    for factor, term in zip(factors.unbind(), terms, strict=True):
+        total = torch.addcmul(total, factor, term)
     return total
 
 

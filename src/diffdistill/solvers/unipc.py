@@ -92,7 +92,7 @@ class UniPC(Multistep):
             return [psi - slope, slope]
         a, b = ratios
         psi, c1, c2 = linear.psi(3)
-        c2 = 2 * c2
+        c2 = c2 + c2
         gap = a - b
         first, second = (c2 - b * c1) / (gap * a), (a * c1 - c2) / (gap * b)
         return [psi - first - second, first, second]
@@ -106,13 +106,13 @@ class UniPC(Multistep):
         a = ratios[0]
         if len(ratios) == 1:
             psi, c1, c2 = linear.psi(3)
-            c2 = 2 * c2
+            c2 = c2 + c2
             gap = a - 1
             first, new = (c2 - c1) / (gap * a), (a * c1 - c2) / gap
             return [psi - first - new, first, new]
         b = ratios[1]
         psi, c1, c2, c3 = linear.psi(4)
-        c2, c3 = 2 * c2, 6 * c3
+        c2, c3 = c2 + c2, 6 * c3
         low, high, gap, a_1, b_1 = c2 - c1, c3 - c2, a - b, a - 1, b - 1
         first = (high - b * low) / (gap * a_1 * a)
         second = (a * low - high) / (gap * b_1 * b)
