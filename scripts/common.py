@@ -1,0 +1,78 @@
+"""What the scripts share: Hydra configs by name, and errors of one line with exit code 2."""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Callable
+from functools import wraps
+from pathlib import Path
+from typing import Any
+
+import hydra
+from hydra.core.hydra_config import HydraConfig
+from hydra.errors import HydraException
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from diffdistill.training import Run
+
+CONFIGS = str(Path(__file__).resolve().parent.parent / "configs")
+USER_ERRORS = (ValueError, TypeError, FileNotFoundError, FileExistsError, HydraException, OmegaConfBaseException)
+
+
+def command(config_name: str) -> Callable[[Callable[[DictConfig], Any]], Callable[[], None]]:
+    """Make `main(config)` a command line program on `configs/<config_name>.yaml`.
+
+    What a user can mend ends in one line on stderr and exit code 2; `HYDRA_FULL_ERROR=1` shows the traceback.
+    """
+
+    def decorate(main: Callable[[DictConfig], Any]) -> Callable[[], None]:
+        @wraps(main)
+        def program() -> None:
+            traceback_wanted = os.environ.get("HYDRA_FULL_ERROR") == "1"
+            os.environ["HYDRA_FULL_ERROR"] = "1"  # so that Hydra's own errors reach the handler below
+            try:
+                hydra.main(version_base="1.3", config_path=CONFIGS, config_name=config_name)(main)()
+            except USER_ERRORS as error:
+                if traceback_wanted:
+                    raise
+                print(f"error: {one_line(error)}", file=sys.stderr)
+                sys.exit(2)
+
+        return program
+
+    return decorate
+
+
+def one_line(error: BaseException) -> str:
+    """The message of an error in one line; a missing preset lists those there are."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    if isinstance(error, (HydraException, OmegaConfBaseException)):
+        lines = [line for line in lines if not line.startswith(("full_key:", "object_type=", "reference_type="))]
+    return " ".join(lines).replace("\t", ", ") or type(error).__name__
+
+
+def plain(config: DictConfig) -> dict[str, Any]:
+    """The resolved config as plain dicts, lists and numbers."""
+    resolved = OmegaConf.to_container(config, resolve=True, throw_on_missing=True)
+    assert isinstance(resolved, dict)
+    return {str(key): value for key, value in resolved.items()}
+
+
+def compose(config_name: str, overrides: list[str]) -> DictConfig:
+    """The config of another script, as its command line would make it."""
+    from hydra.core.global_hydra import GlobalHydra
+
+    if GlobalHydra.instance().is_initialized():
+        return hydra.compose(config_name, overrides)
+    with hydra.initialize_config_dir(CONFIGS, version_base="1.3"):
+        return hydra.compose(config_name, overrides)
+
+
+def provenance(config: DictConfig, run: Run) -> dict[str, Any]:
+    """What made a model: the command, its settings, and the last line of the metrics."""
+    overrides = HydraConfig.get().overrides.task if HydraConfig.initialized() else []
+    command = " ".join(["python", f"scripts/{Path(sys.argv[0]).name}", *overrides])
+    metrics = run.metrics()
+    return {"command": command, "settings": plain(config), "metrics": metrics[-1] if metrics else {}}

@@ -1,0 +1,48 @@
+"""Train a teacher by denoising, with label dropout so that it can be guided.
+
+    python scripts/train_teacher.py experiment=digits/teacher out=runs/teacher
+
+Running the same command again continues the run.
+"""
+
+from __future__ import annotations
+
+from common import command, plain, provenance
+from omegaconf import DictConfig
+
+from diffdistill.data import load_data
+from diffdistill.generation import preview
+from diffdistill.models import build_denoiser, save_denoiser
+from diffdistill.training import Run, Trainer, TrainerConfig
+from diffdistill.training.denoising import Denoising
+from diffdistill.training.noise_levels import make_noise_levels
+from diffdistill.training.weighting import make_weighting
+
+
+@command("train_teacher")
+def main(config: DictConfig) -> None:
+    settings = plain(config)
+    data = load_data(**settings["data"])
+    run = Run(settings["out"], settings)
+    objective = Denoising(
+        build_denoiser({**settings["model"], "data_shape": data.shape, "num_classes": data.num_classes}),
+        noise_levels=make_noise_levels(**settings["noise_levels"]),
+        weighting=make_weighting(settings["weighting"], sigma_data=settings["model"]["preconditioning"]["sigma_data"]),
+        label_dropout=settings["label_dropout"],
+    )
+    trainer = Trainer(
+        objective,
+        data,
+        TrainerConfig.from_dict(settings["trainer"]),
+        run,
+        on_samples=preview(**settings["preview"]),
+        name="teacher",
+    )
+    model = trainer.train()
+    save_denoiser(model, run.path / "model.safetensors", provenance=provenance(config, run))
+    run.finish(["model.safetensors"])
+    print(f"the teacher is {run.path / 'model.safetensors'}")
+
+
+if __name__ == "__main__":
+    main()

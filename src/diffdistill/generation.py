@@ -1,0 +1,92 @@
+"""From a model's name to images: how a model is sampled, and sampling many seeds in batches."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from diffdistill.denoiser import Denoiser
+from diffdistill.models import guided
+from diffdistill.progressive.stochastic import StochasticEuler
+from diffdistill.solvers import Euler, Solver, make_schedule, make_solver, sample, seeded_noise
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A denoiser with the solver and the noise levels to sample it with."""
+
+    denoiser: Denoiser
+    solver: Solver
+    sigmas: Tensor
+
+    @property
+    def num_steps(self) -> int:
+        return len(self.sigmas) - 1
+
+    @property
+    def device(self) -> torch.device:
+        return next((p.device for p in self.denoiser.parameters()), torch.device("cpu"))
+
+
+def plan(
+    model: Denoiser,
+    *,
+    w: float | None = None,
+    solver: Mapping[str, Any] | None = None,
+    schedule: Mapping[str, Any] | None = None,
+    num_steps: int | None = None,
+) -> Plan:
+    """Say how to sample `model`.
+
+    Args:
+        model: from `load_denoiser`.
+        w: guidance weight; None leaves the model as it is.
+        solver: options of `make_solver`, "euler" by default. A few-step student brings its own sampler.
+        schedule: options of `make_schedule`, by default "cosine" down to sigma = 0. A student brings its own levels.
+        num_steps: steps of the schedule; a student has only its own.
+
+    Raises:
+        ValueError: a number of steps that a student was not distilled for, or none at all for another model.
+    """
+    denoiser = model if w is None else guided(model, w)
+    own = model.distilled
+    if own is not None:
+        if num_steps not in (None, own.num_steps):
+            raise ValueError(f"num_steps={num_steps}: this student was distilled for {own.num_steps} steps only")
+        return Plan(denoiser, StochasticEuler() if own.sampler == "stochastic" else Euler(), torch.tensor(own.sigmas).double())
+    if num_steps is None:
+        raise ValueError("num_steps is missing: this model was not distilled to a number of steps, so choose one")
+    ends = {"sigma_min": model.sigma_min, "sigma_max": model.sigma_max, "num_steps": num_steps}
+    grid = {"name": "cosine", "sigma_min": 0.0} if schedule is None else schedule
+    return Plan(denoiser, make_solver(**(solver or {"name": "euler"})), make_schedule(**{**ends, **grid}))
+
+
+def spread_labels(num_samples: int, num_classes: int) -> Tensor | None:
+    """Labels `[num_samples]` spread evenly over the classes, or None where there are no classes."""
+    return torch.arange(num_samples) % num_classes if num_classes else None
+
+
+def generate(
+    plan: Plan, seeds: Sequence[int] | Tensor, labels: Tensor | None, *, batch_size: int = 256
+) -> Iterator[Tensor]:
+    """Yield images `[<= batch_size, ...]` for each seed in turn; a seed gives the same image at any batch size."""
+    device = plan.device
+    for start in range(0, len(seeds), batch_size):
+        chunk = seeds[start : start + batch_size]
+        cond = None if labels is None else labels[start : start + batch_size].to(device)
+        noise = seeded_noise(chunk, plan.denoiser.data_shape, device=device)
+        yield sample(plan.denoiser, noise, solver=plan.solver, sigmas=plan.sigmas, cond=cond, seeds=chunk)
+
+
+def preview(*, num_samples: int, w: float | None = None, num_steps: int | None = None) -> Callable[[Denoiser], Tensor]:
+    """A function that draws the same `num_samples` seeds from a model each time, for the grids of a training run."""
+
+    def draw(model: Denoiser) -> Tensor:
+        labels = spread_labels(num_samples, model.num_classes)
+        return torch.cat(list(generate(plan(model, w=w, num_steps=num_steps), range(num_samples), labels)))
+
+    return draw

@@ -1,0 +1,104 @@
+"""Stage 2: the target, its exact minimiser, and the stochastic sampler."""
+
+import math
+
+import pytest
+import torch
+
+from diffdistill.denoiser import Denoiser, per_sample
+from diffdistill.models import GaussianMixture
+from diffdistill.progressive.stage2 import STEPS, StepDistillation, deterministic_steps, stochastic_steps, two_step_target
+from diffdistill.progressive.stochastic import StochasticEuler
+from diffdistill.solvers import Interval, ProbabilityFlow, make_schedule, sample
+from diffdistill.training.weighting import make_weighting
+
+
+def mixture():
+    return GaussianMixture(weights=[0.7, 0.3], means=torch.randn(2, 2, 5, 7), variances=[0.3, 0.1])
+
+
+class TwoSteps(Denoiser):
+    """The student that equals its teacher's two steps exactly."""
+
+    def __init__(self, teacher, steps):
+        super().__init__()
+        self.teacher, self.steps = teacher, steps
+
+    def forward(self, x, sigma, cond=None):
+        index = (self.steps[:, 0] - sigma[:, None]).abs().argmin(1)
+        begin, mid, end = self.steps[index].unbind(1)
+        slope = (x - self.teacher(x, begin, cond)) / per_sample(begin, x)
+        x_mid = x + per_sample(mid - begin, x) * slope
+        slope_mid = (x_mid - self.teacher(x_mid, mid, cond)) / per_sample(mid, x)
+        x_end = x_mid + per_sample(end - mid, x) * slope_mid
+        # the closed form of Salimans and Ho 2022, Appendix G, with alpha and sigma of the variance-preserving process
+        alpha, alpha_end = (1 + begin**2) ** -0.5, (1 + end**2) ** -0.5
+        ratio = (end * alpha_end) / (begin * alpha)
+        z, z_end = per_sample(alpha, x) * x, per_sample(alpha_end, x) * x_end
+        return (z_end - per_sample(ratio, x) * z) / per_sample(alpha_end - ratio * alpha, x)
+
+
+@pytest.mark.parametrize("sampler", STEPS)
+def test_the_exact_two_step_map_has_zero_loss(sampler):
+    teacher = mixture()
+    steps = STEPS[sampler](make_schedule("cosine", num_steps=8, sigma_min=0, sigma_max=80))
+    batch = {"x": torch.randn(3, 2, 5, 7).double()}
+    loss = StepDistillation(
+        teacher, TwoSteps(teacher, steps), steps=steps, weighting=make_weighting("truncated_snr")
+    )
+    value = loss.loss(batch, torch.Generator().manual_seed(0)).value
+    assert value.item() < 1e-20
+    loss = StepDistillation(teacher, teacher, steps=steps, weighting=make_weighting("truncated_snr"))
+    assert loss.loss(batch, torch.Generator().manual_seed(0)).value.item() > 1e-6
+
+
+def test_steps_of_both_samplers():
+    sigmas = torch.arange(8, -1, -1).double()
+    assert deterministic_steps(sigmas).tolist() == [[8, 7, 6], [6, 5, 4], [4, 3, 2], [2, 1, 0]]
+    assert stochastic_steps(sigmas).tolist() == [[8, 6, 4], [6, 4, 2], [4, 2, 0], [2, 1, 0]]
+    assert stochastic_steps(sigmas[:3]).tolist() == [[8, 7, 6]]
+    with pytest.raises(ValueError, match="even"):
+        deterministic_steps(sigmas[:-1])
+
+
+def test_an_ideal_chain_of_halvings_samples_like_its_first_teacher():
+    """A student that equals two steps, on its own grid, ends where the teacher of twice the steps ends."""
+    teacher, sigmas = mixture(), make_schedule("cosine", num_steps=8, sigma_min=0, sigma_max=80)
+    student = TwoSteps(teacher, deterministic_steps(sigmas))
+    from diffdistill.solvers import Euler
+
+    noise = torch.randn(3, 2, 5, 7).double()
+    end_teacher = sample(teacher, noise, solver=Euler(), sigmas=sigmas)
+    end_student = sample(student, noise, solver=Euler(), sigmas=sigmas[::2])
+    torch.testing.assert_close(end_student, end_teacher, rtol=1e-10, atol=1e-10)
+
+
+def test_the_target_of_a_step_to_zero_is_where_the_teacher_ends():
+    teacher, x = mixture(), torch.randn(3, 2, 5, 7).double()
+    sigma, mid, zero = (torch.full((3,), s, dtype=torch.float64) for s in (0.6, 0.2, 0.0))
+    target = two_step_target(ProbabilityFlow(teacher), x, sigma, mid, zero)
+    x_mid = x + (0.2 - 0.6) * (x - teacher(x, sigma)) / 0.6
+    torch.testing.assert_close(target, teacher(x_mid, mid), rtol=1e-12, atol=1e-12)
+
+
+def test_the_marginal_variance_of_the_stochastic_sampler_is_exact():
+    """With data at one point the exact denoiser is constant, and every level's variance is sigma**2."""
+    centre = torch.full((1, 2, 5), 0.3)
+    point = GaussianMixture(weights=[1.0], means=centre, variances=[0.0])
+    sigmas = torch.tensor([20.0, 7.0, 2.0, 0.5, 0.0]).double()
+    batch = 40_000
+    run = sample(
+        point, torch.randn(batch, 2, 5).double(), solver=StochasticEuler(), sigmas=sigmas, seeds=range(batch), return_trajectory=True
+    )
+    for x, sigma in zip(run.x, run.sigmas, strict=True):
+        variance = (x - 0.3).var().item()
+        assert math.isclose(variance, sigma.item() ** 2, rel_tol=4 * math.sqrt(2 / x.numel()), abs_tol=1e-12)
+    assert run.nfe == 4
+
+
+def test_the_stochastic_step_needs_noise_and_its_last_step_does_not():
+    flow, x = ProbabilityFlow(mixture()), torch.randn(3, 2, 5, 7).double()
+    level = [torch.full((3,), s).double() for s in (2.0, 1.0, 0.5)]
+    with pytest.raises(ValueError, match="noise"):
+        StochasticEuler().step(flow, x, Interval(level[0], level[1], sigma_after=level[2]))
+    StochasticEuler().step(flow, x, Interval(level[1], level[2]))
