@@ -42,8 +42,8 @@ class EulerAncestral(Euler):
         noise: Tensor | None = None,
     ) -> tuple[Tensor, History]:
         noise = self.check_noise(noise)
-        sigma, sigma_next = interval.sigma, interval.sigma_next
-        variance_up = self.eta**2 * sigma_next**2 * (1 - (sigma_next / sigma) ** 2)
-        down = replace(interval, sigma_next=(sigma_next**2 - variance_up).sqrt())
+        sigma_next = interval.sigma_next
+        fresh = 1 - (sigma_next / interval.sigma) ** 2
+        down = replace(interval, sigma_next=sigma_next * (1 - self.eta**2 * fresh).sqrt())
         x, history = super().step(flow, x, down, history, evaluation=evaluation, correction=correction)
-        return x + per_sample(variance_up.sqrt(), x) * noise, history
+        return x + per_sample(self.eta * sigma_next * fresh.sqrt(), x) * noise, history

@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
+from functools import partial
 from itertools import pairwise
+from typing import Literal
 
 from torch import Tensor
 
+from diffdistill.registry import choose
 from diffdistill.solvers.base import Correction, Evaluation, History, Interval, weighted_sum
+from diffdistill.solvers.deis import MODES, adams_weights
 from diffdistill.solvers.flow import ProbabilityFlow
 from diffdistill.solvers.multistep import Multistep
 
@@ -47,12 +52,21 @@ class IPNDM(Multistep):
         return weighted_sum(evaluation.x, None, weights, [e.eps for e in past])
 
 
-class IPNDMV(IPNDM):
-    """iPNDM with coefficients for unequal steps, as published with the AMED toolbox (Zhou et al. 2024).
+class IPNDMV(Multistep):
+    """iPNDM with coefficients for unequal steps (Zhou et al. 2024, the AMED toolbox). One evaluation per step.
 
-    Orders 1 and 2 are exact for any steps. In orders 3 and 4 the published coefficients are exact for equal steps only;
-    `deis` with mode "rhoab" is the method that is exact for any.
+    Args:
+        order: 1 to 4.
+        coefficients: "published" are those in use, whose order is 3 at most, also on equal steps; "exact" are
+            Adams-Bashforth for any steps, the same as `deis` with mode "rhoab".
+        afs: analytical first step.
     """
+
+    def __init__(
+        self, *, order: int = 4, coefficients: Literal["published", "exact"] = "published", afs: bool = False
+    ) -> None:
+        super().__init__(order=order, afs=afs)
+        self.coefficients = choose("coefficients", coefficients, COEFFICIENTS)
 
     def update(
         self,
@@ -62,19 +76,21 @@ class IPNDMV(IPNDM):
         history: History,
         correction: Correction | None,
     ) -> Tensor:
-        h = interval.sigma_next - interval.sigma
         past = self.newest(evaluation, history, self.order_at(interval, history))
-        steps = [new.sigma - old.sigma for new, old in pairwise(past)]
-        weights = _coefficients(h, steps)
-        if correction is not None and correction.scale_dir is not None:
-            h = h * correction.scale_dir
-        return weighted_sum(evaluation.x, None, weights, [e.eps for e in past], scale=h)
+        weights = self.coefficients(interval.sigma_next, [e.sigma for e in past])
+        scale = None if correction is None else correction.scale_dir
+        return weighted_sum(evaluation.x, None, weights, [e.eps for e in past], scale=scale)
 
 
-def _coefficients(h: Tensor, steps: list[Tensor]) -> list[Tensor]:
-    """Weights of the newest slopes, from the coming step `h` and the past ones, the newest first."""
-    if not steps:
-        return [h / h]
+def _published(sigma_next: Tensor, sigmas: Sequence[Tensor]) -> list[Tensor]:
+    h = sigma_next - sigmas[0]
+    if len(sigmas) == 1:
+        return [h]
+    return [h * weight for weight in _relative(h, [new - old for new, old in pairwise(sigmas)])]
+
+
+def _relative(h: Tensor, steps: list[Tensor]) -> list[Tensor]:
+    """Published weights of the newest slopes over `h`, from the coming step `h` and the past ones, newest first."""
     h1 = steps[0]
     half = h / h1 / 2
     weights = [1 + half, -half]
@@ -97,3 +113,9 @@ def _coefficients(h: Tensor, steps: list[Tensor]) -> list[Tensor]:
         weights[2] + (ratio + far * (1 + h2 / h3)) * third,
         -far * ratio * third,
     ]
+
+
+COEFFICIENTS: dict[str, Callable[[Tensor, Sequence[Tensor]], list[Tensor]]] = {
+    "published": _published,
+    "exact": partial(adams_weights, MODES["rhoab"]),
+}
