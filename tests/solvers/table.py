@@ -14,7 +14,7 @@ class Row:
         schedule: on which the order holds: any ("log" is used), or only with equal steps in sigma ("uniform").
         evaluations: of one step.
         afs: whether the analytical first step has a meaning.
-        orderless: options that only affect the end of a run or randomness, set aside when the order is measured.
+        deterministic: options that take away randomness and the lower order at the end of a run.
     """
 
     name: str
@@ -26,7 +26,7 @@ class Row:
     deterministic: dict = field(default_factory=dict)
 
     def __str__(self) -> str:
-        return "-".join([self.name, *(str(value) for value in self.options.values())])
+        return "-".join([self.name, *(str(value) for value in self.options.values()), self.schedule])
 
     def solver(self, **more: object) -> Solver:
         return make_solver(self.name, **{**self.options, **more})
@@ -69,7 +69,9 @@ ROWS = [
     ),
     *(Row("deis", order, {"order": order, "mode": mode}) for order in (1, 2, 3, 4) for mode in ("tab", "rhoab")),
     *(Row("ipndm", order, {"order": order}, schedule="uniform") for order in (1, 2, 3, 4)),
-    *(Row("ipndm_v", order, {"order": order}, schedule="log" if order < 3 else "uniform") for order in (1, 2, 3, 4)),
+    *(Row("ipndm", 2, {"order": order}) for order in (2, 3, 4)),
+    *(Row("ipndm_v", min(order, 3), {"order": order}) for order in (1, 2, 3, 4)),
+    *(Row("ipndm_v", order, {"order": order, "coefficients": "exact"}) for order in (1, 2, 3, 4)),
     Row("edm_sde", 2, evaluations=2, afs=False, deterministic={"s_churn": 0.0}),
     Row("euler_ancestral", 1, deterministic={"eta": 0.0}),
 ]
