@@ -95,13 +95,17 @@ class Machine:
         return self.data[self.position - size : self.position]
 
     def line(self) -> bytes:
-        """Bytes up to the next end of line, at most 64 kB."""
-        text = bytes(self.data[self.position : self.position + 65536])
-        end = text.find(b"\n")
-        if end < 0:
-            raise ForeignFileError(f"truncated: no end of line after byte {self.position}")
-        self.position += end + 1
-        return text[:end]
+        """Bytes up to the next end of line."""
+        left, window = len(self.data) - self.position, 256
+        while True:
+            text = bytes(self.data[self.position : self.position + window])
+            end = text.find(b"\n")
+            if end >= 0:
+                self.position += end + 1
+                return text[:end]
+            if window >= left:
+                raise ForeignFileError(f"truncated: no end of line after byte {self.position}")
+            window *= 2
 
     def number(self, layout: str) -> Any:
         return struct.unpack(layout, self.take(struct.calcsize(layout)))[0]

@@ -226,6 +226,11 @@ def _encoded(m: Machine, text: Any, encoding: Any = "latin1") -> bytes:
     return text.encode("latin-1")
 
 
+def _no_bytes(m: Machine) -> bytes:
+    """How protocols 0 to 2 write `b""`."""
+    return b""
+
+
 def _reconstructed(m: Machine, kind: Any, base: Any, state: Any) -> Any:
     return m.new(kind, (state,))
 
@@ -253,6 +258,7 @@ CALLS: Mapping[str, Callable[..., Any]] = {
     "numpy.dtype": lambda m, code, *more: DtypeRecord(code),
     "_codecs.encode": _encoded,
     "copyreg._reconstructor": _reconstructed,
+    "builtins.bytes": _no_bytes,
     "builtins.set": make_set,
     "builtins.frozenset": make_set,
     **{f"{core}.multiarray._reconstruct": _reconstructed_array for core in ("numpy.core", "numpy._core")},
