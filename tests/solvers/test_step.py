@@ -14,7 +14,7 @@ from diffdistill.solvers import (
     sample,
     seeded_noise,
 )
-from tests.solvers.table import ROWS, Row
+from tests.solvers.table import ROWS
 
 SHAPE = (2, 5, 7)
 NEWEST = [row for row in ROWS if row.options.get("order", 9) >= 3]

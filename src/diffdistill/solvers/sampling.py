@@ -141,6 +141,7 @@ def sample(
     stream = None
     if solver.stochastic:
         stream = SampleNoise(range(len(noise)) if seeds is None else seeds, noise.shape[1:])
+        stream.draw()  # what `seeded_noise` gives for the same seeds: the start must not come again as a step's noise
     x = noise * sigmas[0].item()
     points = [x]
     with feature_tap(denoiser, solver) as features:

@@ -1,0 +1,109 @@
+"""Runs: stochastic solvers, thresholding, the analytical first step, labels, and what the package imports."""
+
+import subprocess
+import sys
+
+import pytest
+import torch
+
+from diffdistill.models import GaussianMixture
+from diffdistill.solvers import (
+    ProbabilityFlow,
+    dynamic_thresholding,
+    intervals,
+    make_schedule,
+    make_solver,
+    sample,
+    seeded_noise,
+)
+
+STOCHASTIC = {"edm_sde": {"s_churn": 10.0, "s_noise": 1.0}, "euler_ancestral": {"eta": 1.0}}
+
+
+@pytest.mark.parametrize("name", STOCHASTIC)
+def test_marginal_variance_on_a_gaussian(name):
+    """At every level the state is N(0, v + sigma^2) up to the error of the steps."""
+    variance = 0.25
+    gaussian = GaussianMixture([1.0], torch.zeros(1, 2, 4), [variance])
+    sigmas = make_schedule("polynomial", num_steps=60, sigma_min=0.05, sigma_max=10.0)
+    noise = seeded_noise(range(1500), (2, 4), dtype=torch.float64) * (1 + variance / 100) ** 0.5
+    run = sample(gaussian, noise, solver=make_solver(name, **STOCHASTIC[name]), sigmas=sigmas, return_trajectory=True)
+    measured = run.x.flatten(1).var(dim=1)
+    torch.testing.assert_close(measured, variance + run.sigmas**2, rtol=0.08, atol=0.0)
+
+
+@pytest.mark.parametrize("name", STOCHASTIC)
+def test_seeds_do_not_depend_on_the_batch(name):
+    mixture = GaussianMixture([0.5, 0.5], torch.randn(2, 2, 5), [0.1, 0.2])
+    sigmas = make_schedule("polynomial", num_steps=4, sigma_min=0.05, sigma_max=10.0)
+    solver, seeds = make_solver(name, **STOCHASTIC[name]), [3, 11, 4]
+
+    def run(chosen):
+        return sample(mixture, seeded_noise(chosen, (2, 5)), solver=solver, sigmas=sigmas, seeds=chosen)
+
+    torch.testing.assert_close(run(seeds), torch.cat([run([seed]) for seed in seeds]))
+    assert not torch.equal(run([3]), run([4]))
+
+
+@pytest.mark.parametrize("name", STOCHASTIC)
+def test_stochastic_steps_need_noise(name):
+    flow = ProbabilityFlow(lambda x, sigma, cond: x)
+    with pytest.raises(ValueError, match="pass noise"):
+        make_solver(name).step(flow, torch.zeros(1, 2), intervals(torch.tensor([2.0, 1.0]), 1)[0])
+
+
+def test_analytical_first_step():
+    x = torch.randn(3, 2, 5, dtype=torch.float64)
+    sigma = torch.tensor([80.0, 10.0, 1.0], dtype=torch.float64)
+    flow = ProbabilityFlow(lambda x, sigma, cond: x)
+    torch.testing.assert_close(flow.analytic(x, sigma).eps, x / (1 + sigma**2).sqrt().view(3, 1, 1))
+    assert flow.nfe == 0
+
+
+def test_dynamic_thresholding():
+    x = torch.stack([torch.linspace(-0.8, 0.8, 35).view(5, 7), torch.linspace(-4.0, 4.0, 35).view(5, 7)])
+    result = dynamic_thresholding(x)
+    assert torch.equal(result[0], x[0])
+    bound = torch.quantile(x[1].abs(), 0.995)
+    torch.testing.assert_close(result[1], x[1].clamp(-bound, bound) / bound)
+
+
+def test_thresholding_reaches_every_prediction():
+    seen = []
+    options = {"solver": make_solver("heun", afs=True), "sigmas": torch.tensor([5.0, 2.0, 0.0])}
+    mark = lambda denoised: seen.append(1) or denoised  # noqa: E731
+    sample(lambda x, sigma, cond: 0 * x, torch.randn(3, 2, 5), thresholding=mark, **options)
+    assert len(seen) == 3
+
+
+def test_bad_input():
+    mixture = GaussianMixture([0.5, 0.5], torch.randn(2, 2, 5), [0.1, 0.2], labels=[0, 1])
+    noise, solver = torch.randn(3, 2, 5), make_solver("euler")
+    good = {"solver": solver, "sigmas": torch.tensor([2.0, 1.0])}
+    for sigmas in ([], [1.0, 2.0], [1.0, 1.0], [float("nan"), 1.0]):
+        with pytest.raises(ValueError):
+            sample(mixture, noise, solver=solver, sigmas=torch.tensor(sigmas))
+    with pytest.raises(ValueError, match="dynamic"):
+        sample(mixture, noise, thresholding="static", **good)
+    with pytest.raises(ValueError, match=r"shape \[3\]"):
+        sample(mixture, noise, cond=torch.tensor([0, 1]), **good)
+    with pytest.raises(ValueError, match="0 to 1"):
+        sample(mixture, noise, cond=torch.tensor([0, 1, 2]), **good)
+
+
+def test_imports_torch_numpy_and_scipy_only():
+    """`diffdistill.solvers` brings in nothing but itself and is quick to import."""
+    program = (
+        "import sys, time, torch, numpy\n"
+        "before, start = set(sys.modules), time.process_time()\n"
+        "import diffdistill.solvers\n"
+        "seconds = time.process_time() - start\n"
+        "new = {m.split('.')[0] for m in set(sys.modules) - before} - set(sys.stdlib_module_names)\n"
+        "inner = {'.'.join(m.split('.')[:2]) for m in sys.modules if m.startswith('diffdistill.')}\n"
+        "print(sorted(new - {'torch', 'numpy', 'scipy', 'diffdistill'}), sorted(inner), seconds)\n"
+        "assert new <= {'torch', 'numpy', 'scipy', 'diffdistill'}\n"
+        "assert not inner & {'diffdistill.models', 'diffdistill.training', 'diffdistill.data'}\n"
+        "assert seconds < 0.3\n"
+    )
+    result = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False)
+    assert result.returncode == 0, result.stdout + result.stderr

@@ -1,0 +1,120 @@
+"""Schedules: their formulas, exact ends, and the search of GITS."""
+
+import itertools
+import math
+
+import pytest
+import torch
+
+from diffdistill.models import GaussianMixture
+from diffdistill.solvers import SCHEDULES, make_schedule
+from diffdistill.solvers.gits import shortest_path
+from diffdistill.solvers.schedules import ALIGN_YOUR_STEPS
+
+ENDS = {"sigma_min": 0.03, "sigma_max": 14.0}
+
+
+def vp_sigma(t: float) -> float:
+    low, high = math.log(ENDS["sigma_min"] ** 2 + 1), math.log(ENDS["sigma_max"] ** 2 + 1)
+    beta_d = 2 * (low / 1e-3 - high) / (1e-3 - 1)
+    return math.sqrt(math.exp(beta_d * t * t / 2 + (high - beta_d / 2) * t) - 1)
+
+
+FORMULAS = {
+    "polynomial": ({"rho": 3.0}, lambda f: (14 ** (1 / 3) + f * (0.03 ** (1 / 3) - 14 ** (1 / 3))) ** 3),
+    "logsnr": ({}, lambda f: 14.0 * (0.03 / 14.0) ** f),
+    "time_uniform": ({"rho": 2.0}, lambda f: vp_sigma((1 + f * (1e-3**0.5 - 1)) ** 2)),
+    "cosine": ({}, lambda f: math.tan(math.atan(14) + f * (math.atan(0.03) - math.atan(14)))),
+}
+
+
+@pytest.mark.parametrize("name", FORMULAS)
+@pytest.mark.parametrize("num_steps", [1, 2, 3, 7])
+def test_formula(name, num_steps):
+    options, formula = FORMULAS[name]
+    sigmas = make_schedule(name, num_steps=num_steps, **ENDS, **options)
+    expected = torch.tensor([formula(i / num_steps) for i in range(num_steps + 1)], dtype=torch.float64)
+    torch.testing.assert_close(sigmas, expected, rtol=1e-10, atol=0)
+    assert (sigmas[0].item(), sigmas[-1].item()) == (14.0, 0.03)
+
+
+def test_discrete_visits_the_entries_of_its_table():
+    table = [0.1, 0.3, 0.5, 2.0, 9.0]
+    sigmas = make_schedule("discrete", num_steps=4, sigma_min=0.1, sigma_max=9.0, table=table)
+    torch.testing.assert_close(sigmas, torch.tensor(table[::-1], dtype=torch.float64))
+    halves = make_schedule("discrete", num_steps=8, sigma_min=0.1, sigma_max=9.0, table=table)
+    torch.testing.assert_close(halves[1], torch.tensor(math.sqrt(9.0 * 2.0), dtype=torch.float64))
+
+
+@pytest.mark.parametrize("model", ALIGN_YOUR_STEPS)
+def test_align_your_steps(model):
+    table = torch.tensor(ALIGN_YOUR_STEPS[model], dtype=torch.float64)
+    assert torch.equal(make_schedule("align_your_steps", model=model), table)
+    double = make_schedule("align_your_steps", model=model, num_steps=20)
+    torch.testing.assert_close(double[::2], table)
+    torch.testing.assert_close(double[1::2], (table[1:] * table[:-1]).sqrt())
+    ends = make_schedule("align_your_steps", model=model, num_steps=5, sigma_min=0.001, sigma_max=900.0)
+    assert (ends[0].item(), ends[-1].item()) == (900.0, 0.001)
+
+
+@pytest.mark.parametrize("num_steps", [1, 2, 4, 6])
+def test_shortest_path_is_that_of_brute_force(num_steps):
+    cost = torch.randn(7, 7, generator=torch.Generator().manual_seed(5), dtype=torch.float64)
+
+    def total(path):
+        return sum(1.15**k * cost[i, j].item() for k, (i, j) in enumerate(itertools.pairwise(path)))
+
+    paths = [(0, *inner, 6) for inner in itertools.combinations(range(1, 6), num_steps - 1)]
+    assert tuple(shortest_path(cost, num_steps, 1.15)) == min(paths, key=total)
+
+
+@pytest.mark.parametrize("metric", ["dev", "l1", "l2"])
+def test_gits_chooses_levels_of_the_fine_schedule(metric):
+    mixture = GaussianMixture([0.5, 0.5], torch.randn(2, 2, 3, 5), [0.1, 0.2])
+    noise = torch.randn(7, 2, 3, 5, dtype=torch.float64)
+    options = {"denoiser": mixture, "noise": noise, "metric": metric, "fine_steps": 12, **ENDS}
+    fine = make_schedule("polynomial", num_steps=12, **ENDS)
+    assert torch.equal(make_schedule("gits", num_steps=12, **options), fine)
+    sigmas = make_schedule("gits", num_steps=4, **options)
+    assert len(sigmas) == 5 and set(sigmas.tolist()) <= set(fine.tolist())
+    assert (sigmas[0].item(), sigmas[-1].item()) == (14.0, 0.03)
+
+
+def test_gits_needs_few_steps_where_the_trajectory_bends():
+    """Point data at 0: trajectories are straight, so any jump is exact and l2 costs vanish."""
+    point = GaussianMixture([1.0], torch.zeros(1, 2, 3), [0.0])
+    sigmas = make_schedule(
+        "gits", num_steps=3, denoiser=point, noise=torch.randn(5, 2, 3), metric="l2", fine_steps=8, **ENDS
+    )
+    assert len(sigmas) == 4
+
+
+@pytest.mark.parametrize(
+    ("name", "options", "error", "message"),
+    [
+        ("linear", {}, ValueError, "polynomial"),
+        ("logsnr", {"num_steps": 3, **ENDS, "rho": 7}, TypeError, "num_steps, sigma_min, sigma_max"),
+        ("polynomial", {"num_steps": 0, **ENDS}, ValueError, "at least 1"),
+        ("polynomial", {"num_steps": 2.5, **ENDS}, ValueError, "integer"),
+        ("polynomial", {"num_steps": 3, "sigma_min": 2.0, "sigma_max": 1.0}, ValueError, "sigma_min < sigma_max"),
+        ("polynomial", {"num_steps": 3, "sigma_min": -1.0, "sigma_max": 1.0}, ValueError, "0 <= sigma_min"),
+        ("polynomial", {"num_steps": 3, **ENDS, "rho": 0.0}, ValueError, "rho"),
+        ("logsnr", {"num_steps": 3, "sigma_min": 0.0, "sigma_max": 1.0}, ValueError, "sigma_min > 0"),
+        ("discrete", {"num_steps": 3, **ENDS, "table": [2.0, 1.0]}, ValueError, "increasing"),
+        ("align_your_steps", {"model": "sd3"}, ValueError, "deepfloyd, sd15, sdxl, svd"),
+        ([], {}, ValueError, "at least 2"),
+        ([1.0], {}, ValueError, "at least 2"),
+        ([1.0, 2.0], {}, ValueError, "strictly decrease"),
+        ([1.0, 1.0], {}, ValueError, "strictly decrease"),
+        ([1.0, float("nan")], {}, ValueError, "finite"),
+        ([1.0, -1.0], {}, ValueError, "negative"),
+        ([2.0, 1.0], {"num_steps": 1}, TypeError, "no options"),
+    ],
+)
+def test_bad_input(name, options, error, message):
+    with pytest.raises(error, match=message):
+        make_schedule(name, **options)
+
+
+def test_every_schedule_is_tested():
+    assert set(SCHEDULES) == {*FORMULAS, "discrete", "align_your_steps", "gits"}
