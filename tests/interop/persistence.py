@@ -124,5 +124,7 @@ def release(net):
         "ema": net,
         "loss_fn": Persistent("EDMLoss", P_mean=-1.2, P_std=1.2, sigma_data=0.5),
         "augment_pipe": Persistent("AugmentPipe", p=0.12),
-        "dataset_kwargs": EasyDict(class_name="training.dataset.ImageFolderDataset", path="cifar10.zip", use_labels=False),
+        "dataset_kwargs": EasyDict(
+            class_name="training.dataset.ImageFolderDataset", path="cifar10.zip", use_labels=False
+        ),
     }

@@ -22,6 +22,10 @@ from diffdistill.interop.tensors import ALLOWED, CALLS, STORAGES, ArrayRecord, R
 
 _MAGIC = 0x1950A86A20F9469CFC6C
 _PROTOCOL = 1001
+_ZIP_ERRORS = (
+    *(zipfile.BadZipFile, zlib.error, struct.error, ValueError, LookupError, ArithmeticError, AttributeError),
+    *(OSError, RuntimeError, EOFError, MemoryError),
+)
 
 
 @dataclass(frozen=True)
@@ -67,16 +71,25 @@ def open_checkpoint(path: str | os.PathLike[str]) -> Iterator[Checkpoint]:
                 is_zip = file.read(4) == b"PK\x03\x04"
             size = path.stat().st_size
             if is_zip:
-                root = _read_zip(stack.enter_context(zipfile.ZipFile(path)), size)
+                with _damaged_archives():
+                    archive = stack.enter_context(zipfile.ZipFile(path))
+                root = _read_zip(archive, size)
             else:
                 root = read_stream(path.read_bytes())
             yield Checkpoint(root, size)
-    except (zipfile.BadZipFile, zlib.error, NotImplementedError, EOFError, struct.error) as error:
-        raise ForeignFileError(f"{path} is damaged: {error}") from None
     except ForeignFileError as error:
         if str(path) in str(error):
             raise
         raise type(error)(f"{path}: {error}") from None
+
+
+@contextlib.contextmanager
+def _damaged_archives() -> Iterator[None]:
+    """Whatever the zip module ends in when its input is damaged, as the documented error."""
+    try:
+        yield
+    except _ZIP_ERRORS as error:
+        raise ForeignFileError(f"damaged archive: {str(error) or type(error).__name__}") from None
 
 
 def read_stream(data: Raw, *, nesting: int = 0, budget: Budget | None = None) -> Any:
@@ -145,7 +158,8 @@ def _read_zip(archive: zipfile.ZipFile, size: int) -> Any:
             raise ForeignFileError(f"the archive misses {name[:80]}")
         if info.compress_type != zipfile.ZIP_STORED or info.file_size > size:
             raise ForeignFileError(f"{name[:80]} in the archive is compressed, or larger than the file")
-        return archive.read(info)
+        with _damaged_archives():
+            return archive.read(info)
 
     if f"{folder}/byteorder" in entries and read("byteorder") != b"little":
         raise ForeignFileError("the file was written on a big-endian machine")
