@@ -57,14 +57,15 @@ class EndpointDistillation(Objective):
         super().__init__()
         self.denoiser = denoiser.eval().requires_grad_(False)
         self.solver = solver
-        self.trained = LearnedSampler(solver.predictor, LearnedSchedule(sigmas).requires_grad_(learn_schedule))
+        self.schedule = LearnedSchedule(sigmas).requires_grad_(learn_schedule)
+        self.trained = LearnedSampler(solver.predictor, self.schedule)
         self.distance = choose("distance", distance, DISTANCES)
         self.start = start
 
     def loss(self, batch: Mapping[str, Tensor], generator: torch.Generator) -> Loss:
         """`batch` holds `noise` and `target`, `[B, ...]`, and conditions as `draw_start` takes them."""
         noise, cond = draw_start(self.denoiser, batch, generator)
-        sigmas = self.trained.schedule()
+        sigmas = self.schedule()
         x = sigmas[0].to(noise.dtype) * noise if self.start is None else self.start(noise, cond)
         with feature_tap(self.denoiser, self.solver) as features:
             flow = ProbabilityFlow(self.denoiser, cond, features=features)

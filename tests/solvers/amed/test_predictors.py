@@ -160,10 +160,10 @@ def test_bad_input():
 def test_a_table_of_another_length_is_refused():
     mixture = GaussianMixture(weights=[1.0], means=torch.zeros(1, 2, 5, 7), variances=[0.3])
     noise = torch.randn(3, 2, 5, 7)
-    for rows in (1, 3):
+    for rows in (1, 2, 5):
         solver = AMEDPlugin(make_solver("euler"), TabulatedPredictor([0.5] * rows))
         with pytest.raises(
-            ValueError, match=f"{rows} intervals, but the schedule has [24]" if rows == 3 else "rows for 1"
+            ValueError, match=f"for {rows} intervals, but the schedule has 4"
         ):
             sample(mixture, noise, solver=solver, sigmas=make_schedule([9.0, 4.0, 2.0, 1.0, 0.5]))
     solver = AMEDPlugin(make_solver("euler"), TabulatedPredictor(torch.full((2, 4), 0.5)))

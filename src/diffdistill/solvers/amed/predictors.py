@@ -21,9 +21,11 @@ class Predictor(nn.Module):
 
     Attributes:
         features: whether it reads the bottleneck of the network.
+        num_intervals: number of intervals of the schedules that it serves, or None for any.
     """
 
     features: Features = "required"
+    num_intervals: int | None = None
 
     def correction(self, features: Tensor | None, interval: Interval) -> Correction:
         """The correction of the step over `interval`.
@@ -33,7 +35,14 @@ class Predictor(nn.Module):
                 not asked (analytical first step).
             interval: the step to take, of the schedule that the user gave.
         """
+        self.check(interval)
         return self(features, interval.sigma, interval.sigma_next)
+
+    def check(self, interval: Interval) -> None:
+        """Raise `ValueError` if the schedule has another number of intervals; one that ends at 0 has one more."""
+        count = self.num_intervals
+        if count is not None and (interval.total not in (count, count + 1) or interval.index >= count):
+            raise ValueError(f"this predictor is for {count} intervals, but the schedule has {interval.total}")
 
 
 class FunctionPredictor(Predictor):
@@ -66,18 +75,13 @@ class Table(Predictor):
     """A predictor with one row of numbers per interval."""
 
     features: Features = "unused"
-    num_intervals: int
 
     def row(self, index: int, batch: int) -> Correction:
         """The correction of interval `index`, `[batch]` each."""
         raise NotImplementedError(f"{type(self).__name__} defines no row(index, batch)")
 
     def correction(self, features: Tensor | None, interval: Interval) -> Correction:
-        # A schedule that ends at 0 has one interval more, which needs no correction.
-        if interval.total not in (self.num_intervals, self.num_intervals + 1) or interval.index >= self.num_intervals:
-            raise ValueError(
-                f"this predictor has rows for {self.num_intervals} intervals, but the schedule has {interval.total}"
-            )
+        self.check(interval)
         return self.row(interval.index, len(interval.sigma))
 
 

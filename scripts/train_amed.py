@@ -1,0 +1,49 @@
+"""Train the predictor of a learned solver for a denoiser.
+
+    python scripts/train_amed.py experiment=digits/amed_5nfe out=runs/amed_5nfe
+
+Running the same command again continues the run. The result is `out/predictor.safetensors`.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from omegaconf import DictConfig
+
+from common import command, plain, provenance
+from diffdistill import interop  # noqa: F401  (foreign checkpoints as models)
+from diffdistill.learned import make_learned, make_task, save_predictor, trained
+from diffdistill.models import guided, load_denoiser
+from diffdistill.solvers import make_schedule
+from diffdistill.training import Run, Trainer, TrainerConfig
+
+
+@command("train_amed")
+def main(config: DictConfig) -> None:
+    settings = plain(config)
+    model, source = settings["model"], settings["source"]
+    if source and not Path(model).exists():
+        raise FileNotFoundError(f"{model} is not there: get it from {source}, or say model=PATH")
+    run = Run(settings["out"], settings)
+    denoiser = load_denoiser(model)
+    if settings["w"] is not None:
+        denoiser = guided(denoiser, settings["w"])
+    ends = {"sigma_min": denoiser.sigma_min, "sigma_max": denoiser.sigma_max}
+    schedule = {**ends, **settings["schedule"]}
+    learned = make_learned(
+        settings["form"],
+        inner=settings["inner"],
+        predictor=settings["predictor"],
+        sigmas=make_schedule(**schedule, num_steps=settings["num_steps"]),
+    )
+    task = make_task(learned, denoiser, schedule, **settings["objective"])
+    trainer = Trainer(task.objective, task.data, TrainerConfig.from_dict(settings["trainer"]), run, name="amed")
+    learned = trained(learned, trainer.train(), denoiser, provenance(config, run))
+    save_predictor(learned, run.path / "predictor.safetensors")
+    run.finish(["predictor.safetensors"])
+    print(f"the predictor for {learned.nfe} evaluations is {run.path / 'predictor.safetensors'}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,64 @@
+"""`scripts/train_amed.py` with every preset, on a tiny denoiser, for two updates."""
+
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from diffdistill.learned import load_predictor
+from diffdistill.models import guided, save_denoiser
+from tests.builders import tiny_denoiser
+
+ROOT = Path(__file__).parents[2]
+sys.path.insert(0, str(ROOT / "scripts"))
+
+FOLDERS = {"zhou2024": "*.yaml", "digits": "[aps][mlt][eu]*_*nfe.yaml"}
+PRESETS = sorted(
+    f"{folder}/{path.stem}"
+    for folder, pattern in FOLDERS.items()
+    for path in (ROOT / "configs" / "experiment" / folder).glob(pattern)
+)
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory):
+    path = tmp_path_factory.mktemp("model") / "tiny.safetensors"
+    save_denoiser(tiny_denoiser(), path)
+    return path
+
+
+def train(preset, model, out, *overrides):
+    import train_amed
+    from common import compose
+
+    small = ["trainer.updates=2", "trainer.batch_size=4", "trainer.device=cpu"]
+    config = compose("train_amed", [f"experiment={preset}", f"model={model}", f"out={out}", *small, *overrides])
+    if config.objective.name == "endpoint":
+        config.objective.trajectories, config.objective.teacher_schedule.num_steps = 8, 6
+    train_amed.main.__wrapped__(config)
+    return load_predictor(out / "predictor.safetensors"), config
+
+
+def test_the_presets_are_all_there():
+    rows = {"amed_cifar10", "amed_ffhq", "amed_imagenet64", "amed_bedroom", "plugin_cifar10", "plugin_ffhq"}
+    rows |= {"plugin_imagenet64", "plugin_bedroom_latent", "plugin_stable_diffusion"}
+    own = {f"{form}_{nfe}nfe" for form in ("amed", "plugin") for nfe in (3, 5, 7, 9)}
+    assert {f"zhou2024/{name}" for name in rows} | {f"digits/{name}" for name in own} <= set(PRESETS)
+
+
+@pytest.mark.parametrize("preset", PRESETS)
+def test_every_preset_trains_and_samples(preset, model, tmp_path):
+    learned, config = train(preset, model, tmp_path)
+    denoiser = tiny_denoiser()
+    denoiser = denoiser if config.w is None else guided(denoiser, config.w)
+    x = learned.sample(denoiser, torch.randn(3, *denoiser.data_shape), torch.tensor([0, 1, 2]))
+    assert x.isfinite().all()
+    if preset.endswith("nfe"):
+        assert preset.endswith(f"_{learned.nfe}nfe")
+    assert "command" in learned.provenance
+
+
+def test_a_missing_model_says_where_to_get_it(tmp_path):
+    with pytest.raises(FileNotFoundError, match="get it from https"):
+        train("zhou2024/amed_cifar10", tmp_path / "absent.pkl", tmp_path / "absent")
