@@ -15,6 +15,9 @@ from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
+from diffdistill.data import ImageData
+from diffdistill.denoiser import Denoiser
+from diffdistill.models import save_denoiser
 from diffdistill.training import Run
 
 CONFIGS = str(Path(__file__).resolve().parent.parent / "configs")
@@ -76,3 +79,19 @@ def provenance(config: DictConfig, run: Run) -> dict[str, Any]:
     command = " ".join(["python", f"scripts/{Path(sys.argv[0]).name}", *overrides])
     metrics = run.metrics()
     return {"command": command, "settings": plain(config), "metrics": metrics[-1] if metrics else {}}
+
+
+def finish(model: Any, run: Run, config: DictConfig) -> str:
+    """Save the result of a run, mark the run as finished, and return the path of the model."""
+    save_denoiser(model, run.path / "model.safetensors", provenance=provenance(config, run))
+    run.finish(["model.safetensors"])
+    return str(run.path / "model.safetensors")
+
+
+def check_data(data: ImageData, teacher: Denoiser) -> None:
+    """Refuse images that are not the teacher's."""
+    if tuple(data.shape) != tuple(teacher.data_shape) or data.num_classes < teacher.num_classes:
+        raise ValueError(
+            f"the data has images {list(data.shape)} of {data.num_classes} classes, "
+            f"but the teacher takes {list(teacher.data_shape)} of {teacher.num_classes}"
+        )

@@ -7,12 +7,12 @@ Running the same command again continues the run.
 
 from __future__ import annotations
 
-from common import command, plain, provenance
 from omegaconf import DictConfig
 
+from common import command, finish, plain
 from diffdistill.data import load_data
 from diffdistill.generation import preview
-from diffdistill.models import build_denoiser, save_denoiser
+from diffdistill.models import build_denoiser
 from diffdistill.training import Run, Trainer, TrainerConfig
 from diffdistill.training.denoising import Denoising
 from diffdistill.training.noise_levels import make_noise_levels
@@ -38,10 +38,7 @@ def main(config: DictConfig) -> None:
         on_samples=preview(**settings["preview"]),
         name="teacher",
     )
-    model = trainer.train()
-    save_denoiser(model, run.path / "model.safetensors", provenance=provenance(config, run))
-    run.finish(["model.safetensors"])
-    print(f"the teacher is {run.path / 'model.safetensors'}")
+    print(f"the teacher is {finish(trainer.train(), run, config)}")
 
 
 if __name__ == "__main__":

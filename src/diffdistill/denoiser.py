@@ -79,7 +79,7 @@ class Denoiser(nn.Module):
         return None if cond is None else torch.full_like(cond, NULL_LABEL)
 
     def check_condition(self, cond: Any, batch: int) -> None:
-        """Raise `ValueError` unless `cond` is None or an integer label in `[0, num_classes)`, or -1, for each sample."""
+        """Raise `ValueError` unless `cond` is None or an integer label for each sample, -1 for none."""
         if cond is None:
             return
         if self.num_classes == 0:

@@ -57,7 +57,12 @@ def plan(
     if own is not None:
         if num_steps not in (None, own.num_steps):
             raise ValueError(f"num_steps={num_steps}: this student was distilled for {own.num_steps} steps only")
-        return Plan(denoiser, StochasticEuler() if own.sampler == "stochastic" else Euler(), torch.tensor(own.sigmas).double())
+        if solver is not None or schedule is not None:
+            raise ValueError(
+                "a few-step student brings its own sampler and noise levels: leave out solver and schedule"
+            )
+        levels = torch.tensor(own.sigmas, dtype=torch.float64)
+        return Plan(denoiser, StochasticEuler() if own.sampler == "stochastic" else Euler(), levels)
     if num_steps is None:
         raise ValueError("num_steps is missing: this model was not distilled to a number of steps, so choose one")
     ends = {"sigma_min": model.sigma_min, "sigma_max": model.sigma_max, "num_steps": num_steps}
@@ -80,6 +85,15 @@ def generate(
         cond = None if labels is None else labels[start : start + batch_size].to(device)
         noise = seeded_noise(chunk, plan.denoiser.data_shape, device=device)
         yield sample(plan.denoiser, noise, solver=plan.solver, sigmas=plan.sigmas, cond=cond, seeds=chunk)
+
+
+def count_nfe(plan: Plan) -> int:
+    """Network evaluations of one sample, counted by drawing one."""
+    noise = seeded_noise([0], plan.denoiser.data_shape, device=plan.device)
+    cond = spread_labels(1, plan.denoiser.num_classes)
+    cond = None if cond is None else cond.to(plan.device)
+    run = sample(plan.denoiser, noise, solver=plan.solver, sigmas=plan.sigmas, cond=cond, return_trajectory=True)
+    return run.nfe
 
 
 def preview(*, num_samples: int, w: float | None = None, num_steps: int | None = None) -> Callable[[Denoiser], Tensor]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -87,24 +87,40 @@ def plot_curves(metrics: Sequence[Mapping[str, float]], path: str | os.PathLike[
         metrics: the records of a metrics.jsonl file.
         path: the PNG file.
     """
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
     names = [name for name in dict.fromkeys(n for record in metrics for n in record) if name not in NOT_CURVES]
     if not names:
         return
     columns = min(3, len(names))
     rows = -(-len(names) // columns)
-    figure = Figure(figsize=(4.2 * columns, 2.9 * rows), dpi=120, layout="constrained")
+
+    def draw(figure: Any) -> None:
+        for i, name in enumerate(names):
+            axes = figure.add_subplot(rows, columns, i + 1)
+            points = [(r["update"], r[name]) for r in metrics if name in r]
+            axes.plot(*zip(*points, strict=True), color="#2b6cb0", linewidth=1.4, marker="." if len(points) < 3 else "")
+            if min(value for _, value in points) > 0:
+                axes.set_yscale("log")
+            axes.set(title=name.replace("_", " "), xlabel="update")
+
+    save_figure(draw, path, size=(4.2 * columns, 2.9 * rows))
+
+
+def save_figure(draw: Callable[[Any], None], path: str | os.PathLike[str], *, size: tuple[float, float]) -> None:
+    """Write a figure as PNG in the style of all figures here.
+
+    Args:
+        draw: fills an empty `matplotlib.figure.Figure`.
+        path: the file.
+        size: width and height in inches.
+    """
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=size, dpi=120, layout="constrained")
     FigureCanvasAgg(figure)
-    for i, name in enumerate(names):
-        axes = figure.add_subplot(rows, columns, i + 1)
-        points = [(r["update"], r[name]) for r in metrics if name in r]
-        axes.plot(*zip(*points, strict=True), color="#2b6cb0", linewidth=1.4, marker="." if len(points) < 3 else "")
-        if min(value for _, value in points) > 0:
-            axes.set_yscale("log")
-        axes.set_title(name.replace("_", " "), fontsize=10)
-        axes.set_xlabel("update", fontsize=9)
+    draw(figure)
+    for axes in figure.axes:
+        axes.title.set_fontsize(10)
         axes.tick_params(labelsize=8, which="both")
         axes.grid(alpha=0.25, linewidth=0.6)
         for side in ("top", "right"):

@@ -213,7 +213,8 @@ def load_denoiser(name_or_path: str | os.PathLike[str], *, device: torch.device 
             f"unknown model {name!r}: choose one of {', '.join(sorted(shipped)) or '(none shipped)'}, or give the path "
             "of a file or folder"
         )
-    return READERS[key](path).to(device).eval()
+    # Channels last, because convolutions are faster so, on CPU as on GPU.
+    return READERS[key](path).to(device, memory_format=torch.channels_last).eval()
 
 
 def _keys(*, folder: bool) -> list[str]:

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 HARMLESS = frozenset(
-    {"log_every", "sample_every", "checkpoint_every", "checkpoint_minutes", "keep", "workers", "device"}
+    {"out", "log_every", "sample_every", "checkpoint_every", "checkpoint_minutes", "keep", "workers", "device"}
 )
 """Settings that may change between a run and its continuation: they do not change what is computed."""
 

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
+from diffdistill.devices import device_of
 from diffdistill.pictures import plot_curves, save_grid
 from diffdistill.training import distributed
 from diffdistill.training.average import WeightAverage
@@ -60,7 +61,7 @@ class Trainer:
         name: str = "",
     ) -> None:
         self.config, self.run, self.on_samples, self.name = config, run, on_samples, name
-        self.device = _device(config.device)
+        self.device = device_of(config.device)
         self.objective = objective.to(self.device)
         if config.channels_last:
             self.objective.to(memory_format=torch.channels_last)  # pyright: ignore[reportCallIssue]
@@ -282,21 +283,6 @@ class Trainer:
         self.update = checkpoint.update
         self.run.rewind(self.update)
         logger.info("continuing from %s", checkpoint.path)
-
-
-def _device(name: str) -> torch.device:
-    if name == "auto":
-        name = "cuda" if torch.cuda.is_available() else "cpu"
-    try:
-        device = torch.device(name)
-    except RuntimeError:
-        raise ValueError(f"device must be auto, cpu, cuda or cuda:N, but is {name!r}") from None
-    if device.type == "cuda":
-        if not torch.cuda.is_available():
-            raise ValueError(f"device {name!r} is not there: PyTorch sees no CUDA GPU; choose cpu or auto")
-        if device.index is None:
-            device = torch.device("cuda", torch.cuda.current_device())
-    return device
 
 
 def _cuda_index(device: torch.device) -> list[int]:

@@ -1,0 +1,60 @@
+"""Stage 1: distil a classifier-free-guided teacher into one model that takes the guidance weight as an input.
+
+    python scripts/distill_guidance.py experiment=digits/stage1 teacher=digits-teacher out=runs/stage1
+
+Running the same command again continues the run.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from omegaconf import DictConfig
+
+from common import check_data, command, finish, plain
+from diffdistill import load_denoiser
+from diffdistill.data import load_data
+from diffdistill.generation import preview
+from diffdistill.guidance.stage1 import GuidanceDistillation
+from diffdistill.models import guidance_student
+from diffdistill.solvers import make_schedule
+from diffdistill.training import Run, Trainer, TrainerConfig
+from diffdistill.training.noise_levels import make_noise_levels
+from diffdistill.training.weighting import make_weighting
+
+
+def noise_levels(settings: dict[str, Any], teacher: Any) -> Any:
+    """The distribution of sigma; "on_schedule" draws from the levels of a schedule, given by its options."""
+    options = dict(settings)
+    if options["name"] == "on_schedule":
+        ends = {"sigma_min": teacher.sigma_min, "sigma_max": teacher.sigma_max}
+        options["sigmas"] = make_schedule(**{**ends, **options.pop("schedule")})
+    return make_noise_levels(**options)
+
+
+def distill(config: DictConfig) -> str:
+    """Run stage 1 and return the path of the student."""
+    settings = plain(config)
+    run = Run(settings["out"], settings)
+    if run.finished:
+        return str(run.path / "model.safetensors")
+    data, teacher, w = load_data(**settings["data"]), load_denoiser(settings["teacher"]), settings["w"]
+    check_data(data, teacher)
+    objective = GuidanceDistillation(
+        teacher,
+        guidance_student(teacher, tuple(w) if isinstance(w, list) else (w, w)),
+        noise_levels=noise_levels(settings["noise_levels"], teacher),
+        weighting=make_weighting(settings["weighting"], sigma_data=teacher.sigma_data),
+    )
+    trainer = TrainerConfig.from_dict(settings["trainer"])
+    model = Trainer(objective, data, trainer, run, on_samples=preview(**settings["preview"]), name="stage 1").train()
+    return finish(model, run, config)
+
+
+@command("distill_guidance")
+def main(config: DictConfig) -> None:
+    print(f"the guidance-conditioned model is {distill(config)}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,54 @@
+"""Stage 2: halve the number of sampling steps again and again, each student the next teacher.
+
+    python scripts/distill_steps.py experiment=digits/stage2 teacher=runs/stage1 out=runs/stage2
+
+Running the same command again continues the run, inside the stage where it stopped.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from omegaconf import DictConfig
+
+from common import check_data, command, plain, provenance
+from diffdistill import load_denoiser
+from diffdistill.data import load_data
+from diffdistill.generation import preview
+from diffdistill.progressive.halving import Halving, halve_steps
+from diffdistill.solvers import make_schedule
+from diffdistill.training import Run
+from diffdistill.training.weighting import make_weighting
+
+
+def distill(config: DictConfig) -> dict[int, Path]:
+    """Run stage 2 and return the student's path for each number of steps."""
+    settings = plain(config)
+    data, teacher = load_data(**settings["data"]), load_denoiser(settings["teacher"])
+    check_data(data, teacher)
+    ends = {"sigma_min": teacher.sigma_min, "sigma_max": teacher.sigma_max, "num_steps": settings["start_steps"]}
+    halving = Halving(
+        sigmas=make_schedule(**{**ends, **settings["schedule"]}),
+        sampler=settings["sampler"],
+        weighting=make_weighting(settings["weighting"], sigma_data=teacher.sigma_data),
+        trainer=settings["trainer"],
+        stages=settings["stages"],
+    )
+    return halve_steps(
+        teacher,
+        data,
+        halving,
+        Run(settings["out"], settings),
+        on_samples=preview(**settings["preview"]),
+        provenance=lambda stage: provenance(config, stage),
+    )
+
+
+@command("distill_steps")
+def main(config: DictConfig) -> None:
+    for num_steps, path in distill(config).items():
+        print(f"the student of {num_steps} steps is {path}")
+
+
+if __name__ == "__main__":
+    main()

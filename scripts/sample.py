@@ -1,0 +1,43 @@
+"""Draw samples from a model by name or path.
+
+    python scripts/sample.py model=digits-student-4 w=1 num_samples=10000 seed=0 out=runs/samples save=npz
+
+Running the same command again continues an interrupted run.
+"""
+
+from __future__ import annotations
+
+from omegaconf import DictConfig
+
+from common import command, plain
+from diffdistill import load_denoiser
+from diffdistill.devices import device_of
+from diffdistill.generation import plan
+from diffdistill.registry import choose
+from diffdistill.samples import WRITERS, chosen_labels, draw_to
+from diffdistill.training import Run
+
+
+@command("sample")
+def main(config: DictConfig) -> None:
+    settings = plain(config)
+    model = load_denoiser(settings["model"], device=device_of(settings["device"]))
+    scheme = plan(
+        model,
+        w=settings["w"],
+        solver=settings.get("solver"),
+        schedule=settings.get("schedule"),
+        num_steps=settings["num_steps"],
+    )
+    kinds = [settings["save"]] if isinstance(settings["save"], str) else settings["save"]
+    writers = [choose("kind of output", kind, WRITERS) for kind in kinds]
+    labels = chosen_labels(settings["labels"], settings["num_samples"], model)
+    seeds = range(settings["seed"], settings["seed"] + settings["num_samples"])
+    run = Run(settings["out"], settings, harmless=("device", "save"))
+    samples = draw_to(run.path / "parts", scheme, seeds, labels, batch_size=settings["batch_size"])
+    for write in writers:
+        print(write(samples, run.path))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,25 @@
+"""Devices by name."""
+
+from __future__ import annotations
+
+import torch
+
+
+def device_of(name: str) -> torch.device:
+    """The device of that name: "auto" (CUDA where there is one), "cpu", "cuda", "cuda:1", ...
+
+    Raises:
+        ValueError: an unknown name, or a device that is not there.
+    """
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        device = torch.device(name)
+    except RuntimeError:
+        raise ValueError(f"device must be auto, cpu, cuda or cuda:N, but is {name!r}") from None
+    if device.type == "cuda":
+        if not torch.cuda.is_available():
+            raise ValueError(f"device {name!r} is not there: PyTorch sees no CUDA GPU; choose cpu or auto")
+        if device.index is None:
+            device = torch.device("cuda", torch.cuda.current_device())
+    return device

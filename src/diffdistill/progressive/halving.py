@@ -1,0 +1,106 @@
+"""The outer loop of stage 2: N steps become N / 2, down to 1, each student the teacher of the next."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+from torch import Tensor, nn
+
+from diffdistill.denoiser import Denoiser, Distilled
+from diffdistill.models import load_denoiser, save_denoiser
+from diffdistill.progressive.stage2 import STEPS, StepDistillation
+from diffdistill.registry import choose
+from diffdistill.training import Run, Trainer, TrainerConfig
+from diffdistill.training.batches import MapData
+
+
+@dataclass(frozen=True)
+class Halving:
+    """Settings of stage 2.
+
+    Attributes:
+        sigmas: the first teacher's grid, `[2**k + 1]` levels down to 0; each student keeps every second one of it.
+        sampler: what the students are for: the deterministic N-step sampler, or the stochastic one.
+        weighting: weight of the error on x0.
+        trainer: settings of `TrainerConfig` for all stages.
+        stages: settings that replace them in the stage of the student of so many steps.
+        last: the number of steps to stop at.
+    """
+
+    sigmas: Tensor
+    sampler: Literal["deterministic", "stochastic"]
+    weighting: Callable[[Tensor], Tensor]
+    trainer: Mapping[str, Any]
+    stages: Mapping[Any, Mapping[str, Any]] = field(default_factory=dict)
+    last: int = 1
+
+    def __post_init__(self) -> None:
+        choose("sampler", self.sampler, STEPS)
+        start = len(self.sigmas) - 1
+        if start < 2 or start & (start - 1):
+            raise ValueError(f"start_steps must be a power of two and at least 2, but is {start}")
+        students = self.students()
+        for num_steps in self.stages:
+            if int(num_steps) not in students:
+                raise ValueError(f"stages.{num_steps} is not a stage: they are {', '.join(map(str, students))}")
+
+    def students(self) -> list[int]:
+        """The numbers of steps of the students, in the order in which they are made."""
+        n, numbers = (len(self.sigmas) - 1) // 2, []
+        while n >= self.last:
+            numbers.append(n)
+            n //= 2
+        return numbers
+
+    def trainer_of(self, num_steps: int) -> TrainerConfig:
+        """The settings of one stage."""
+        changes = {int(n): values for n, values in self.stages.items()}
+        return TrainerConfig.from_dict({**self.trainer, **changes.get(num_steps, {})})
+
+
+def halve_steps(
+    teacher: Denoiser,
+    data: MapData,
+    halving: Halving,
+    run: Run,
+    *,
+    on_samples: Callable[[nn.Module], Tensor] | None = None,
+    provenance: Callable[[Run], Mapping[str, Any]] | None = None,
+) -> dict[int, Path]:
+    """Make every student, and return the file of each by its number of steps.
+
+    Each stage is a run of its own in `run.path / "stages"`, so that an interrupted run continues inside its stage.
+
+    Args:
+        teacher: takes the guidance weight as an input, or none at all.
+        data: images and their conditions.
+        halving: the settings.
+        run: the folder to write to.
+        on_samples: as for `Trainer`.
+        provenance: what to record with a student, given the run of its stage.
+    """
+    trainers = {num_steps: halving.trainer_of(num_steps) for num_steps in halving.students()}
+    paths: dict[int, Path] = {}
+    sigmas = halving.sigmas
+    for num_steps, trainer in trainers.items():
+        stage, steps = run.stage(f"{num_steps:03d}"), choose("sampler", halving.sampler, STEPS)(sigmas)
+        sigmas = sigmas[::2]
+        paths[num_steps] = stage.path / "model.safetensors"
+        if not stage.finished:
+            student = copy.deepcopy(teacher).requires_grad_(True)
+            student.distilled = Distilled(tuple(sigmas.tolist()), halving.sampler)
+            objective = StepDistillation(
+                teacher, student, steps=steps, weighting=halving.weighting, w_range=teacher.w_range
+            )
+            name = f"{num_steps} step{'s' * (num_steps > 1)}"
+            model = Trainer(objective, data, trainer, stage, on_samples=on_samples, name=name).train()
+            save_denoiser(model, paths[num_steps], provenance=provenance(stage) if provenance else None)
+            stage.finish(["model.safetensors"])
+        teacher = load_denoiser(paths[num_steps])
+    if not run.finished:
+        run.finish()
+    return paths

@@ -1,0 +1,87 @@
+"""Sets of samples: drawn in parts that survive an interruption, and saved as npz, PNG files or a grid."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from diffdistill.atomic import replacing
+from diffdistill.denoiser import NULL_LABEL, Denoiser
+from diffdistill.generation import Plan, generate, spread_labels
+from diffdistill.pictures import save_grid
+
+GRID_SAMPLES = 100
+
+
+@dataclass(frozen=True, eq=False)
+class Samples:
+    """Images `x`: float32 `[N, C, H, W]` in [-1, 1], and the labels `y`: long `[N]` that they were asked for, or -1."""
+
+    x: Tensor
+    y: Tensor
+
+
+def chosen_labels(labels: int | Sequence[int] | None, num_samples: int, model: Denoiser) -> Tensor | None:
+    """Labels `[num_samples]`: the given ones, repeated, or all classes evenly.
+
+    Raises:
+        ValueError: a label that the model does not know.
+    """
+    if labels is None:
+        return spread_labels(num_samples, model.num_classes)
+    given = torch.tensor([labels] if isinstance(labels, int) else list(labels))
+    model.check_condition(given, len(given))
+    return given[torch.arange(num_samples) % len(given)]
+
+
+def draw_to(folder: Path, plan: Plan, seeds: Sequence[int], labels: Tensor | None, *, batch_size: int = 256) -> Samples:
+    """Draw a sample for each seed; the parts that lie in `folder` already are read instead of drawn again."""
+    parts, starts = [], range(0, len(seeds), batch_size)
+    for start in tqdm(starts, desc="sampling", unit="batch", disable=None):
+        path = folder / f"{start:08d}-{min(start + batch_size, len(seeds)):08d}.npz"
+        if path.exists():
+            with np.load(path, allow_pickle=False) as part:
+                parts.append(torch.from_numpy(part["x"]))
+            continue
+        chunk = slice(start, start + batch_size)
+        (x,) = generate(plan, seeds[chunk], None if labels is None else labels[chunk], batch_size=batch_size)
+        parts.append(x.float().clamp(-1, 1).cpu())
+        with replacing(path) as temporary:
+            np.savez(temporary, x=parts[-1].numpy())
+    return Samples(torch.cat(parts), torch.full((len(seeds),), NULL_LABEL) if labels is None else labels)
+
+
+def save_npz(samples: Samples, folder: Path) -> Path:
+    """Write `samples.npz` with `x` and `y`."""
+    path = folder / "samples.npz"
+    with replacing(path) as temporary:
+        np.savez(temporary, x=samples.x.numpy(), y=samples.y.numpy())
+    return path
+
+
+def save_pngs(samples: Samples, folder: Path) -> Path:
+    """Write each image to `png/000000.png`, `png/000001.png`, ..."""
+    for i, image in enumerate(samples.x):
+        save_grid(image[None], folder / "png" / f"{i:06d}.png", columns=1, scale=1)
+    return folder / "png"
+
+
+def save_sample_grid(samples: Samples, folder: Path) -> Path:
+    """Write the first 100 images as `samples.png`."""
+    path = folder / "samples.png"
+    save_grid(samples.x[:GRID_SAMPLES], path)
+    return path
+
+
+WRITERS: dict[str, Callable[[Samples, Path], Path]] = {
+    "npz": save_npz,
+    "png": save_pngs,
+    "grid": save_sample_grid,
+}
+"""What samples can be saved as."""
