@@ -12,7 +12,7 @@ from diffdistill.interop import ForeignFileError, Hints, read_foreign
 from diffdistill.interop.adm import PUBLISHED
 from diffdistill.interop.tensors import Storage, TensorRecord
 from diffdistill.interop.unets import infer
-from diffdistill.models import ClassifierGuidance, EncoderUNet, GaussianMixture, OpenAIUNet
+from diffdistill.models import ClassifierGuidance, EncoderUNet, GaussianMixture, OpenAIUNet, guidance_student
 from diffdistill.noise_levels import iddpm_table, linear_table
 
 LDM = {"img_resolution": 64, "adaptive_scale": False, "resample": "conv"}
@@ -304,3 +304,18 @@ def test_a_missing_or_additional_parameter_is_refused(tmp_path):
         torch.save(changed, tmp_path / "x.pt")
         with pytest.raises(ForeignFileError, match="another architecture"):
             read_foreign(tmp_path / "x.pt", Hints(image_size=16))
+
+
+def test_an_adm_model_can_become_a_guidance_student(tmp_path):
+    torch.save(
+        filled(OpenAIUNet(img_resolution=16, img_channels=3, label_dim=5, **TINY)).state_dict(), tmp_path / "adm.pt"
+    )
+    teacher = read_foreign(tmp_path / "adm.pt", Hints(image_size=16, head_channels=16)).denoiser
+    student = guidance_student(teacher, (0.0, 4.0), w_channels=8).eval()
+    x, sigma, y = torch.randn(3, 3, 16, 16), torch.tensor([0.1, 1.0, 50.0]), torch.tensor([0, 3, -1])
+    w = torch.tensor([0.0, 1.5, 4.0])
+    with torch.no_grad():
+        torch.testing.assert_close(student(x, sigma, y, w=w), teacher(x, sigma, y))
+        student.model.map_w.weight.normal_()
+        changed = student(x, sigma, y, w=w) - student(x, sigma, y, w=w + 0.5)
+        assert changed.flatten(1).abs().amax(1).min() > 1e-4

@@ -272,6 +272,7 @@ ALLOWED = AllowList(
         {
             "collections.OrderedDict",
             "collections.defaultdict",
+            "collections.Counter",
             "builtins.dict",
             "dnnlib.EasyDict",
             "dnnlib.util.EasyDict",
