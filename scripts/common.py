@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Callable
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from functools import wraps
 from pathlib import Path
 from typing import Any
 
 import hydra
 from hydra.core.hydra_config import HydraConfig
-from hydra.errors import HydraException
+from hydra.errors import HydraException, MissingConfigException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
@@ -21,6 +23,9 @@ from diffdistill.models import save_denoiser
 from diffdistill.training import Run
 
 CONFIGS = str(Path(__file__).resolve().parent.parent / "configs")
+TRACEBACK = os.environ.get("HYDRA_FULL_ERROR") == "1"
+os.environ["HYDRA_FULL_ERROR"] = "1"  # so that Hydra passes its own errors on to errors_in_one_line
+warnings.formatwarning = lambda message, *_args, **_kwargs: f"warning: {message}\n"
 USER_ERRORS = (ValueError, TypeError, FileNotFoundError, FileExistsError, HydraException, OmegaConfBaseException)
 
 
@@ -32,24 +37,37 @@ def command(config_name: str) -> Callable[[Callable[[DictConfig], Any]], Callabl
 
     def decorate(main: Callable[[DictConfig], Any]) -> Callable[[], None]:
         @wraps(main)
+        def task(config: DictConfig) -> None:
+            with errors_in_one_line():
+                main(config)
+
         def program() -> None:
-            traceback_wanted = os.environ.get("HYDRA_FULL_ERROR") == "1"
-            os.environ["HYDRA_FULL_ERROR"] = "1"  # so that Hydra's own errors reach the handler below
-            try:
-                hydra.main(version_base="1.3", config_path=CONFIGS, config_name=config_name)(main)()
-            except USER_ERRORS as error:
-                if traceback_wanted:
-                    raise
-                print(f"error: {one_line(error)}", file=sys.stderr)
-                sys.exit(2)
+            with errors_in_one_line():
+                hydra.main(version_base="1.3", config_path=CONFIGS, config_name=config_name)(task)()
 
         return program
 
     return decorate
 
 
+@contextmanager
+def errors_in_one_line() -> Iterator[None]:
+    """End the program with one line and exit code 2 at an error that the user can mend."""
+    try:
+        yield
+    except USER_ERRORS as error:
+        if TRACEBACK:
+            raise
+        print(f"error: {one_line(error)}", file=sys.stderr)
+        sys.exit(2)
+
+
 def one_line(error: BaseException) -> str:
-    """The message of an error in one line; a missing preset lists those there are."""
+    """The message of an error in one line; for a missing preset, with those there are."""
+    if isinstance(error, MissingConfigException) and error.missing_cfg_file:
+        group, _, name = error.missing_cfg_file.partition("/")
+        presets = sorted(str(p.relative_to(Path(CONFIGS, group)).with_suffix("")) for p in Path(CONFIGS, group).rglob("*.yaml"))
+        return f"unknown {group} {name!r}: choose one of {', '.join(presets)}"
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     if isinstance(error, (HydraException, OmegaConfBaseException)):
         lines = [line for line in lines if not line.startswith(("full_key:", "object_type=", "reference_type="))]

@@ -11,7 +11,7 @@ import json
 from functools import partial
 from pathlib import Path
 
-from omegaconf import DictConfig
+from omegaconf import DictConfig, OmegaConf
 
 import distill_guidance
 import distill_steps
@@ -29,10 +29,10 @@ SHOWN = (16, 8, 4, 2, 1)
 def main(config: DictConfig) -> None:
     settings = plain(config)
     out, teacher = Path(settings["out"]), settings["teacher"]
-    stage1 = ["experiment=digits/quickstart_stage1", f"teacher={teacher}", f"out={out / 'stage1'}", *settings["stage1"]]
-    guided = distill_guidance.distill(compose("distill_guidance", stage1))
-    stage2 = ["experiment=digits/quickstart_stage2", f"teacher={guided}", f"out={out / 'stage2'}", *settings["stage2"]]
-    students = distill_steps.distill(compose("distill_steps", stage2))
+    stage1 = ["experiment=digits/quickstart_stage1", f"teacher={teacher}", f"out={out / 'stage1'}"]
+    guided = distill_guidance.distill(OmegaConf.merge(compose("distill_guidance", stage1), config.stage1))
+    stage2 = ["experiment=digits/quickstart_stage2", f"teacher={guided}", f"out={out / 'stage2'}"]
+    students = distill_steps.distill(OmegaConf.merge(compose("distill_steps", stage2), config.stage2))
 
     steps = settings["teacher_steps"]
     plans = {
