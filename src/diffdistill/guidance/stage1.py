@@ -44,6 +44,11 @@ class GuidanceDistillation(Objective):
         self.noise_levels = noise_levels
         self.weighting = weighting
 
+    def train(self, mode: bool = True) -> GuidanceDistillation:
+        """Keep dropout off: the target is a function of the input, and noise in the student would only blur it."""
+        super().train(False)
+        return self
+
     def loss(self, batch: Mapping[str, Tensor], generator: torch.Generator) -> Loss:
         """`batch` holds images `x` `[B, ...]` and their conditions `y`."""
         x, y = batch["x"], batch["y"]

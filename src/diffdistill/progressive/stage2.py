@@ -75,6 +75,11 @@ class StepDistillation(Objective):
         self.steps: Tensor
         self.register_buffer("steps", steps.double(), persistent=False)
 
+    def train(self, mode: bool = True) -> StepDistillation:
+        """Keep dropout off: the target is a function of the input, and noise in the student would only blur it."""
+        super().train(False)
+        return self
+
     def loss(self, batch: Mapping[str, Tensor], generator: torch.Generator) -> Loss:
         """`batch` holds images `x` `[B, ...]` and, for a conditional model, conditions `y`."""
         x, y = batch["x"], batch.get("y") if self.trained.num_classes else None
