@@ -214,7 +214,8 @@ def load_denoiser(name_or_path: str | os.PathLike[str], *, device: torch.device 
             "of a file or folder"
         )
     # Channels last, because convolutions are faster so, on CPU as on GPU.
-    return READERS[key](path).to(device, memory_format=torch.channels_last).eval()
+    denoiser = READERS[key](path).to(device).eval()
+    return denoiser.to(memory_format=torch.channels_last)  # pyright: ignore[reportCallIssue]
 
 
 def _keys(*, folder: bool) -> list[str]:
