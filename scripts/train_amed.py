@@ -12,21 +12,21 @@ from pathlib import Path
 from omegaconf import DictConfig
 
 from common import command, plain, provenance
-from diffdistill import interop  # noqa: F401  (foreign checkpoints as models)
+from diffdistill import load_denoiser
+from diffdistill.devices import device_of
 from diffdistill.learned import make_learned, make_task, save_predictor, trained
-from diffdistill.models import guided, load_denoiser
+from diffdistill.models import guided
 from diffdistill.solvers import make_schedule
 from diffdistill.training import Run, Trainer, TrainerConfig
 
 
-@command("train_amed")
-def main(config: DictConfig) -> None:
+def train(config: DictConfig) -> None:
     settings = plain(config)
     model, source = settings["model"], settings["source"]
     if source and not Path(model).exists():
         raise FileNotFoundError(f"{model} is not there: get it from {source}, or say model=PATH")
     run = Run(settings["out"], settings)
-    denoiser = load_denoiser(model)
+    denoiser = load_denoiser(model, device=device_of(settings["trainer"]["device"]))
     if settings["w"] is not None:
         denoiser = guided(denoiser, settings["w"])
     ends = {"sigma_min": denoiser.sigma_min, "sigma_max": denoiser.sigma_max}
@@ -44,6 +44,8 @@ def main(config: DictConfig) -> None:
     run.finish(["predictor.safetensors"])
     print(f"the predictor for {learned.nfe} evaluations is {run.path / 'predictor.safetensors'}")
 
+
+main = command("train_amed")(train)
 
 if __name__ == "__main__":
     main()

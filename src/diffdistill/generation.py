@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from diffdistill.denoiser import Denoiser
+from diffdistill.learned.files import load_predictor
 from diffdistill.models import guided
 from diffdistill.progressive.stochastic import StochasticEuler
 from diffdistill.solvers import Euler, Solver, make_schedule, make_solver, sample, seeded_noise
@@ -45,12 +46,14 @@ def plan(
     Args:
         model: from `load_denoiser`.
         w: guidance weight; None leaves the model as it is.
-        solver: options of `make_solver`, "euler" by default. A few-step student brings its own sampler.
-        schedule: options of `make_schedule`, by default "cosine" down to sigma = 0. A student brings its own levels.
-        num_steps: steps of the schedule; a student has only its own.
+        solver: options of `make_solver`, "euler" by default, or `name` "learned" and `predictor`, the name or path of
+            a learned solver. A few-step student brings its own sampler.
+        schedule: options of `make_schedule`, by default "cosine" down to sigma = 0. Students and learned solvers bring their own.
+        num_steps: steps of the schedule; students and learned solvers have only their own.
 
     Raises:
-        ValueError: a number of steps that a student was not distilled for, or none at all for another model.
+        ValueError: a number of steps that a student or a learned solver was not trained for, a denoiser or a weight
+            that a learned solver was not trained for, or no number of steps where one is needed.
     """
     denoiser = model if w is None else guided(model, w)
     own = model.distilled
@@ -63,6 +66,13 @@ def plan(
             )
         levels = torch.tensor(own.sigmas, dtype=torch.float64)
         return Plan(denoiser, StochasticEuler() if own.sampler == "stochastic" else Euler(), levels)
+    if solver is not None and solver["name"] == "learned":
+        if schedule is not None:
+            raise ValueError("a learned solver brings its own noise levels: leave out schedule")
+        device = next((p.device for p in model.parameters()), torch.device("cpu"))
+        learned = load_predictor(solver["predictor"], device=device)
+        learned.check(denoiser, num_steps=num_steps)
+        return Plan(denoiser, learned.solver, learned.sigmas)
     if num_steps is None:
         raise ValueError("num_steps is missing: this model was not distilled to a number of steps, so choose one")
     ends = {"sigma_min": model.sigma_min, "sigma_max": model.sigma_max, "num_steps": num_steps}

@@ -1,4 +1,4 @@
-"""Training objectives of learned solvers: gradients against finite differences, and the cheap ways against the plain."""
+"""Training objectives of learned solvers: gradients against finite differences, the cheap ways against the plain."""
 
 import pytest
 import torch

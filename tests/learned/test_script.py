@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from diffdistill.generation import count_nfe, plan
 from diffdistill.learned import load_predictor
 from diffdistill.models import guided, save_denoiser
 from tests.builders import tiny_denoiser
@@ -36,7 +37,7 @@ def train(preset, model, out, *overrides):
     config = compose("train_amed", [f"experiment={preset}", f"model={model}", f"out={out}", *small, *overrides])
     if config.objective.name == "endpoint":
         config.objective.trajectories, config.objective.teacher_schedule.num_steps = 8, 6
-    train_amed.main.__wrapped__(config)
+    train_amed.train(config)
     return load_predictor(out / "predictor.safetensors"), config
 
 
@@ -62,3 +63,18 @@ def test_every_preset_trains_and_samples(preset, model, tmp_path):
 def test_a_missing_model_says_where_to_get_it(tmp_path):
     with pytest.raises(FileNotFoundError, match="get it from https"):
         train("zhou2024/amed_cifar10", tmp_path / "absent.pkl", tmp_path / "absent")
+
+
+def test_the_sampling_plan_takes_a_learned_solver_and_refuses_the_wrong_one(model, tmp_path):
+    learned, _ = train("digits/plugin_3nfe", model, tmp_path)
+    options = {"name": "learned", "predictor": tmp_path / "predictor.safetensors"}
+    scheme = plan(tiny_denoiser(), solver=options)
+    assert count_nfe(scheme) == learned.nfe == 3 and torch.equal(scheme.sigmas, learned.sigmas)
+    with pytest.raises(ValueError, match="trained for 2 steps"):
+        plan(tiny_denoiser(), solver=options, num_steps=5)
+    with pytest.raises(ValueError, match="this one has 1"):
+        plan(tiny_denoiser(), solver=options, w=1.0)
+    with pytest.raises(ValueError, match="fingerprint"):
+        plan(tiny_denoiser(seed=1), solver=options)
+    with pytest.raises(ValueError, match="leave out schedule"):
+        plan(tiny_denoiser(), solver=options, schedule={"name": "logsnr"})

@@ -83,7 +83,6 @@ class Endpoints:
         sigmas: its schedule.
         seeds: one per trajectory.
         batch_size: of the fine run.
-        device: where to compute it.
     """
 
     def __init__(
@@ -94,9 +93,8 @@ class Endpoints:
         seeds: Sequence[int],
         *,
         batch_size: int = 256,
-        device: torch.device | str = "cpu",
     ) -> None:
-        denoiser = denoiser.to(device).eval()
+        device = next((p.device for p in denoiser.parameters()), torch.device("cpu"))
         self.columns = {"noise": seeded_noise(seeds, denoiser.data_shape)}
         if denoiser.num_classes:
             self.columns["y"] = torch.as_tensor(seeds) % denoiser.num_classes

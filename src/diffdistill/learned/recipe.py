@@ -91,7 +91,6 @@ def endpoint(
     trajectories: int,
     learn_schedule: bool = True,
     distance: Literal["norm", "squared"] = "norm",
-    device: str | None = None,
 ) -> Task:
     """Training on end points.
 
@@ -104,7 +103,6 @@ def endpoint(
         trajectories: number of fine runs, which are computed once.
         learn_schedule: see `EndpointDistillation`, also for `distance`.
         distance: "norm" or "squared".
-        device: where to compute the fine runs; by default on a GPU where there is one.
     """
     objective = EndpointDistillation(
         denoiser, learned.solver, sigmas=learned.sigmas, learn_schedule=learn_schedule, distance=distance
@@ -112,8 +110,7 @@ def endpoint(
     ends = {"sigma_min": float(learned.sigmas[-1]), "sigma_max": float(learned.sigmas[0])}
     seeds = range(FIRST_TRAINING_SEED, FIRST_TRAINING_SEED + trajectories)
     fine = make_schedule(**{**ends, **teacher_schedule})
-    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
-    return Task(objective, Endpoints(denoiser, make_solver(**teacher), fine, seeds, device=device))
+    return Task(objective, Endpoints(denoiser, make_solver(**teacher), fine, seeds))
 
 
 OBJECTIVES: dict[str, Callable[..., Task]] = {"stepwise": stepwise, "endpoint": endpoint}
