@@ -48,7 +48,8 @@ def plan(
         w: guidance weight; None leaves the model as it is.
         solver: options of `make_solver`, "euler" by default, or `name` "learned" and `predictor`, the name or path of
             a learned solver. A few-step student brings its own sampler.
-        schedule: options of `make_schedule`, by default "cosine" down to sigma = 0. Students and learned solvers bring their own.
+        schedule: options of `make_schedule`, by default "cosine" down to sigma = 0. Students and learned solvers bring
+            their own.
         num_steps: steps of the schedule; students and learned solvers have only their own.
 
     Raises:
