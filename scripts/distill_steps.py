@@ -32,7 +32,7 @@ def distill(config: DictConfig) -> dict[int, Path]:
         sampler=settings["sampler"],
         weighting=make_weighting(settings["weighting"], sigma_data=teacher.sigma_data),
         trainer=settings["trainer"],
-        stages=settings["stages"],
+        stages=settings["stages"] or {},
     )
     return halve_steps(
         teacher,

@@ -19,26 +19,27 @@ from diffdistill.training.noise_levels import make_noise_levels
 from diffdistill.training.weighting import make_weighting
 
 
-@command("train_teacher")
-def main(config: DictConfig) -> None:
+def train(config: DictConfig) -> str:
+    """Train a teacher and return its path."""
     settings = plain(config)
-    data = load_data(**settings["data"])
     run = Run(settings["out"], settings)
+    if run.finished:
+        return str(run.path / "model.safetensors")
+    data = load_data(**settings["data"])
     objective = Denoising(
         build_denoiser({**settings["model"], "data_shape": data.shape, "num_classes": data.num_classes}),
         noise_levels=make_noise_levels(**settings["noise_levels"]),
         weighting=make_weighting(settings["weighting"], sigma_data=settings["model"]["preconditioning"]["sigma_data"]),
         label_dropout=settings["label_dropout"],
     )
-    trainer = Trainer(
-        objective,
-        data,
-        TrainerConfig.from_dict(settings["trainer"]),
-        run,
-        on_samples=preview(**settings["preview"]),
-        name="teacher",
-    )
-    print(f"the teacher is {finish(trainer.train(), run, config)}")
+    trainer = TrainerConfig.from_dict(settings["trainer"])
+    model = Trainer(objective, data, trainer, run, on_samples=preview(**settings["preview"]), name="teacher").train()
+    return finish(model, run, config)
+
+
+@command("train_teacher")
+def main(config: DictConfig) -> None:
+    print(f"the teacher is {train(config)}")
 
 
 if __name__ == "__main__":

@@ -1,0 +1,115 @@
+"""Every preset is composed, built small and trained for two updates; every solver and schedule config builds."""
+
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from omegaconf import OmegaConf
+
+from diffdistill.denoiser import Distilled
+from diffdistill.models import guidance_student, save_denoiser
+from diffdistill.solvers import make_schedule, make_solver
+from tests.builders import tiny_denoiser
+
+ROOT = Path(__file__).resolve().parents[2]
+sys.path.insert(0, str(ROOT / "scripts"))
+
+import common  # noqa: E402
+import distill_guidance  # noqa: E402
+import distill_steps  # noqa: E402
+import train_teacher  # noqa: E402
+
+SMALL = {"updates": 2, "batch_size": 8, "accumulation": 2, "sample_every": None, "log_every": 1, "precision": "fp32"}
+
+
+def names(group):
+    folder = ROOT / "configs" / group
+    return sorted(str(path.relative_to(folder).with_suffix("")) for path in folder.rglob("*.yaml"))
+
+
+def of_kind(kind):
+    return [name for name in names("experiment") if name.endswith(kind)]
+
+
+def small(config, out, resolution, channels=3):
+    """The same config on a few small images, for two updates."""
+    data = {"name": "shapes", "resolution": resolution, "size": 16} if channels == 3 else {"name": "digits"}
+    config = OmegaConf.merge(config, {"out": str(out), "trainer": SMALL, "preview": {"num_samples": 2}})
+    OmegaConf.update(config, "data", data, merge=False)
+    if "model" in config:
+        blocks = {"model_channels": 8, "num_blocks": 1, "channel_mult": [1, 2], "attn_resolutions": [4]}
+        config = OmegaConf.merge(config, {"model": {"network": blocks}})
+    return config
+
+
+@pytest.mark.parametrize("experiment", of_kind("teacher"))
+def test_teacher_presets(experiment, tmp_path):
+    channels = 1 if experiment.startswith("digits") else 3
+    config = common.compose("train_teacher", [f"experiment={experiment}"])
+    train_teacher.train(small(config, tmp_path / "run", 8, channels))
+    assert (tmp_path / "run/model.safetensors").exists()
+
+
+@pytest.mark.parametrize("experiment", of_kind("stage1"))
+def test_stage1_presets(experiment, tmp_path):
+    channels, config = prepared(experiment, "distill_guidance", tmp_path)
+    path = distill_guidance.distill(small(config, tmp_path / "run", 8, channels))
+    assert Path(path).exists()
+
+
+@pytest.mark.parametrize("experiment", of_kind("stage2"))
+def test_stage2_presets(experiment, tmp_path):
+    channels, config = prepared(experiment, "distill_steps", tmp_path)
+    config = OmegaConf.merge(small(config, tmp_path / "run", 8, channels), {"start_steps": 4})
+    OmegaConf.update(config, "stages", {}, merge=False)
+    assert list(distill_steps.distill(config)) == [2, 1]
+
+
+def prepared(experiment, script, folder):
+    """Channels of the images, and the config with a tiny teacher of the right kind in place of its own."""
+    channels = 1 if experiment.startswith("digits") else 3
+    teacher = tiny_denoiser(data_shape=[channels, 8, 8], num_classes=10)
+    if script == "distill_steps":
+        teacher = guidance_student(teacher, (0.0, 4.0))
+    save_denoiser(teacher, folder / "teacher.safetensors")
+    config = common.compose(script, [f"experiment={experiment}"])
+    return channels, OmegaConf.merge(config, {"teacher": str(folder / "teacher.safetensors")})
+
+
+def test_a_stochastic_student_is_sampled_stochastically(tmp_path):
+    _, config = prepared("digits/stage2", "distill_steps", tmp_path)
+    config = OmegaConf.merge(small(config, tmp_path / "run", 8, 1), {"start_steps": 8, "sampler": "stochastic"})
+    OmegaConf.update(config, "stages", {}, merge=False)
+    paths = distill_steps.distill(config)
+    from diffdistill import load_denoiser
+    from diffdistill.generation import generate, plan
+
+    student = load_denoiser(paths[4])
+    assert isinstance(student.distilled, Distilled) and student.distilled.sampler == "stochastic"
+    scheme = plan(student, w=1.0)
+    assert scheme.solver.stochastic
+    labels = torch.tensor([1, 2, 3])
+    together = torch.cat(list(generate(scheme, [5, 6, 7], labels)))
+    alone = torch.cat(list(generate(scheme, [5, 6, 7], labels, batch_size=1)))
+    torch.testing.assert_close(together, alone, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", [name for name in names("solver") if name != "learned"])  # which needs a file
+def test_solver_configs(name):
+    options = OmegaConf.to_container(OmegaConf.load(ROOT / "configs/solver" / f"{name}.yaml"))
+    assert options["name"] == name
+    make_solver(**options)
+
+
+@pytest.mark.parametrize("name", names("schedule"))
+def test_schedule_configs(name):
+    options = OmegaConf.to_container(OmegaConf.load(ROOT / "configs/schedule" / f"{name}.yaml"))
+    ends = {"num_steps": 5, "sigma_min": 0.01, "sigma_max": 14.614641229333639}
+    assert len(make_schedule(**{**ends, **options})) == 6
+
+
+def test_every_preset_belongs_to_a_script():
+    known = ("teacher", "stage1", "stage2", "nfe", "none")
+    others = [name for name in names("experiment") if not name.endswith(known) and not name.startswith("zhou2024/")]
+    assert not others
