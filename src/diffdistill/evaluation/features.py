@@ -2,56 +2,113 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable
-from typing import Any, Protocol
+from functools import cached_property
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from diffdistill.evaluation.classifier import load_classifier
 from diffdistill.evaluation.frechet import FeatureStatistics, Gaussian
+from diffdistill.models.files import fingerprint
 from diffdistill.registry import construct
 
 
-class Features(Protocol):
-    """A feature extractor. `name` is written beside statistics, so that only like is compared with like."""
+class Features(ABC):
+    """A feature extractor.
+
+    Attributes:
+        name: written beside statistics, so that only like is compared with like.
+        weights: hash of the weights, or None where there are none; it is written beside the name.
+        num_classes: classes that the logits stand for, in the order of the labels; 0 if they stand for others or
+            there are none.
+    """
 
     name: str
+    num_classes: int = 0
+
+    @property
+    def weights(self) -> str | None:
+        return None
+
+    @abstractmethod
+    def both(self, x: Tensor) -> tuple[Tensor, Tensor | None]:
+        """Features `[B, D]` of images `[B, C, H, W]`, and the logits `[B, K]` of a classifier, or None."""
 
     def __call__(self, x: Tensor) -> Tensor:
         """Features `[B, D]` of images `[B, C, H, W]`."""
-        ...
+        return self.both(x)[0]
 
 
-class Pixels:
+class Pixels(Features):
     """The image itself, flattened."""
 
     name = "pixels"
 
-    def __call__(self, x: Tensor) -> Tensor:
-        return x.flatten(1)
+    def both(self, x: Tensor) -> tuple[Tensor, Tensor | None]:
+        return x.flatten(1), None
 
 
-class DigitsClassifierFeatures:
+class DigitsClassifierFeatures(Features):
     """The last hidden layer of the shipped digit classifier: 64 features of 8x8 digits."""
 
     name = "digits_classifier"
+    num_classes = 10
 
     def __init__(self) -> None:
         self._model = load_classifier()
 
-    def __call__(self, x: Tensor) -> Tensor:
-        return self._model.to(x.device).features(x.float())
+    @cached_property
+    def _fingerprint(self) -> str:
+        return fingerprint(self._model)
+
+    @property
+    def weights(self) -> str | None:
+        return self._fingerprint
+
+    def both(self, x: Tensor) -> tuple[Tensor, Tensor | None]:
+        model = self._model.to(x.device)
+        features = model.features(x.float())
+        return features, model.head(features)
+
+
+def to_bytes(x: Tensor) -> Tensor:
+    """Images in [-1, 1] as the bytes that an image file would hold, RGB: uint8 `[B, 3, H, W]`."""
+    x = (x.float() * 127.5 + 128).clamp(0, 255).to(torch.uint8)
+    return x.expand(-1, 3, -1, -1) if x.shape[1] == 1 else x
+
+
+def _inception(**options: Any) -> Features:
+    from diffdistill.evaluation.networks import Inception
+
+    return Inception(**options)
+
+
+def _dinov2(**options: Any) -> Features:
+    from diffdistill.evaluation.networks import DINOv2
+
+    return DINOv2(**options)
 
 
 FEATURES: dict[str, Callable[..., Features]] = {
     "pixels": Pixels,
     "digits_classifier": DigitsClassifierFeatures,
+    "inception": lambda path=None: _inception(path=path),
+    "dinov2": lambda model="facebook/dinov2-large": _dinov2(model=model),
 }
 
 
 def make_features(name: str, **options: Any) -> Features:
-    """Build a feature extractor by name; `FEATURES` lists them."""
+    """Build a feature extractor by name; `FEATURES` lists them.
+
+    Raises:
+        ValueError: an unknown name.
+        TypeError: an option that the extractor does not have.
+        ImportError: an optional package is missing; the message names the extra to install.
+        FileNotFoundError: its weights are not there and cannot be fetched.
+    """
     return construct("feature extractor", name, FEATURES, **options)
 
 

@@ -76,6 +76,13 @@ class FeatureStatistics:
             self._merge(other.count, *other._moments())
         return self
 
+    def cpu(self) -> FeatureStatistics:
+        """The same statistics on the CPU, apart from these."""
+        copy = FeatureStatistics()
+        if self.count:
+            copy._merge(self.count, *(part.cpu() for part in self._moments()))
+        return copy
+
     @property
     def mean(self) -> Tensor:
         """`[D]`."""
@@ -174,12 +181,18 @@ def load_statistics(path: str | os.PathLike[str], *, spatial: bool = False) -> G
     return Gaussian(mean, covariance, count)
 
 
-def save_statistics(statistics: Gaussian, path: str | os.PathLike[str], *, features: str) -> None:
-    """Write `mu`, `sigma`, `count` (where known) and the features' name to an `.npz` that EDM's tools read too."""
+def save_statistics(
+    statistics: Gaussian, path: str | os.PathLike[str], *, features: str, **more: ArrayLike | None
+) -> None:
+    """Write `mu`, `sigma`, `count` (where known) and the features' name to an `.npz` that EDM's tools read too.
+
+    `more` are further arrays of the file; those that are None are left out.
+    """
     arrays: dict[str, Any] = {
         "mu": statistics.mean.cpu().numpy(),
         "sigma": statistics.covariance.cpu().numpy(),
         "features": np.asarray(features),
+        **{name: np.asarray(value) for name, value in more.items() if value is not None},
     }
     if statistics.count is not None:
         arrays["count"] = np.asarray(statistics.count)

@@ -5,13 +5,33 @@ Processes are those of torch.distributed, once it is initialised (by `torchrun` 
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+import contextlib
+import os
+from collections.abc import Iterable, Iterator, Sequence
+from typing import TypeVar
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
 BUCKET_BYTES = 32 * 2**20
+
+T = TypeVar("T")
+
+
+@contextlib.contextmanager
+def processes() -> Iterator[None]:
+    """Join the processes that `torchrun` started, each on its own GPU where there are any; do nothing when alone."""
+    if int(os.environ.get("WORLD_SIZE", "1")) == 1 or world_size() > 1:
+        yield
+        return
+    if torch.cuda.is_available():
+        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+    dist.init_process_group("cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo")
+    try:
+        yield
+    finally:
+        dist.destroy_process_group()
 
 
 def world_size() -> int:
@@ -48,13 +68,18 @@ def from_main(value: int) -> int:
     return box[0]
 
 
+def gather(value: T) -> list[T]:
+    """The values that the processes pass, in the order of their ranks, in every process. They travel as pickles."""
+    if world_size() == 1:
+        return [value]
+    values: list[T] = [value] * world_size()
+    dist.all_gather_object(values, value)
+    return values
+
+
 def largest(value: int) -> int:
     """The largest of the integers that the processes pass, in every process."""
-    if world_size() == 1:
-        return value
-    values: list[int] = [0] * world_size()
-    dist.all_gather_object(values, value)
-    return max(values)
+    return max(gather(value))
 
 
 @torch.no_grad()

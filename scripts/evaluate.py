@@ -1,0 +1,49 @@
+"""Measure samples, stored or drawn by a model on the way, against a reference.
+
+    python scripts/evaluate.py samples=runs/samples/samples.npz features=digits_classifier
+    python scripts/evaluate.py model=digits-student-4 w=1 num_samples=2000 features=digits_classifier measures=[fid,kid]
+    python scripts/evaluate.py samples=DIR features=inception reference=references/cifar10-32x32.npz
+    python scripts/evaluate.py samples=DIR captions=captions.txt clip=openai/clip-vit-base-patch16 measures=[]
+
+`torchrun` spreads the images over processes.
+"""
+
+from __future__ import annotations
+
+from omegaconf import DictConfig
+
+from common import command, plain
+from diffdistill import load_denoiser
+from diffdistill.devices import device_of
+from diffdistill.evaluation.evaluate import Evaluation, describe, evaluate, write_record
+from diffdistill.evaluation.sources import Sampler, StoredImages, open_images
+from diffdistill.generation import plan
+from diffdistill.training.distributed import processes, rank
+
+PLAN = ("w", "num_steps", "solver", "schedule")
+
+
+@command("evaluate")
+def main(config: DictConfig) -> None:
+    settings = plain(config)
+    if (settings["samples"] is None) == (settings["model"] is None):
+        raise ValueError("give either samples=PATH (a folder, .zip or .npz) or model=NAME")
+    options = Evaluation(**{name: settings[name] for name in Evaluation.__dataclass_fields__})
+    with processes():
+        device = device_of(settings["device"])
+        if settings["samples"] is not None:
+            images = open_images(settings["samples"], resolution=settings["resolution"])
+            source = StoredImages(images, limit=settings["num_samples"])
+        else:
+            scheme = plan(
+                load_denoiser(settings["model"], device=device), **{name: settings.get(name) for name in PLAN}
+            )
+            source = Sampler(scheme, settings["num_samples"] or 10_000, seed=settings["seed"])
+        record = evaluate(source, options, data=settings["data"], device=device)
+        if rank() == 0:
+            print(describe(record))
+            write_record(record, settings, settings["out"])
+
+
+if __name__ == "__main__":
+    main()

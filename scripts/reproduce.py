@@ -1,0 +1,49 @@
+"""Measure a table of a paper, or of the shipped models, beside the published values.
+
+    python scripts/reproduce.py table=digits_students
+    python scripts/reproduce.py table=diff_solvers_cifar10 dry_run=true
+    torchrun --nproc_per_node=8 scripts/reproduce.py table=amed_cifar10
+
+Running the same command again continues at the cell where it stopped. Results lie in `out`: index.html, table.md,
+table.csv, plot.png, and one small file for each cell.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from hydra.core.hydra_config import HydraConfig
+from omegaconf import DictConfig
+
+from common import command, plain
+from diffdistill.devices import device_of
+from diffdistill.evaluation.html import write_pages
+from diffdistill.evaluation.pages import markdown, status
+from diffdistill.evaluation.reproduction import dry_run, reproduce
+from diffdistill.evaluation.tables import Table
+from diffdistill.training.distributed import processes, rank
+
+
+@command("reproduce")
+def main(config: DictConfig) -> None:
+    settings = plain(config)
+    name = HydraConfig.get().runtime.choices["table"]
+    table = Table.from_dict(name, settings["table"])
+    folder = Path(settings["out"] or Path("results") / name)
+    options = {"device": device_of(settings["device"]), "batch_size": settings["batch_size"]}
+    if settings["dry_run"]:
+        print(dry_run(table, folder, **options))
+        return
+    with processes():
+        options["device"] = device_of(settings["device"])  # torchrun gives every process a GPU of its own
+        outcome = reproduce(table, folder, **options, save_samples=settings["save_samples"], again=settings["again"])
+        if rank() != 0:
+            return
+    print(markdown(outcome))
+    print(f"written: {', '.join(str(path) for path in write_pages(outcome))}")
+    if not outcome.results:
+        raise FileNotFoundError(f"nothing could be measured. {' '.join(status(outcome)[1:])}")
+
+
+if __name__ == "__main__":
+    main()

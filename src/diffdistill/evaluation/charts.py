@@ -1,0 +1,50 @@
+"""A table of results as a plot."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from diffdistill.evaluation.measures import MEASURES
+from diffdistill.evaluation.pages import row_cells
+from diffdistill.evaluation.reproduction import Outcome
+from diffdistill.evaluation.tables import COLUMNS
+from diffdistill.pictures import save_figure
+
+COLOURS = ("#1f77b4", "#d62728", "#2ca02c", "#9467bd", "#ff7f0e", "#8c564b", "#17becf", "#e377c2", "#7f7f7f")
+MARKERS = "osD^v"
+
+
+def plot(outcome: Outcome, path: Path) -> None:
+    """One panel for each measure: a line for each row, dashed where the values are published ones."""
+    table = outcome.table
+
+    def draw(figure: Any) -> None:
+        panels = figure.subplots(1, len(table.measures), squeeze=False)[0]
+        for axes, name in zip(panels, table.measures, strict=True):
+            values: list[float] = []
+            for i, row in enumerate(table.rows):
+                style = {"color": COLOURS[i % len(COLOURS)], "linewidth": 1.3, "markersize": 4}
+                marker = MARKERS[i // len(COLOURS) % len(MARKERS)]
+                cells = row_cells(outcome, row)
+                found = [(c.column, r.measures[name].value) for c in cells if (r := outcome.result(c)) is not None]
+                paper = [
+                    (c.column, c.published) for c in cells if c.published is not None and name == table.measures[0]
+                ]
+                if found:
+                    axes.plot(*zip(*found, strict=True), f"{marker}-", label=row.name, **style)
+                if paper:
+                    label = None if found else f"{row.name} (published)"
+                    axes.plot(*zip(*paper, strict=True), f"{marker}--", markerfacecolor="white", label=label, **style)
+                values += [float(v) for _, v in (*found, *paper)]
+            axes.set(xlabel=COLUMNS[table.column], ylabel=MEASURES[name].label)
+            axes.set_xticks(list(table.columns), [f"{c:g}" for c in table.columns])
+            if values and min(values) > 0 and max(values) > 8 * min(values):
+                axes.set_yscale("log")
+                axes.yaxis.set_major_formatter("{x:g}")
+                axes.yaxis.set_minor_formatter("{x:g}" if max(values) < 50 * min(values) else "")
+        handles, labels = panels[0].get_legend_handles_labels()
+        if handles:
+            figure.legend(handles, labels, loc="outside right upper", frameon=False, fontsize=8)
+
+    save_figure(draw, path, size=(2.6 + 4.2 * len(table.measures), 3.8))

@@ -1,0 +1,161 @@
+"""All measures of one source of images, as a record."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from diffdistill.atomic import write_text
+from diffdistill.data import load_data
+from diffdistill.evaluation.collect import Keep, Source, collect, shard
+from diffdistill.evaluation.features import Features, make_features
+from diffdistill.evaluation.measures import MEASURES, Measured, measure, needed, needs_reference_features, spread
+from diffdistill.evaluation.pages import number
+from diffdistill.evaluation.reference import Reference, load_reference, reference_of
+from diffdistill.evaluation.sources import StoredImages
+from diffdistill.training import distributed
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """What to measure.
+
+    Attributes:
+        features: name of the feature extractor.
+        reference: a file of statistics; None computes them from data.
+        measures: names of `MEASURES`.
+        splits: parts of the samples for the spread.
+        captions: a text file with one caption a line, for the CLIP score.
+        clip: the CLIP model for it.
+        batch_size: images at a time.
+    """
+
+    features: str
+    reference: str | None = None
+    measures: Sequence[str] = ("fid",)
+    splits: int = 5
+    captions: str | None = None
+    clip: str | None = None
+    batch_size: int = 250
+
+    def __post_init__(self) -> None:
+        needed(self.measures)
+        if (self.captions is None) != (self.clip is None):
+            raise ValueError("the CLIP score needs captions=FILE and clip=MODEL together")
+
+
+class Replayed:
+    """A source that is gone through once and kept, for two extractors that look at the same images."""
+
+    def __init__(self, source: Source) -> None:
+        self.source, self.shape = source, source.shape
+        self._kept: list[tuple[Tensor, Tensor | None]] = []
+
+    def __len__(self) -> int:
+        return len(self.source)
+
+    def batches(self, indices: range, batch_size: int, device: torch.device) -> Iterator[tuple[Tensor, Tensor | None]]:
+        if not self._kept:
+            for x, y in self.source.batches(indices, batch_size, device):
+                self._kept.append((x.cpu(), y))
+        for x, y in self._kept:
+            yield x.to(device), y
+
+
+def evaluate(
+    source: Source, options: Evaluation, *, data: Mapping[str, Any] | None, device: torch.device
+) -> dict[str, Any]:
+    """Measure the images of a source.
+
+    Args:
+        source: stored images, or a sampler; every process takes its share.
+        options: what to measure.
+        data: options of `load_data`, the reference where `options` names no file.
+        device: where to compute.
+
+    Returns:
+        A record of plain values: `measures` by name, what they were computed with, and the number of images.
+
+    Raises:
+        ValueError: settings that do not fit each other or the images.
+        FileNotFoundError, ImportError: what a measure needs is not there.
+    """
+    record: dict[str, Any] = {"num_samples": len(source), "measures": {}}
+    if options.captions is not None:
+        source = Replayed(source)
+        record["measures"]["clip_score"] = asdict(_clip_score(source, options, device))
+        record["clip"] = options.clip
+    if options.measures:
+        features = make_features(options.features)
+        reference = _reference(options, features, data, device)
+        collected = collect(
+            source,
+            features,
+            keep=needed(options.measures),
+            splits=options.splits,
+            batch_size=options.batch_size,
+            device=device,
+        )
+        found = measure(collected, reference, features, options.measures)
+        record["measures"].update({name: asdict(value) for name, value in found.items()})
+        record.update(features=features.name, weights=features.weights, splits=options.splits)
+        record["reference"] = options.reference or dict(data or {})
+    return record
+
+
+def _reference(
+    options: Evaluation, features: Features, data: Mapping[str, Any] | None, device: torch.device
+) -> Reference:
+    if options.reference is not None:
+        return load_reference(options.reference, extractor=features.name)
+    if data is None:
+        raise ValueError("give reference=FILE, or data=NAME to compute it from")
+    keep = Keep(features=needs_reference_features(options.measures))
+    images = StoredImages(load_data(**data))
+    return reference_of(collect(images, features, keep=keep, batch_size=options.batch_size, device=device), features)
+
+
+def _clip_score(source: Source, options: Evaluation, device: torch.device) -> Measured:
+    from diffdistill.evaluation.clip import CLIPScore
+
+    path = Path(str(options.captions))
+    if not path.is_file():
+        raise FileNotFoundError(f"no captions at {str(path)!r}")
+    captions = path.read_text(encoding="utf-8").splitlines()
+    if len(captions) != len(source):
+        raise ValueError(f"{str(path)!r} has {len(captions)} captions for {len(source)} images")
+    score, indices = CLIPScore(model=str(options.clip)), shard(len(source))
+    values, start = [], indices.start
+    for x, _ in source.batches(indices, options.batch_size, device):
+        values.append(score(x, captions[start : start + len(x)]).cpu())
+        start += len(x)
+    scores = torch.cat([part for parts in distributed.gather(values) for part in parts]).double()
+    ends = [k * len(scores) // options.splits for k in range(options.splits + 1)]
+    parts = [float(scores[a:b].mean()) for a, b in pairwise(ends)]
+    return spread(float(scores.mean()), parts)
+
+
+def describe(record: Mapping[str, Any]) -> str:
+    """The measures as text, one a line."""
+    lines = [f"{record['num_samples']} samples"]
+    for name, found in record["measures"].items():
+        label = MEASURES[name].label if name in MEASURES else name.replace("_", " ")
+        sure = (
+            "" if found["part_std"] is None else f" ± {number(found['part_std'], 2)} over {record.get('splits')} parts"
+        )
+        lines.append(f"{label}: {number(found['value'])}{sure}")
+    return "\n".join(lines)
+
+
+def write_record(record: Mapping[str, Any], settings: Mapping[str, Any], path: str | os.PathLike[str] | None) -> None:
+    """Write a record with the settings that made it as JSON; nothing where there is no path."""
+    if path is not None:
+        write_text(path, json.dumps({**record, "settings": dict(settings)}, indent=1, default=str) + "\n")
