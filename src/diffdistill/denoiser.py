@@ -71,6 +71,11 @@ class Denoiser(nn.Module):
     def bottleneck(self) -> nn.Module | None:
         return None
 
+    @property
+    def conditional(self) -> bool:
+        """Whether it takes a condition: class labels, or a dict of tensors `[B, ...]` such as text embeddings."""
+        return self.num_classes > 0
+
     def forward(self, x: Tensor, sigma: Tensor, cond: Any = None) -> Tensor:
         raise NotImplementedError(f"{type(self).__name__} defines no forward(x, sigma, cond)")
 

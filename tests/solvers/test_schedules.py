@@ -116,5 +116,15 @@ def test_bad_input(name, options, error, message):
         make_schedule(name, **options)
 
 
+def test_trailing_levels_nest_under_halving():
+    table = torch.arange(1, 1001).double()
+    assert make_schedule("trailing", num_steps=4, table=table).tolist() == [1000, 750, 500, 250, 0]
+    for num_steps in (1, 2, 8, 64):
+        longer = make_schedule("trailing", num_steps=2 * num_steps, table=table)
+        assert torch.equal(longer[::2], make_schedule("trailing", num_steps=num_steps, table=table))
+    with pytest.raises(ValueError, match="ends at 1000"):
+        make_schedule("trailing", num_steps=4, table=table, sigma_max=80.0)
+
+
 def test_every_schedule_is_tested():
-    assert set(SCHEDULES) == {*FORMULAS, "discrete", "align_your_steps", "gits"}
+    assert set(SCHEDULES) == {*FORMULAS, "discrete", "align_your_steps", "gits", "trailing"}

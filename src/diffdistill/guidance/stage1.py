@@ -9,6 +9,7 @@ from torch import Tensor
 
 from diffdistill.denoiser import Denoiser, per_sample
 from diffdistill.models import ClassifierFreeGuidance, GuidanceConditioned
+from diffdistill.training.conditions import condition_of
 from diffdistill.training.noise_levels import NoiseLevels, draw_w, normal_like
 from diffdistill.training.objective import Loss, Objective
 from diffdistill.training.weighting import weighted_error
@@ -50,8 +51,8 @@ class GuidanceDistillation(Objective):
         return self
 
     def loss(self, batch: Mapping[str, Tensor], generator: torch.Generator) -> Loss:
-        """`batch` holds images `x` `[B, ...]` and their conditions `y`."""
-        x, y = batch["x"], batch["y"]
+        """`batch` holds images `x` `[B, ...]` and their conditions, as `condition_of` reads them."""
+        x, y = batch["x"], condition_of(batch, self.teacher)
         sigma = self.noise_levels(len(x), generator)
         w = draw_w(self.w_range, len(x), generator)
         noisy = x + per_sample(sigma, x) * normal_like(x, generator)

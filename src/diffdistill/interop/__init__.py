@@ -1,6 +1,7 @@
 """Foreign checkpoints, read as data: nothing that a file carries is executed.
 
-Importing this package teaches `diffdistill.models.load_denoiser` to open the files that `read_foreign` knows.
+Importing this package teaches `diffdistill.models.load_denoiser` to open the files that `read_foreign` knows, and
+the folders of diffusers.
 """
 
 from __future__ import annotations
@@ -13,11 +14,13 @@ from diffdistill.denoiser import Denoiser
 from diffdistill.interop.adm import read_adm
 from diffdistill.interop.building import Found
 from diffdistill.interop.checkpoints import open_checkpoint, read_arrays
+from diffdistill.interop.diffusers.networks import diffusers_network
+from diffdistill.interop.diffusers.parts import read_folder
 from diffdistill.interop.edm import find_module, read_edm
 from diffdistill.interop.ldm import holds_latent_diffusion, read_ldm
 from diffdistill.interop.records import ForeignFileError, UnsafePickleError
 from diffdistill.interop.unets import Hints
-from diffdistill.models.files import READERS
+from diffdistill.models.files import NETWORKS, READERS
 
 __all__ = [
     "ForeignFileError",
@@ -86,3 +89,5 @@ def read_denoiser(path: Path) -> Denoiser:
 
 
 READERS.update(dict.fromkeys(SUFFIXES, read_denoiser))
+READERS["model_index.json"] = read_folder
+NETWORKS["diffusers"] = diffusers_network

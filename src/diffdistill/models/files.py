@@ -27,6 +27,9 @@ from diffdistill.registry import construct
 
 FORMAT = 1
 METADATA_KEY = "diffdistill"
+W_CHANNELS = 64
+"""Width of the embedding of a guidance weight, and its parameters, for networks that do not state their own."""
+W_PARAMETERS = ("map_w.weight",)
 
 NETWORKS: dict[str, Callable[..., nn.Module]] = {
     "song_unet": SongUNet,
@@ -38,7 +41,7 @@ _REQUIRED = ("network", "preconditioning", "data_shape", "sigma_min", "sigma_max
 _OPTIONAL = ("format", "num_classes", "w_range", "distilled", "provenance")
 
 
-def build_denoiser(config: Mapping[str, Any]) -> NetworkDenoiser:
+def build_denoiser(config: Mapping[str, Any], *, network: nn.Module | None = None) -> NetworkDenoiser:
     """Build a denoiser with fresh weights.
 
     Args:
@@ -48,6 +51,7 @@ def build_denoiser(config: Mapping[str, Any]) -> NetworkDenoiser:
             `preconditioning`: `name`, one of `PRECONDITIONINGS`, and its options;
             `data_shape`, `sigma_min`, `sigma_max`; and optionally `num_classes` (0), `w_range`, `distilled`
             (`sigmas` and `sampler`), `provenance` (anything that JSON holds).
+        network: a network that was built as the config says, to take in place of a fresh one.
 
     Returns:
         The denoiser, whose attribute `config` is the config with every default of this function filled in.
@@ -57,9 +61,11 @@ def build_denoiser(config: Mapping[str, Any]) -> NetworkDenoiser:
         TypeError: an option that the network or the preconditioning does not have.
     """
     config = _resolve(config)
-    network, preconditioning, distilled = config["network"], config["preconditioning"], config["distilled"]
+    preconditioning, distilled = config["preconditioning"], config["distilled"]
+    if network is None:
+        network = construct("network", config["network"]["name"], NETWORKS, **_options(config["network"]))
     denoiser = NetworkDenoiser(
-        construct("network", network["name"], NETWORKS, **_options(network)),
+        network,
         make_preconditioning(preconditioning["name"], **_options(preconditioning)),
         data_shape=tuple(config["data_shape"]),
         num_classes=config["num_classes"],
@@ -115,7 +121,7 @@ def _plain(value: Any) -> Any:
 
 
 def with_guidance_input(
-    config: Mapping[str, Any], w_range: tuple[float, float], *, w_channels: int = 64
+    config: Mapping[str, Any], w_range: tuple[float, float], *, w_channels: int = W_CHANNELS
 ) -> dict[str, Any]:
     """The config of the same denoiser with a guidance weight in `w_range` as a further input.
 
@@ -132,19 +138,25 @@ def with_guidance_input(
 
 
 def guidance_student(
-    teacher: NetworkDenoiser, w_range: tuple[float, float], *, w_channels: int = 64
+    teacher: NetworkDenoiser, w_range: tuple[float, float], *, w_channels: int | None = None
 ) -> NetworkDenoiser:
     """A copy of `teacher` that takes a guidance weight in `w_range`, and ignores it until it is trained.
 
     At first it equals the conditional teacher for every w: the new parameters are zero (Meng et al. 2023, Section 3.1,
     start from the teacher's weights; the zero is ours).
 
+    Args:
+        teacher: the conditional model.
+        w_range: the guidance weights that the student will be trained for.
+        w_channels: width of the embedding of w, by default what networks of its kind have.
+
     Raises:
         ValueError: the teacher has no config, or takes a guidance weight already.
     """
-    student = build_denoiser(with_guidance_input(_config(teacher), w_range, w_channels=w_channels))
+    width = getattr(teacher.model, "default_w_channels", W_CHANNELS) if w_channels is None else w_channels
+    student = build_denoiser(with_guidance_input(_config(teacher), w_range, w_channels=width))
     missing, unexpected = student.load_state_dict(teacher.state_dict(), strict=False)
-    if missing != ["model.map_w.weight"] or unexpected:
+    if missing != [f"model.{name}" for name in getattr(student.model, "w_parameters", W_PARAMETERS)] or unexpected:
         raise ValueError(f"the teacher's weights do not fit its config: missing {missing}, unexpected {unexpected}")
     reference = next(teacher.parameters())
     return student.to(device=reference.device, dtype=reference.dtype)

@@ -17,6 +17,8 @@ class NetworkDenoiser(Denoiser):
     Args:
         network: called as `network(x, noise_labels, class_labels, w)`, with one-hot class labels or None. Where it has
             more output channels than the data, as networks that predict a variance do, the first ones count.
+            A network with the attribute `conditional` is given the condition as it is, and defines `null_condition`
+            and `check_condition` for it.
         preconditioning: the four coefficient functions.
         data_shape: shape of one sample, `(C, H, W)`.
         num_classes: number of class labels, 0 for none.
@@ -67,17 +69,33 @@ class NetworkDenoiser(Denoiser):
         return getattr(self.model, "bottleneck", None)
 
     @property
+    def conditional(self) -> bool:
+        return getattr(self.model, "conditional", super().conditional)
+
+    def null_condition(self, cond: Any) -> Any:
+        own = getattr(self.model, "null_condition", None)
+        return super().null_condition(cond) if own is None else own(cond)
+
+    def check_condition(self, cond: Any, batch: int) -> None:
+        own = getattr(self.model, "check_condition", None)
+        if own is None:
+            super().check_condition(cond, batch)
+        else:
+            own(cond, batch)
+
+    @property
     def dtype(self) -> torch.dtype:
         """The dtype of the network's parameters, in which it computes; the result has that of `x`."""
         return next(self.model.parameters()).dtype
 
-    def forward(self, x: Tensor, sigma: Tensor, cond: Tensor | None = None, w: Tensor | None = None) -> Tensor:
+    def forward(self, x: Tensor, sigma: Tensor, cond: Any = None, w: Tensor | None = None) -> Tensor:
         """Denoise.
 
         Args:
             x: `[B, C, H, W]`.
             sigma: standard deviation of the noise in `x`, `[B]`.
-            cond: class labels, long `[B]`; -1, or None for the whole batch, stands for no class.
+            cond: class labels, long `[B]`; -1, or None for the whole batch, stands for no class. Or the condition of
+                a network that defines its own.
             w: guidance weight, `[B]`, for a network that takes one; None stands for w = 0.
 
         Returns:
@@ -92,7 +110,8 @@ class NetworkDenoiser(Denoiser):
         sigma = sigma.to(torch.float64)
         x_in = (per_sample(coefficients.c_in(sigma), x) * x).to(dtype)
         noise_labels = coefficients.c_noise(sigma).to(torch.promote_types(dtype, torch.float32))
-        output = self.model(x_in, noise_labels, self._one_hot(cond, len(x), dtype), w)
+        given = cond if hasattr(self.model, "conditional") else self._one_hot(cond, len(x), dtype)
+        output = self.model(x_in, noise_labels, given, w)
         output = output[:, : x.shape[1]].to(x.dtype)
         return per_sample(coefficients.c_skip(sigma), x) * x + per_sample(coefficients.c_out(sigma), x) * output
 

@@ -10,6 +10,7 @@ from torch import Tensor
 from diffdistill.denoiser import Denoiser, per_sample
 from diffdistill.models import GuidanceConditioned
 from diffdistill.solvers import Euler, Interval, ProbabilityFlow
+from diffdistill.training.conditions import condition_of
 from diffdistill.training.noise_levels import draw_w, normal_like
 from diffdistill.training.objective import Loss, Objective
 from diffdistill.training.randomness import randint
@@ -81,8 +82,8 @@ class StepDistillation(Objective):
         return self
 
     def loss(self, batch: Mapping[str, Tensor], generator: torch.Generator) -> Loss:
-        """`batch` holds images `x` `[B, ...]` and, for a conditional model, conditions `y`."""
-        x, y = batch["x"], batch.get("y") if self.trained.num_classes else None
+        """`batch` holds images `x` `[B, ...]` and, for a conditional model, conditions as `condition_of` reads them."""
+        x, y = batch["x"], condition_of(batch, self.trained)
         index = randint(len(self.steps), (len(x),), generator)
         sigma, sigma_mid, sigma_next = self.steps[index].unbind(1)
         noisy = x + per_sample(sigma, x) * normal_like(x, generator)

@@ -32,6 +32,7 @@ from diffdistill.solvers.schedules import (
     logsnr,
     polynomial,
     time_uniform,
+    trailing,
 )
 from diffdistill.solvers.unipc import UniPC
 
@@ -61,6 +62,7 @@ SCHEDULES: dict[str, Callable[..., Tensor]] = {
     "cosine": cosine,
     "align_your_steps": align_your_steps,
     "gits": gits,
+    "trailing": trailing,
 }
 
 

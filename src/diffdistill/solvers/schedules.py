@@ -119,6 +119,30 @@ def cosine(*, num_steps: int, sigma_min: float, sigma_max: float) -> Tensor:
     return _ends((t_max + _unit(num_steps) * (t_min - t_max)).tan(), sigma_min, sigma_max)
 
 
+def trailing(
+    *,
+    num_steps: int,
+    sigma_min: float = 0.0,
+    sigma_max: float | None = None,
+    table: Sequence[float] | Tensor | None = None,
+) -> Tensor:
+    """The "trailing" levels of the diffusers schedulers, then 0: entries `round(T - i T / num_steps) - 1` of a table.
+
+    `table: [T]` holds increasing noise levels; the default is that of latent diffusion models.
+
+    Raises:
+        ValueError: ends other than 0 and the last level of the table, or more steps than the table has levels.
+    """
+    check_num_steps(num_steps)
+    levels = scaled_linear_table() if table is None else torch.as_tensor(table, dtype=torch.float64)
+    if num_steps > len(levels):
+        raise ValueError(f"a trailing schedule of {num_steps} steps needs a table of so many levels, not {len(levels)}")
+    if sigma_min != 0 or (sigma_max is not None and not math.isclose(sigma_max, float(levels[-1]), rel_tol=1e-6)):
+        raise ValueError(f"a trailing schedule ends at {float(levels[-1])} and 0, not at {sigma_max} and {sigma_min}")
+    places = (len(levels) - torch.arange(num_steps, dtype=torch.float64) * (len(levels) / num_steps)).round().long()
+    return torch.cat([levels[places - 1], levels.new_zeros(1)])
+
+
 ALIGN_YOUR_STEPS = {
     "sd15": (14.615, 6.475, 3.861, 2.697, 1.886, 1.396, 0.963, 0.652, 0.399, 0.152, 0.029),
     "sdxl": (14.615, 6.315, 3.771, 2.181, 1.342, 0.862, 0.555, 0.380, 0.234, 0.113, 0.029),

@@ -1,0 +1,19 @@
+"""Models of diffusers in and out. Importing this package needs torch alone; its functions need the extra."""
+
+from diffdistill.interop.diffusers.conventions import (
+    GUIDANCE_CONVENTIONS,
+    as_in_stock_pipelines,
+    guidance_scale_embedding,
+)
+from diffdistill.interop.diffusers.parts import LatentCodec, Parts, from_network, from_pipeline, load_pipeline
+
+__all__ = [
+    "GUIDANCE_CONVENTIONS",
+    "LatentCodec",
+    "Parts",
+    "as_in_stock_pipelines",
+    "from_network",
+    "from_pipeline",
+    "guidance_scale_embedding",
+    "load_pipeline",
+]

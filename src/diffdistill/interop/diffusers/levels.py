@@ -1,0 +1,77 @@
+"""The noise levels of a scheduler of diffusers, as a preconditioning of ours."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from diffdistill.registry import choose
+
+PREDICTIONS = {"epsilon": "eps", "v_prediction": "v", "sample": "x0"}
+FLOW_END = 0.999
+"""The largest time of flow models: at 1, noise alone, sigma is infinite."""
+
+
+@dataclass(frozen=True)
+class Levels:
+    """What a scheduler says of the network that it was made for.
+
+    Attributes:
+        preconditioning: options of `make_preconditioning`.
+        sigma_min, sigma_max: the noise levels that the network was trained on.
+    """
+
+    preconditioning: dict[str, Any]
+    sigma_min: float
+    sigma_max: float
+
+
+def levels_of(scheduler: Any, *, time_scale: float = 1000.0) -> Levels:
+    """Read prediction type and noise levels of a scheduler.
+
+    Args:
+        scheduler: any scheduler of discrete time (with `alphas_cumprod`), or one of flow matching.
+        time_scale: what flow models multiply the time t in [0, 1] by before they embed it.
+
+    Raises:
+        ValueError: an unknown prediction type, or a scheduler without noise levels.
+    """
+    config, name = scheduler.config, type(scheduler).__name__
+    prediction = config.get("prediction_type", "epsilon")
+    if name.startswith("FlowMatch") or prediction == "flow_prediction":
+        end = FLOW_END / (1 - FLOW_END)
+        return Levels({"name": "flow", "time_scale": time_scale}, 1 / end, end)
+    try:
+        kind = choose("prediction type", prediction, PREDICTIONS)
+    except ValueError as error:
+        raise ValueError(f"{name}: {error}, flow_prediction") from None
+    table = sigma_table(scheduler)
+    return Levels({"name": kind, "table": table.tolist()}, float(table[0]), float(table[-1]))
+
+
+def sigma_table(scheduler: Any) -> Tensor:
+    """The noise levels of a scheduler of discrete time, increasing, float64 `[T]`.
+
+    They follow from `alphas_cumprod`, which the stock schedulers compute in float32 and all use.
+
+    Raises:
+        ValueError: the scheduler has none.
+    """
+    alphas = getattr(scheduler, "alphas_cumprod", None)
+    if not isinstance(alphas, Tensor):
+        raise ValueError(
+            f"{type(scheduler).__name__} has no alphas_cumprod: it is neither of discrete time nor of flow matching"
+        )
+    # Where betas are rescaled to zero terminal SNR the last level is infinite; the stock solvers put this in its place.
+    alpha_bar = alphas.detach().cpu().double().clamp(min=2**-24)
+    return ((1 - alpha_bar) / alpha_bar).sqrt()
+
+
+def timestep_of(sigma: Tensor, table: Tensor) -> Tensor:
+    """The continuous timestep of noise levels: log sigma linear between the entries of the table."""
+    from diffdistill.models import make_preconditioning
+
+    return make_preconditioning("eps", table=table.tolist()).c_noise(torch.as_tensor(sigma, dtype=torch.float64))

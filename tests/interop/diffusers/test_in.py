@@ -1,0 +1,289 @@
+"""Networks of diffusers as denoisers: their own formulas, conditions, guidance, and whole pipelines."""
+
+import pytest
+import torch
+
+pytest.importorskip("diffusers")
+
+from diffdistill import load_denoiser, sample
+from diffdistill.interop.diffusers import from_network, from_pipeline, guidance_scale_embedding
+from diffdistill.interop.diffusers.levels import sigma_table
+from diffdistill.models import ClassifierFreeGuidance, guidance_student, guided, save_denoiser
+from diffdistill.solvers import FeatureTap, make_solver
+from tests.interop.diffusers import builders
+from tests.interop.diffusers.builders import diffusers, pipeline, scheduler, text_batch, unet
+
+
+@pytest.mark.parametrize("prediction", ["epsilon", "v_prediction", "sample"])
+def test_a_unet_denoises_as_its_scheduler_says(prediction):
+    """At table levels x0 is what DDIM calls the predicted original sample."""
+    stock = scheduler(prediction_type=prediction, clip_sample=False)
+    stock.set_timesteps(10)
+    network, cond = unet(), text_batch()
+    denoiser = from_network(network, stock)
+    t = stock.timesteps[3]
+    z = torch.randn(3, 4, 8, 8)
+    with torch.no_grad():
+        output = network(z, t, **cond).sample
+        expected = stock.step(output, t, z).pred_original_sample
+        sigma = sigma_table(stock)[t].expand(3)
+        x = z * (1 + sigma[0] ** 2).sqrt().float()
+        torch.testing.assert_close(denoiser(x, sigma, cond), expected, rtol=1e-4, atol=1e-5)
+    assert denoiser.data_shape == (4, 8, 8) and denoiser.bottleneck is network.mid_block
+    assert denoiser.sigma_max == pytest.approx(14.6146, abs=1e-3)
+
+
+def test_timesteps_are_continuous_and_gradients_reach_sigma():
+    denoiser, cond = from_network(unet(), scheduler()), text_batch()
+    sigma = torch.tensor([0.5, 2.0, 9.0], dtype=torch.float64, requires_grad=True)
+    denoiser(torch.randn(3, 4, 8, 8), sigma, cond).sum().backward()
+    assert sigma.grad.abs().min() > 0
+
+
+def test_guidance_is_composition():
+    null = {"encoder_hidden_states": torch.randn(7, 12)}
+    denoiser, cond = from_network(unet(), scheduler(), null=null), text_batch()
+    x, sigma, w = torch.randn(3, 4, 8, 8), torch.tensor([0.3, 2.0, 11.0]).double(), torch.tensor([0.0, 2.0, 7.0])
+    with torch.no_grad():
+        yes = denoiser(x, sigma, cond)
+        no = denoiser(x, sigma, {"encoder_hidden_states": null["encoder_hidden_states"].expand(3, 7, 12)})
+        expected = (1 + w).view(3, 1, 1, 1) * yes - w.view(3, 1, 1, 1) * no
+        torch.testing.assert_close(ClassifierFreeGuidance(denoiser, w)(x, sigma, cond), expected, rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(denoiser(x, sigma), no, rtol=1e-4, atol=1e-5)
+    assert (yes - no).abs().max() > 1e-3
+
+
+def test_the_bottleneck_can_be_tapped():
+    denoiser = from_network(unet(), scheduler(), null={"encoder_hidden_states": torch.randn(7, 12)})
+    guided_denoiser = ClassifierFreeGuidance(denoiser, 2.0)
+    with FeatureTap(guided_denoiser.bottleneck) as tap, torch.no_grad():
+        guided_denoiser(torch.randn(3, 4, 8, 8), torch.ones(3).double(), text_batch())
+        assert tap().shape == (6, 16, 4, 4)
+
+
+@pytest.mark.parametrize("channels", [256, 7])
+def test_the_guidance_embedding_is_the_stock_pipelines(channels):
+    w = torch.tensor([0.0, 0.37, 2.0, 13.9])
+    stock = diffusers.StableDiffusionPipeline.get_guidance_scale_embedding(None, w, embedding_dim=channels)
+    assert torch.equal(guidance_scale_embedding(w, channels), stock)
+
+
+def test_a_network_that_takes_w():
+    network = builders.filled(unet(w_channels=256))
+    with pytest.raises(ValueError, match="convention"):
+        from_network(network, scheduler())
+    x, sigma, cond = torch.randn(3, 4, 8, 8), torch.tensor([0.3, 2.0, 11.0]).double(), text_batch()
+    denoiser = from_network(network, scheduler(), guidance_convention="w", w_range=(2, 14))
+    scale = from_network(network, scheduler(), guidance_convention="scale", w_range=(2, 14))
+    assert denoiser.w_range == (2, 14)
+    with torch.no_grad():
+        torch.testing.assert_close(guided(denoiser, 5.0)(x, sigma, cond), guided(scale, 4.0)(x, sigma, cond))
+        assert (guided(denoiser, 5.0)(x, sigma, cond) - guided(denoiser, 4.0)(x, sigma, cond)).abs().max() > 1e-3
+
+
+def test_sdxl_conditions():
+    network = unet(
+        addition_embed_type="text_time",
+        addition_time_embed_dim=4,
+        projection_class_embeddings_input_dim=10 + 6 * 4,
+        cross_attention_dim=22,
+    )
+    cond = {
+        "encoder_hidden_states": torch.randn(3, 7, 22),
+        "text_embeds": torch.randn(3, 10),
+        "time_ids": torch.tensor([16.0, 16, 0, 0, 16, 16]).expand(3, 6),
+    }
+    null = {"encoder_hidden_states": torch.zeros(7, 22), "text_embeds": torch.zeros(10)}
+    denoiser, stock = from_network(network, scheduler(), null=null), scheduler()
+    x, sigma = torch.randn(3, 4, 8, 8), sigma_table(stock)[[7, 99, 800]]
+    denoiser.check_condition(cond, 3)
+    with pytest.raises(ValueError, match="time_ids"):
+        denoiser.check_condition({name: value for name, value in cond.items() if name != "time_ids"}, 3)
+    added = {"text_embeds": cond["text_embeds"], "time_ids": cond["time_ids"]}
+    with torch.no_grad():
+        z = x / (1 + sigma**2).sqrt().float().view(3, 1, 1, 1)
+        output = network(z, torch.tensor([7.0, 99, 800]), cond["encoder_hidden_states"], added_cond_kwargs=added).sample
+        expected = x - sigma.float().view(3, 1, 1, 1) * output
+        torch.testing.assert_close(denoiser(x, sigma, cond), expected, rtol=1e-4, atol=1e-5)
+        assert ClassifierFreeGuidance(denoiser, 3.0)(x, sigma, cond).shape == x.shape
+
+
+def test_a_whole_sdxl_pipeline():
+    network = unet(
+        addition_embed_type="text_time",
+        addition_time_embed_dim=4,
+        projection_class_embeddings_input_dim=10 + 6 * 4,
+        cross_attention_dim=22,
+    )
+    pipe = diffusers.StableDiffusionXLPipeline(
+        vae=builders.vae(),
+        text_encoder=builders.text_encoder(12),
+        text_encoder_2=builders.text_encoder(10, projection=10),
+        tokenizer=builders.tokenizer(),
+        tokenizer_2=builders.tokenizer(),
+        unet=network,
+        scheduler=scheduler("EulerDiscreteScheduler"),
+        add_watermarker=False,
+    )
+    parts = from_pipeline(pipe)
+    cond = parts.prompts(["a cat", "b"])
+    noise = torch.randn(2, 4, 8, 8)
+    x = sample(
+        guided(parts.denoiser, 2.0),
+        noise,
+        solver=make_solver("euler"),
+        sigmas=torch.tensor([14.0, 2.0, 0.0]),
+        cond=cond,
+    )
+    assert parts.codec.decode(x).shape == (2, 3, 16, 16)
+    assert parts.denoiser.null_condition(cond)["encoder_hidden_states"].abs().max() == 0
+
+
+def test_unets_without_text():
+    torch.manual_seed(0)
+    network = diffusers.UNet2DModel(
+        sample_size=(8, 4),
+        in_channels=3,
+        out_channels=3,
+        layers_per_block=1,
+        block_out_channels=(8, 16),
+        norm_num_groups=4,
+        down_block_types=("DownBlock2D", "AttnDownBlock2D"),
+        up_block_types=("AttnUpBlock2D", "UpBlock2D"),
+        num_class_embeds=4,
+    )
+    x, sigma, y = torch.randn(3, 3, 8, 4), torch.tensor([0.3, 2.0, 11.0]).double(), torch.tensor([0, 2, 1])
+    stock = scheduler("DDPMScheduler", beta_start=1e-4, beta_end=0.02, beta_schedule="linear")
+    every = from_network(network, stock)
+    assert every.num_classes == 4
+    with pytest.raises(ValueError, match="null_class"):
+        ClassifierFreeGuidance(every, 1.0)(x, sigma, y)
+    denoiser = from_network(network, stock, null_class=3)
+    assert denoiser.num_classes == 3 and denoiser.data_shape == (3, 8, 4)
+    with torch.no_grad():
+        torch.testing.assert_close(denoiser(x, sigma, y), every(x, sigma, y))
+        torch.testing.assert_close(denoiser(x, sigma, y * 0 - 1), every(x, sigma, y * 0 + 3))
+        torch.testing.assert_close(denoiser(x, sigma), every(x, sigma, y * 0 + 3))
+        assert (denoiser(x, sigma, y) - denoiser(x, sigma)).abs().max() > 1e-4
+
+
+def test_dit_sd3_and_flux():
+    torch.manual_seed(0)
+    dit = diffusers.DiTTransformer2DModel(
+        num_attention_heads=2,
+        attention_head_dim=4,
+        in_channels=4,
+        out_channels=8,
+        num_layers=2,
+        sample_size=8,
+        patch_size=2,
+        num_embeds_ada_norm=5,
+        norm_num_groups=4,
+    ).eval()
+    x, sigma = torch.randn(3, 4, 8, 8), torch.tensor([0.3, 2.0, 11.0]).double()
+    denoiser = from_network(dit, scheduler(beta_schedule="linear", beta_start=1e-4, beta_end=0.02))
+    assert denoiser.num_classes == 5 and denoiser.data_shape == (4, 8, 8)
+    with torch.no_grad():
+        assert ClassifierFreeGuidance(denoiser, 2.0)(x, sigma, torch.tensor([0, 4, -1])).shape == x.shape
+
+    flow = diffusers.FlowMatchEulerDiscreteScheduler()
+    sd3 = diffusers.SD3Transformer2DModel(
+        sample_size=8,
+        patch_size=2,
+        in_channels=4,
+        num_layers=1,
+        attention_head_dim=8,
+        num_attention_heads=2,
+        joint_attention_dim=10,
+        caption_projection_dim=16,
+        pooled_projection_dim=6,
+        out_channels=4,
+        pos_embed_max_size=8,
+    ).eval()
+    cond = {"encoder_hidden_states": torch.randn(3, 5, 10), "pooled_projections": torch.randn(3, 6)}
+    t = sigma / (1 + sigma)
+    with torch.no_grad():
+        z = x / (1 + sigma).float().view(3, 1, 1, 1)
+        velocity = sd3(z, timestep=(1000 * t).float(), **cond).sample
+        expected = z - t.float().view(3, 1, 1, 1) * velocity
+        torch.testing.assert_close(from_network(sd3, flow)(x, sigma, cond), expected, rtol=1e-4, atol=1e-5)
+
+    flux = diffusers.FluxTransformer2DModel(
+        in_channels=16,
+        num_layers=1,
+        num_single_layers=1,
+        attention_head_dim=16,
+        num_attention_heads=2,
+        joint_attention_dim=10,
+        pooled_projection_dim=6,
+        axes_dims_rope=(4, 4, 8),
+        guidance_embeds=True,
+    ).eval()
+    x = torch.randn(3, 4, 6, 8)
+    z = x / (1 + sigma).float().view(3, 1, 1, 1)
+    pipe = diffusers.FluxPipeline
+    with torch.no_grad():
+        velocity = flux(
+            pipe._pack_latents(z, 3, 4, 6, 8),
+            timestep=t.float(),
+            guidance=torch.full((3,), 3.5),
+            img_ids=pipe._prepare_latent_image_ids(3, 3, 4, "cpu", torch.float32),
+            txt_ids=torch.zeros(5, 3),
+            **cond,
+        ).sample
+        velocity = pipe._unpack_latents(velocity, 48, 64, 8)
+        expected = z - t.float().view(3, 1, 1, 1) * velocity
+        denoiser = from_network(flux, flow, w_range=(0.0, 6.0))
+        torch.testing.assert_close(guided(denoiser, 2.5)(x, sigma, cond), expected, rtol=1e-4, atol=1e-5)
+
+
+def test_a_pipeline_folder_is_a_denoiser_by_path(tmp_path):
+    pipe = pipeline()
+    pipe.save_pretrained(tmp_path)
+    parts, loaded = from_pipeline(pipe), load_denoiser(tmp_path)
+    x, sigma, cond = torch.randn(2, 4, 8, 8), torch.tensor([0.3, 11.0]).double(), parts.prompts(["a cat", "dog"])
+    with torch.no_grad():
+        expected = guided(parts.denoiser, 3.0)(x, sigma, cond)
+        torch.testing.assert_close(guided(loaded, 3.0)(x, sigma, cond), expected, rtol=1e-4, atol=2e-4)
+    assert parts.codec.decode(x).shape == (2, 3, 16, 16)
+    assert parts.codec.encode(torch.zeros(2, 3, 16, 16)).shape == (2, 4, 8, 8)
+    with pytest.warns(UserWarning, match="cut"):
+        parts.prompts(["a long prompt of many letters"])
+    (tmp_path / "model_index.json").write_text("{")
+    with pytest.raises(ValueError, match="diffusers folder"):
+        load_denoiser(tmp_path)
+
+
+def test_models_of_diffusers_are_saved_and_given_a_guidance_input_like_any_other(tmp_path):
+    denoiser = from_pipeline(pipeline()).denoiser
+    save_denoiser(denoiser, tmp_path / "model.safetensors")
+    loaded = load_denoiser(tmp_path)
+    x, sigma, cond = torch.randn(3, 4, 8, 8), torch.tensor([0.3, 2.0, 11.0]).double(), text_batch()
+    student = guidance_student(denoiser, (2.0, 14.0))
+    assert student.model.module.config.time_cond_proj_dim == 256
+    with torch.no_grad():
+        expected = denoiser(x, sigma, cond)
+        torch.testing.assert_close(loaded(x, sigma, cond), expected, rtol=1e-4, atol=1e-4)
+        torch.testing.assert_close(loaded(x, sigma), denoiser(x, sigma), rtol=1e-4, atol=1e-4)
+        for w in (2.0, 14.0):
+            assert torch.equal(guided(student, w)(x, sigma, cond), expected)
+
+
+def test_bad_input():
+    class Strange(diffusers.DDIMScheduler):
+        pass
+
+    stock = Strange(**builders.SD_BETAS)
+    stock.register_to_config(prediction_type="epsilin")
+    with pytest.raises(ValueError, match="'epsilin'.*flow_prediction"):
+        from_network(unet(), stock)
+    denoiser = from_network(unet(), scheduler())
+    for cond, match in (
+        ({"text": torch.zeros(3, 7, 12)}, "text"),
+        (torch.zeros(3, dtype=torch.long), "dict"),
+        ({"encoder_hidden_states": torch.zeros(2, 7, 12)}, "2 samples"),
+    ):
+        with pytest.raises(ValueError, match=match):
+            denoiser.check_condition(cond, 3)
+    with pytest.raises(ValueError, match="empty prompt"):
+        denoiser.null_condition(text_batch())
