@@ -30,11 +30,13 @@ def train(config: DictConfig) -> None:
     if settings["w"] is not None:
         denoiser = guided(denoiser, settings["w"])
     ends = {"sigma_min": denoiser.sigma_min, "sigma_max": denoiser.sigma_max}
-    schedule = {**ends, **settings["schedule"]}
+    start = settings["start"]
+    schedule = {**ends, **settings["schedule"], **({"sigma_max": start["sigma"]} if start else {})}
     learned = make_learned(
         settings["form"],
         inner=settings["inner"],
         predictor=settings["predictor"],
+        start=start,
         sigmas=make_schedule(**schedule, num_steps=settings["num_steps"]),
     )
     task = make_task(learned, denoiser, schedule, **settings["objective"])

@@ -13,16 +13,17 @@ from diffdistill.denoiser import Denoiser
 from diffdistill.learned.files import load_predictor
 from diffdistill.models import guided
 from diffdistill.progressive.stochastic import StochasticEuler
-from diffdistill.solvers import Euler, Solver, make_schedule, make_solver, sample, seeded_noise
+from diffdistill.solvers import Euler, GaussianStart, Solver, make_schedule, make_solver, sample, seeded_noise
 
 
 @dataclass(frozen=True)
 class Plan:
-    """A denoiser with the solver and the noise levels to sample it with."""
+    """A denoiser with the solver, the noise levels and the analytic start to sample it with."""
 
     denoiser: Denoiser
     solver: Solver
     sigmas: Tensor
+    start: GaussianStart | None = None
 
     @property
     def num_steps(self) -> int:
@@ -73,7 +74,7 @@ def plan(
         device = next((p.device for p in model.parameters()), torch.device("cpu"))
         learned = load_predictor(solver["predictor"], device=device)
         learned.check(denoiser, num_steps=num_steps)
-        return Plan(denoiser, learned.solver, learned.sigmas)
+        return Plan(denoiser, learned.solver, learned.sigmas, learned.gaussian_start())
     if num_steps is None:
         raise ValueError("num_steps is missing: this model was not distilled to a number of steps, so choose one")
     ends = {"sigma_min": model.sigma_min, "sigma_max": model.sigma_max, "num_steps": num_steps}
@@ -95,7 +96,9 @@ def generate(
         chunk = seeds[start : start + batch_size]
         cond = None if labels is None else labels[start : start + batch_size].to(device)
         noise = seeded_noise(chunk, plan.denoiser.data_shape, device=device)
-        yield sample(plan.denoiser, noise, solver=plan.solver, sigmas=plan.sigmas, cond=cond, seeds=chunk)
+        yield sample(
+            plan.denoiser, noise, solver=plan.solver, sigmas=plan.sigmas, cond=cond, seeds=chunk, start=plan.start
+        )
 
 
 def count_nfe(plan: Plan) -> int:
@@ -103,7 +106,8 @@ def count_nfe(plan: Plan) -> int:
     noise = seeded_noise([0], plan.denoiser.data_shape, device=plan.device)
     cond = spread_labels(1, plan.denoiser.num_classes)
     cond = None if cond is None else cond.to(plan.device)
-    run = sample(plan.denoiser, noise, solver=plan.solver, sigmas=plan.sigmas, cond=cond, return_trajectory=True)
+    options = {"solver": plan.solver, "sigmas": plan.sigmas, "cond": cond, "start": plan.start}
+    run = sample(plan.denoiser, noise, return_trajectory=True, **options)
     return run.nfe
 
 

@@ -18,8 +18,8 @@ from diffdistill.learned import (
     trained,
 )
 from diffdistill.learned.files import METADATA_KEY
-from diffdistill.models import ClassifierFreeGuidance, guided
-from diffdistill.solvers import make_schedule
+from diffdistill.models import ClassifierFreeGuidance, GaussianMixture, guided
+from diffdistill.solvers import GaussianStart, GaussianStatistics, make_schedule, save_gaussian
 from tests.builders import tiny_denoiser
 
 SCHEDULE = {"name": "polynomial", "sigma_min": 0.002, "sigma_max": 80.0}
@@ -134,3 +134,31 @@ def test_what_was_trained_is_what_is_kept():
         make_task(learned, denoiser, SCHEDULE, name="stepwise", teacher={"name": "heun"}, points=1)
     with pytest.raises(TypeError, match="no option 'pionts'"):
         make_task(make("amed"), denoiser, SCHEDULE, name="stepwise", teacher={"name": "heun"}, pionts=1)
+
+
+def test_an_analytic_start_is_recorded_trained_with_and_used(tmp_path):
+    model = GaussianMixture(weights=[0.6, 0.4], means=torch.randn(2, 2, 3, 5), variances=[0.2, 0.3])
+    data = model.sample_data(400, generator=torch.Generator().manual_seed(0))
+    statistics = GaussianStatistics.fit(data)
+    save_gaussian(statistics, tmp_path / "statistics.safetensors")
+    learned = make_learned(
+        "steps",
+        inner={"name": "dpmpp", "order": 2, "afs": "gaussian"},
+        predictor={"name": "table"},
+        sigmas=make_schedule("polynomial", num_steps=3, sigma_min=0.05, sigma_max=8.0),
+        start={"statistics": str(tmp_path / "statistics.safetensors"), "sigma": 8.0},
+    )
+    fine = {"name": "polynomial", "num_steps": 30}
+    task = make_task(
+        learned, model, {}, name="endpoint", teacher={"name": "heun"}, teacher_schedule=fine, trajectories=6
+    )
+    columns = task.data.tensors()
+    save_predictor(learned, tmp_path / "predictor.safetensors")
+    again = load_predictor(tmp_path / "predictor.safetensors")
+    run = again.sample(model, columns["noise"], return_trajectory=True)
+    assert run.nfe == again.nfe == 2
+    begun = GaussianStart(statistics, 8.0).begin(model, columns["noise"], 8.0)
+    torch.testing.assert_close(run.x[0], begun)
+    assert not torch.allclose(run.x[0], 8 * columns["noise"], rtol=1e-3)
+    error = (run.x[-1] - columns["target"]).flatten(1).norm(dim=1).mean().item()
+    assert task.objective.loss(columns, torch.Generator()).value.item() == pytest.approx(error, rel=1e-4)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Literal
 
 import torch
 from torch import Tensor, nn
@@ -17,6 +17,9 @@ from diffdistill.solvers import AMEDPlugin, ProbabilityFlow, Solver, integrate, 
 from diffdistill.solvers.amed import LearnedSteps
 from diffdistill.solvers.features import feature_tap
 from diffdistill.training import Loss, Objective
+
+if TYPE_CHECKING:
+    from diffdistill.solvers.start import GaussianStart
 
 DISTANCES: dict[str, Callable[[Tensor], Tensor]] = {"norm": torch.sqrt, "squared": lambda squared: squared}
 
@@ -41,7 +44,7 @@ class EndpointDistillation(Objective):
         sigmas: its schedule, `[N + 1]`.
         learn_schedule: learn the levels between the two ends.
         distance: "norm", or "squared", which gives the worst samples more weight.
-        start: carries `(noise, cond)` to the state at `sigmas[0]`; by default `sigmas[0] * noise`.
+        start: the analytic start of the runs, at `sigmas[0]`.
     """
 
     def __init__(
@@ -52,7 +55,7 @@ class EndpointDistillation(Objective):
         sigmas: Tensor,
         learn_schedule: bool = True,
         distance: Literal["norm", "squared"] = "norm",
-        start: Callable[[Tensor, Any], Tensor] | None = None,
+        start: GaussianStart | None = None,
     ) -> None:
         super().__init__()
         self.denoiser = denoiser.eval().requires_grad_(False)
@@ -66,9 +69,13 @@ class EndpointDistillation(Objective):
         """`batch` holds `noise` and `target`, `[B, ...]`, and conditions as `draw_start` takes them."""
         noise, cond = draw_start(self.denoiser, batch, generator)
         sigmas = self.schedule()
-        x = sigmas[0].to(noise.dtype) * noise if self.start is None else self.start(noise, cond)
+        x = noise * sigmas[0].to(noise.dtype)
+        gaussian = None
+        if self.start is not None:
+            x = self.start.begin(self.denoiser, noise, self.start.sigma, cond)
+            gaussian = self.start.denoiser(self.denoiser)
         with feature_tap(self.denoiser, self.solver) as features:
-            flow = ProbabilityFlow(self.denoiser, cond, features=features)
+            flow = ProbabilityFlow(self.denoiser, cond, features=features, gaussian=gaussian)
             *_, end = integrate(flow, x, self.solver, intervals(sigmas, len(x), x.device))
         value = self.distance(squared_distance(end, batch["target"])).mean()
         return Loss(value, {f"log_sigma_{i}": s.log() for i, s in enumerate(sigmas[1:-1].detach(), 1)})

@@ -19,7 +19,16 @@ from diffdistill.atomic import replacing
 from diffdistill.models.files import fingerprint, load_state
 from diffdistill.models.guidance import ClassifierFreeGuidance, GuidanceConditioned
 from diffdistill.registry import choose, construct
-from diffdistill.solvers import AMED, AMEDPlugin, AMEDPredictor, LearnedTable, Predictor, make_solver
+from diffdistill.solvers import (
+    AMED,
+    AMEDPlugin,
+    AMEDPredictor,
+    GaussianStart,
+    LearnedTable,
+    Predictor,
+    load_gaussian,
+    make_solver,
+)
 from diffdistill.solvers import sample as sample_with
 from diffdistill.solvers.amed import LearnedSteps
 from diffdistill.solvers.schedules import check_sigmas
@@ -46,6 +55,7 @@ class LearnedSolver:
         predictor: options of the predictor, `name` and those of its class.
         sigmas: float64 `[N + 1]`.
         solver: what `sample` takes.
+        start: an analytic start: `statistics`, the name or path of those that `load_gaussian` takes, and `sigma`.
         trained_for: `identity` of the denoiser, or None while there is none.
         provenance: what made it.
     """
@@ -55,6 +65,7 @@ class LearnedSolver:
     predictor: Mapping[str, Any]
     sigmas: Tensor
     solver: AMEDPlugin | LearnedSteps
+    start: Mapping[str, Any] | None = None
     trained_for: Mapping[str, Any] | None = None
     provenance: Mapping[str, Any] = field(default_factory=dict)
 
@@ -85,7 +96,15 @@ class LearnedSolver:
     def sample(self, denoiser: nn.Module, noise: Tensor, cond: Any = None, **options: Any) -> Any:
         """`diffdistill.sample` with this solver and its levels, after `check`; `options` are those of `sample`."""
         self.check(denoiser)
-        return sample_with(denoiser, noise, solver=self.solver, sigmas=self.sigmas, cond=cond, **options)
+        return sample_with(
+            denoiser, noise, solver=self.solver, sigmas=self.sigmas, cond=cond, start=self.gaussian_start(), **options
+        )
+
+    def gaussian_start(self) -> GaussianStart | None:
+        """The analytic start with its statistics, or None if the runs begin with noise."""
+        if self.start is None:
+            return None
+        return GaussianStart(load_gaussian(self.start["statistics"]), float(self.start["sigma"]))
 
 
 def identity(denoiser: nn.Module) -> dict[str, Any]:
@@ -110,6 +129,7 @@ def make_learned(
     predictor: Mapping[str, Any],
     sigmas: Tensor,
     inner: Mapping[str, Any] | None = None,
+    start: Mapping[str, Any] | None = None,
     trained_for: Mapping[str, Any] | None = None,
     provenance: Mapping[str, Any] | None = None,
 ) -> LearnedSolver:
@@ -127,7 +147,7 @@ def make_learned(
     built = construct("predictor", str(name), PREDICTORS, **options)
     built.num_intervals = len(sigmas) - 1 - bool(sigmas[-1] == 0)
     solver = choose("form", form, FORMS)(built, inner)
-    return LearnedSolver(form, inner, dict(predictor), sigmas, solver, trained_for, dict(provenance or {}))
+    return LearnedSolver(form, inner, dict(predictor), sigmas, solver, start, trained_for, dict(provenance or {}))
 
 
 def save_predictor(learned: LearnedSolver, path: str | os.PathLike[str]) -> None:
@@ -139,6 +159,7 @@ def save_predictor(learned: LearnedSolver, path: str | os.PathLike[str]) -> None
         "predictor": dict(learned.predictor),
         "sigmas": learned.sigmas.tolist(),
         "nfe": learned.nfe,
+        "start": learned.start,
         "trained_for": learned.trained_for,
         "provenance": dict(learned.provenance),
     }

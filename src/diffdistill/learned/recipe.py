@@ -105,9 +105,14 @@ def endpoint(
         distance: "norm" or "squared".
     """
     objective = EndpointDistillation(
-        denoiser, learned.solver, sigmas=learned.sigmas, learn_schedule=learn_schedule, distance=distance
+        denoiser,
+        learned.solver,
+        sigmas=learned.sigmas,
+        learn_schedule=learn_schedule,
+        distance=distance,
+        start=learned.gaussian_start(),
     )
-    ends = {"sigma_min": float(learned.sigmas[-1]), "sigma_max": float(learned.sigmas[0])}
+    ends = {"sigma_min": float(learned.sigmas[-1]), "sigma_max": denoiser.sigma_max}
     seeds = range(FIRST_TRAINING_SEED, FIRST_TRAINING_SEED + trajectories)
     fine = make_schedule(**{**ends, **teacher_schedule})
     return Task(objective, Endpoints(denoiser, make_solver(**teacher), fine, seeds))

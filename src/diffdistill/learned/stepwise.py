@@ -30,8 +30,9 @@ class StepwiseDistillation(Objective):
         teacher: the solver that makes the trajectories.
         teacher_sigmas: its schedule, `[N (M + 1) + 1]`: `sigmas` with M points more in each interval.
         reuse: use the teacher's evaluations again where the solver starts from the teacher's points.
-        together: all steps in one batch and one optimiser step; for single-step solvers.
-        forward_mode: derivatives with respect to the predicted numbers in forward mode, with the memory of inference.
+        together: all steps in one batch and one optimiser step; for single-step solvers. Not faster on a CPU.
+        forward_mode: derivatives with respect to the predicted numbers in forward mode, with the memory of inference:
+            on a CPU 1.3 (r, scale_dir) to 2 times (scale_time too) the time, for 0.3 % of the memory.
 
     Raises:
         ValueError: schedules that do not belong together, or `together` for a multistep solver.
