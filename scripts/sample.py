@@ -7,6 +7,8 @@ Running the same command again continues an interrupted run.
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 from omegaconf import DictConfig
 
 from common import command, plain
@@ -29,12 +31,13 @@ def main(config: DictConfig) -> None:
         schedule=settings.get("schedule"),
         num_steps=settings["num_steps"],
     )
+    bf16 = choose("precision", settings["precision"], {"fp32": False, "bf16": True})
     kinds = [settings["save"]] if isinstance(settings["save"], str) else settings["save"]
     writers = [choose("kind of output", kind, WRITERS) for kind in kinds]
     labels = chosen_labels(settings["labels"], settings["num_samples"], model)
     seeds = range(settings["seed"], settings["seed"] + settings["num_samples"])
     run = Run(settings["out"], settings, harmless=("device", "save"))
-    samples = draw_to(run.path / "parts", scheme, seeds, labels, batch_size=settings["batch_size"])
+    samples = draw_to(run.path / "parts", replace(scheme, bf16=bf16), seeds, labels, batch_size=settings["batch_size"])
     for write in writers:
         print(write(samples, run.path))
 

@@ -18,12 +18,16 @@ from diffdistill.solvers import Euler, GaussianStart, Solver, make_schedule, mak
 
 @dataclass(frozen=True)
 class Plan:
-    """A denoiser with the solver, the noise levels and the analytic start to sample it with."""
+    """A denoiser with the solver, the noise levels and the analytic start to sample it with.
+
+    With `bf16` the network runs in bfloat16 by autocast; the solver's arithmetic stays in float32.
+    """
 
     denoiser: Denoiser
     solver: Solver
     sigmas: Tensor
     start: GaussianStart | None = None
+    bf16: bool = False
 
     @property
     def num_steps(self) -> int:
@@ -96,9 +100,11 @@ def generate(
         chunk = seeds[start : start + batch_size]
         cond = None if labels is None else labels[start : start + batch_size].to(device)
         noise = seeded_noise(chunk, plan.denoiser.data_shape, device=device)
-        yield sample(
-            plan.denoiser, noise, solver=plan.solver, sigmas=plan.sigmas, cond=cond, seeds=chunk, start=plan.start
-        )
+        with torch.autocast(device.type, torch.bfloat16, enabled=plan.bf16):
+            x = sample(
+                plan.denoiser, noise, solver=plan.solver, sigmas=plan.sigmas, cond=cond, seeds=chunk, start=plan.start
+            )
+        yield x
 
 
 def count_nfe(plan: Plan) -> int:
