@@ -176,18 +176,18 @@ def as_csv(outcome: Outcome) -> str:
                 published = cell.published if name == table.measures[0] else None
                 if result is None and published is None:
                     continue
-                writer.writerow(
-                    {
-                        "table": table.name,
-                        "row": row.name,
-                        "column": table.column,
-                        "value_of_column": f"{cell.column:g}",
-                        "measure": name,
-                        "published": published,
-                        "source": cell.source if published is not None else None,
-                        **({} if result is None else _numbers(result, name, published, learned(outcome, row))),
-                    }
-                )
+                line = {
+                    "table": table.name,
+                    "row": row.name,
+                    "column": table.column,
+                    "value_of_column": f"{cell.column:g}",
+                    "measure": name,
+                    "published": published,
+                    "source": cell.source if published is not None else None,
+                }
+                if result is not None:
+                    line.update(_numbers(result, name, published, learned(outcome, row)))
+                writer.writerow(line)
     return text.getvalue()
 
 
