@@ -5,6 +5,7 @@ from diffdistill.interop.diffusers.conventions import (
     as_in_stock_pipelines,
     guidance_scale_embedding,
 )
+from diffdistill.interop.diffusers.export import export_student
 from diffdistill.interop.diffusers.parts import LatentCodec, Parts, from_network, from_pipeline, load_pipeline
 
 __all__ = [
@@ -12,6 +13,7 @@ __all__ = [
     "LatentCodec",
     "Parts",
     "as_in_stock_pipelines",
+    "export_student",
     "from_network",
     "from_pipeline",
     "guidance_scale_embedding",

@@ -1,0 +1,100 @@
+"""Image-to-image: noise up to some level, then the rest of the schedule (Meng et al. 2022, SDEdit)."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from diffdistill.solvers import ProbabilityFlow, SampleNoise, Solver, intervals
+from diffdistill.solvers.features import feature_tap
+from diffdistill.solvers.schedules import check_sigmas
+
+
+@dataclass(frozen=True, eq=False)
+class Start:
+    """The state that an edit begins with, `x: [B, ...]`, and the levels that are left, beginning at its own."""
+
+    x: Tensor
+    sigmas: Tensor
+
+
+def noised(x0: Tensor, sigmas: Tensor, strength: float, noise: Tensor) -> Start:
+    """`x0 + sigma noise` at the level that `strength` says: 1 is the first of the schedule, 0 the last.
+
+    As in the pipelines of diffusers, `int(strength * num_steps)` steps are left to do.
+
+    Raises:
+        ValueError: a strength outside [0, 1], or noise of another shape.
+    """
+    if not 0 <= strength <= 1:
+        raise ValueError(f"strength must lie in [0, 1], but is {strength}")
+    if noise.shape != x0.shape:
+        raise ValueError(f"the noise has shape {list(noise.shape)}, but the image {list(x0.shape)}")
+    sigmas = check_sigmas(torch.as_tensor(sigmas, dtype=torch.float64).cpu())
+    left = int((len(sigmas) - 1) * strength)
+    levels = sigmas[len(sigmas) - 1 - left :]
+    return Start(x0 + float(levels[0]) * noise if left else x0, levels)
+
+
+@torch.no_grad()
+def image_to_image(
+    denoiser: Callable[..., Tensor],
+    x0: Tensor,
+    noise: Tensor,
+    *,
+    strength: float,
+    solver: Solver,
+    sigmas: Tensor,
+    cond: Any = None,
+    seeds: Sequence[int] | None = None,
+) -> Tensor:
+    """Noise images as far as `strength` says, and denoise them under `cond`.
+
+    Args:
+        denoiser: any callable `(x, sigma, cond) -> x0`.
+        x0: images or latents `[B, ...]`.
+        noise: standard normal, in the shape of `x0`.
+        strength: from 0, which returns `x0`, to 1, which begins at the first level.
+        solver: from `make_solver`.
+        sigmas: the whole schedule.
+        cond: the condition that the images shall have.
+        seeds: one per sample, for stochastic solvers, by default 0 .. B - 1.
+
+    Returns:
+        Images or latents `[B, ...]`.
+
+    Raises:
+        ValueError: as `noised`, or levels that do not decrease.
+    """
+    start = noised(x0, sigmas, strength, noise)
+    if len(start.sigmas) == 1:
+        return start.x
+    return run(denoiser, start, solver, cond, seeds)
+
+
+def run(
+    denoiser: Callable[..., Tensor],
+    start: Start,
+    solver: Solver,
+    cond: Any = None,
+    seeds: Sequence[int] | None = None,
+    between: Callable[[Tensor, float], Tensor] = lambda x, sigma: x,
+) -> Tensor:
+    """Carry a state along its levels; `between` may change it after each step, given the level that was reached."""
+    x, levels = start.x, start.sigmas.tolist()
+    stream = None
+    if solver.stochastic:
+        stream = SampleNoise(range(len(x)) if seeds is None else seeds, x.shape[1:])
+        stream.draw()  # what `seeded_noise` gives for the same seeds must not come again
+    history: Any = ()
+    with feature_tap(denoiser, solver) as features:
+        flow = ProbabilityFlow(denoiser, cond, features=features)
+        for interval, level in zip(intervals(start.sigmas, len(x), x.device), levels[1:], strict=True):
+            draw = None if stream is None else stream.draw(dtype=x.dtype, device=x.device)
+            x, history = solver.step(flow, x, interval, history, noise=draw)
+            x = between(x, level)
+    return x
