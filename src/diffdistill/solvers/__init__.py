@@ -19,6 +19,7 @@ from diffdistill.solvers.edm_sde import EDMStochastic
 from diffdistill.solvers.euler import Euler
 from diffdistill.solvers.features import FeatureTap
 from diffdistill.solvers.flow import ProbabilityFlow, dynamic_thresholding
+from diffdistill.solvers.gaussian import GaussianStatistics, load_gaussian, save_gaussian, shipped_gaussians
 from diffdistill.solvers.gits import gits
 from diffdistill.solvers.heun import Heun
 from diffdistill.solvers.ipndm import IPNDM, IPNDMV
@@ -34,6 +35,7 @@ from diffdistill.solvers.schedules import (
     time_uniform,
     trailing,
 )
+from diffdistill.solvers.start import GaussianStart, StartChoice, choose_start_sigma
 from diffdistill.solvers.unipc import UniPC
 
 SOLVERS: dict[str, type[Solver]] = {
@@ -117,6 +119,8 @@ __all__ = [
     "EulerAncestral",
     "Evaluation",
     "FeatureTap",
+    "GaussianStart",
+    "GaussianStatistics",
     "Heun",
     "Interval",
     "LearnedTable",
@@ -124,14 +128,19 @@ __all__ = [
     "ProbabilityFlow",
     "SampleNoise",
     "Solver",
+    "StartChoice",
     "TabulatedPredictor",
     "Trajectory",
     "UniPC",
+    "choose_start_sigma",
     "dynamic_thresholding",
     "integrate",
     "intervals",
+    "load_gaussian",
     "make_schedule",
     "make_solver",
     "sample",
+    "save_gaussian",
     "seeded_noise",
+    "shipped_gaussians",
 ]

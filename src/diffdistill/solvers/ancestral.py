@@ -7,7 +7,7 @@ from dataclasses import replace
 from torch import Tensor
 
 from diffdistill.denoiser import per_sample
-from diffdistill.solvers.base import Correction, Evaluation, History, Interval
+from diffdistill.solvers.base import AFS, Correction, Evaluation, History, Interval
 from diffdistill.solvers.euler import Euler
 from diffdistill.solvers.flow import ProbabilityFlow
 
@@ -24,7 +24,7 @@ class EulerAncestral(Euler):
 
     stochastic = True
 
-    def __init__(self, *, eta: float = 1.0, afs: bool = False) -> None:
+    def __init__(self, *, eta: float = 1.0, afs: AFS = False) -> None:
         super().__init__(afs=afs)
         if not 0 <= eta <= 1:
             raise ValueError(f"eta must be in [0, 1], but is {eta}")

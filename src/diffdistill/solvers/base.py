@@ -21,6 +21,10 @@ if TYPE_CHECKING:
     from diffdistill.solvers.flow import ProbabilityFlow
 
 
+AFS = bool | Literal["gaussian"]
+"""Analytical first step: none, for data of unit variance, or for data of the Gaussian that the run starts with."""
+
+
 @dataclass(frozen=True, eq=False)
 class Evaluation:
     """One answer of the denoiser at the state `x` and the nominal noise level `sigma: [B]`."""
@@ -123,7 +127,8 @@ class Solver(ABC):
         takes_correction: whether a step can be changed by a `Correction`.
         features: whether a step reads the bottleneck of the network; "optional" is for where there is one.
         afs: analytical first step (Dockhorn et al. 2022): the first evaluation is replaced by the answer for data
-            of zero mean and unit variance, `eps = x / sqrt(1 + sigma**2)`, which costs nothing.
+            of zero mean and unit variance, `eps = x / sqrt(1 + sigma**2)`, which costs nothing. "gaussian" takes the
+            answer for data of the mean and covariance in the `GaussianStart` of the run.
     """
 
     stages: int = 1
@@ -132,7 +137,9 @@ class Solver(ABC):
     takes_correction: bool = True
     features: Literal["unused", "optional", "required"] = "unused"
 
-    def __init__(self, *, afs: bool = False) -> None:
+    def __init__(self, *, afs: AFS = False) -> None:
+        if afs not in (True, False, "gaussian"):
+            raise ValueError(f'afs must be True, False or "gaussian", but is {afs!r}')
         self.afs = afs
 
     def step(
@@ -179,7 +186,7 @@ class Solver(ABC):
     ) -> Evaluation:
         """The first evaluation of a step: the network's, or the analytical one."""
         if self.afs and interval.index == 0:
-            return flow.analytic(x, interval.sigma)
+            return flow.analytic(x, interval.sigma, gaussian=self.afs == "gaussian")
         if correction is not None and self.stages == 1:
             return flow(x, interval.sigma, scale_time=correction.scale_time)
         return flow(x, interval.sigma)

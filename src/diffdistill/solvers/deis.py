@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from diffdistill.registry import choose
-from diffdistill.solvers.base import Correction, Evaluation, History, Interval, weighted_sum
+from diffdistill.solvers.base import AFS, Correction, Evaluation, History, Interval, weighted_sum
 from diffdistill.solvers.flow import ProbabilityFlow
 from diffdistill.solvers.multistep import Multistep
 from diffdistill.solvers.schedules import vp_betas
@@ -94,7 +94,7 @@ class DEIS(Multistep):
         afs: analytical first step.
     """
 
-    def __init__(self, *, order: int = 4, mode: Literal["tab", "rhoab"] = "tab", afs: bool = False) -> None:
+    def __init__(self, *, order: int = 4, mode: Literal["tab", "rhoab"] = "tab", afs: AFS = False) -> None:
         super().__init__(order=order, afs=afs)
         self.quadrature = choose("mode", mode, MODES)
 

@@ -6,7 +6,7 @@ from typing import ClassVar
 
 from torch import Tensor
 
-from diffdistill.solvers.base import Correction, Evaluation, History, Interval, Solver
+from diffdistill.solvers.base import AFS, Correction, Evaluation, History, Interval, Solver
 from diffdistill.solvers.exponential import FORMS, Form
 from diffdistill.solvers.flow import ProbabilityFlow
 
@@ -30,7 +30,7 @@ class DPM2(Solver):
     stages = 2
     form: ClassVar[Form] = FORMS["eps"]
 
-    def __init__(self, *, r: float = 0.5, afs: bool = False) -> None:
+    def __init__(self, *, r: float = 0.5, afs: AFS = False) -> None:
         super().__init__(afs=afs)
         if not 0 < r <= 1:
             raise ValueError(f"r must be in (0, 1], but is {r}")

@@ -7,7 +7,7 @@ from typing import ClassVar, Literal
 from torch import Tensor
 
 from diffdistill.registry import choose
-from diffdistill.solvers.base import Correction, Evaluation, History, Interval
+from diffdistill.solvers.base import AFS, Correction, Evaluation, History, Interval
 from diffdistill.solvers.exponential import choose_form
 from diffdistill.solvers.flow import ProbabilityFlow
 from diffdistill.solvers.multistep import Multistep
@@ -36,7 +36,7 @@ class DPMpp(Multistep):
         prediction: Literal["x0", "eps"] = "x0",
         lower_order_final: bool = True,
         third_order: Literal["published", "exact"] = "published",
-        afs: bool = False,
+        afs: AFS = False,
     ) -> None:
         super().__init__(order=order, lower_order_final=lower_order_final, afs=afs)
         self.form = choose_form(prediction)

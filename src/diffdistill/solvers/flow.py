@@ -22,6 +22,7 @@ class ProbabilityFlow:
         features: called after every evaluation for what is kept with it, such as the `FeatureTap` of a bottleneck.
             Of a larger batch that the denoiser makes of the B samples, the first B rows are kept: under guidance the
             conditional ones.
+        gaussian: the denoiser of a Gaussian, `(x, sigma, cond) -> x0`, for analytical first steps that ask for it.
 
     Attributes:
         nfe: network evaluations so far; a guided denoiser counts twice.
@@ -34,11 +35,13 @@ class ProbabilityFlow:
         *,
         thresholding: Callable[[Tensor], Tensor] | None = None,
         features: Callable[[], Tensor | None] | None = None,
+        gaussian: Callable[[Tensor, Tensor, Any], Tensor] | None = None,
     ) -> None:
         self.denoiser = denoiser
         self.cond = cond
         self.thresholding = thresholding
         self.features = features
+        self.gaussian = gaussian
         self.cost: int = getattr(denoiser, "cost", 1)
         self.nfe = 0
 
@@ -54,11 +57,19 @@ class ProbabilityFlow:
         features = None if features is None else features[: len(x)]
         return Evaluation(x, sigma, self._threshold(denoised), features)
 
-    def analytic(self, x: Tensor, sigma: Tensor) -> Evaluation:
+    def analytic(self, x: Tensor, sigma: Tensor, *, gaussian: bool = False) -> Evaluation:
         """The analytical first step, at no cost: `eps = x / sqrt(1 + sigma**2)`, x scaled to unit variance.
 
-        Source: Dockhorn et al. 2022 (GENIE), Section 3.2, in the form of Zhou et al. 2024.
+        Source: Dockhorn et al. 2022 (GENIE), Section 3.2, in the form of Zhou et al. 2024. With `gaussian`, the answer
+        is that of the denoiser `self.gaussian`.
+
+        Raises:
+            ValueError: `gaussian` without such a denoiser.
         """
+        if gaussian:
+            if self.gaussian is None:
+                raise ValueError('afs="gaussian" needs the statistics of the data: pass start=GaussianStart(...)')
+            return Evaluation(x, sigma, self._threshold(self.gaussian(x, sigma, self.cond)))
         eps = x / per_sample((1 + sigma**2).sqrt(), x)
         return Evaluation(x, sigma, self._threshold(x - per_sample(sigma, x) * eps))
 

@@ -10,7 +10,7 @@ from typing import Literal
 from torch import Tensor
 
 from diffdistill.registry import choose
-from diffdistill.solvers.base import Correction, Evaluation, History, Interval, weighted_sum
+from diffdistill.solvers.base import AFS, Correction, Evaluation, History, Interval, weighted_sum
 from diffdistill.solvers.deis import MODES, adams_weights
 from diffdistill.solvers.flow import ProbabilityFlow
 from diffdistill.solvers.multistep import Multistep
@@ -33,7 +33,7 @@ class IPNDM(Multistep):
         afs: analytical first step.
     """
 
-    def __init__(self, *, order: int = 4, afs: bool = False) -> None:
+    def __init__(self, *, order: int = 4, afs: AFS = False) -> None:
         super().__init__(order=order, afs=afs)
 
     def update(
@@ -63,7 +63,7 @@ class IPNDMV(Multistep):
     """
 
     def __init__(
-        self, *, order: int = 4, coefficients: Literal["published", "exact"] = "published", afs: bool = False
+        self, *, order: int = 4, coefficients: Literal["published", "exact"] = "published", afs: AFS = False
     ) -> None:
         super().__init__(order=order, afs=afs)
         self.coefficients = choose("coefficients", coefficients, COEFFICIENTS)

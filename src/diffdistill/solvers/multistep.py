@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import ClassVar
 
-from diffdistill.solvers.base import Evaluation, History, Interval, Solver
+from diffdistill.solvers.base import AFS, Evaluation, History, Interval, Solver
 
 
 class Multistep(Solver):
@@ -18,7 +18,7 @@ class Multistep(Solver):
 
     highest_order: ClassVar[int] = 4
 
-    def __init__(self, *, order: int, lower_order_final: bool = False, afs: bool = False) -> None:
+    def __init__(self, *, order: int, lower_order_final: bool = False, afs: AFS = False) -> None:
         super().__init__(afs=afs)
         if isinstance(order, bool) or not isinstance(order, int) or not 1 <= order <= self.highest_order:
             raise ValueError(f"order must be an integer from 1 to {self.highest_order}, but is {order!r}")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal, overload
+from typing import TYPE_CHECKING, Any, Literal, overload
 
 import torch
 from torch import Tensor
@@ -16,6 +16,9 @@ from diffdistill.solvers.features import feature_tap
 from diffdistill.solvers.flow import ProbabilityFlow, dynamic_thresholding
 from diffdistill.solvers.noise import SampleNoise
 from diffdistill.solvers.schedules import check_sigmas
+
+if TYPE_CHECKING:
+    from diffdistill.solvers.start import GaussianStart
 
 THRESHOLDING: dict[str, Callable[[Tensor], Tensor]] = {"dynamic": dynamic_thresholding}
 
@@ -71,6 +74,7 @@ def sample(
     sigmas: Tensor,
     cond: Any = None,
     seeds: Sequence[int] | Tensor | None = None,
+    start: GaussianStart | None = None,
     denoise_to_zero: bool = False,
     thresholding: str | Callable[[Tensor], Tensor] | None = None,
     return_trajectory: Literal[False] = False,
@@ -86,6 +90,7 @@ def sample(
     sigmas: Tensor,
     cond: Any = None,
     seeds: Sequence[int] | Tensor | None = None,
+    start: GaussianStart | None = None,
     denoise_to_zero: bool = False,
     thresholding: str | Callable[[Tensor], Tensor] | None = None,
     return_trajectory: Literal[True],
@@ -101,6 +106,7 @@ def sample(
     sigmas: Tensor,
     cond: Any = None,
     seeds: Sequence[int] | Tensor | None = None,
+    start: GaussianStart | None = None,
     denoise_to_zero: bool = False,
     thresholding: str | Callable[[Tensor], Tensor] | None = None,
     return_trajectory: bool = False,
@@ -114,6 +120,7 @@ def sample(
         sigmas: from `make_schedule`, `[num_steps + 1]`; where it ends at 0, the last step returns the denoised image.
         cond: the condition, such as integer class labels `[B]`.
         seeds: one seed per sample for the noise of stochastic solvers, by default 0 .. B - 1.
+        start: carries the noise from sigma_max to a lower level at no evaluation; `sigmas` begin at that level.
         denoise_to_zero: one more evaluation at the last level, whose denoised image is the result.
         thresholding: "dynamic", or a function applied to every prediction of x0. Not for latents.
         return_trajectory: return all points and the counted evaluations.
@@ -123,7 +130,7 @@ def sample(
 
     Raises:
         ValueError: levels that do not decrease, unknown thresholding, labels of the wrong shape, a learned solver that
-            reads the bottleneck of a denoiser that declares none.
+            reads the bottleneck of a denoiser that declares none, levels that do not begin where `start` ends.
     """
     sigmas = check_sigmas(torch.as_tensor(sigmas, dtype=torch.float64).cpu())
     if denoise_to_zero and sigmas[-1] > 0:
@@ -142,10 +149,12 @@ def sample(
     if solver.stochastic:
         stream = SampleNoise(range(len(noise)) if seeds is None else seeds, noise.shape[1:])
         stream.draw()  # what `seeded_noise` gives for the same seeds: the start must not come again as a step's noise
-    x = noise * sigmas[0].item()
+    top = sigmas[0].item()
+    x = noise * top if start is None else start.begin(denoiser, noise, top, cond)
     points = [x]
     with feature_tap(denoiser, solver) as features:
-        flow = ProbabilityFlow(denoiser, cond, thresholding=thresholding, features=features)
+        gaussian = None if start is None else start.denoiser(denoiser)
+        flow = ProbabilityFlow(denoiser, cond, thresholding=thresholding, features=features, gaussian=gaussian)
         for x_next in integrate(flow, x, solver, steps, stream):
             x = x_next
             if return_trajectory:

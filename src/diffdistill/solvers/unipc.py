@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from diffdistill.registry import choose
-from diffdistill.solvers.base import Correction, Evaluation, History, Interval
+from diffdistill.solvers.base import AFS, Correction, Evaluation, History, Interval
 from diffdistill.solvers.exponential import LinearPart, choose_form
 from diffdistill.solvers.flow import ProbabilityFlow
 from diffdistill.solvers.multistep import Multistep
@@ -42,7 +42,7 @@ class UniPC(Multistep):
         variant: Literal["bh1", "bh2"] = "bh2",
         prediction: Literal["x0", "eps"] = "x0",
         lower_order_final: bool = True,
-        afs: bool = False,
+        afs: AFS = False,
     ) -> None:
         super().__init__(order=order, lower_order_final=lower_order_final, afs=afs)
         self.memory = order  # the corrector looks at as many evaluations before the current one

@@ -1,0 +1,52 @@
+"""Compute the means and covariances that the analytic start needs, from data or from samples of a model.
+
+    python scripts/gaussian_stats.py model=digits-teacher data=digits data.split=train out=runs/statistics
+
+The result is `out/statistics.safetensors`, for `load_gaussian`. Running the same command again continues the run.
+"""
+
+from __future__ import annotations
+
+import sys
+from dataclasses import replace
+
+import torch
+from common import command, plain
+from omegaconf import DictConfig
+
+from diffdistill import load_denoiser
+from diffdistill.data import load_data
+from diffdistill.devices import device_of
+from diffdistill.generation import plan
+from diffdistill.samples import chosen_labels, draw_to
+from diffdistill.solvers import GaussianStatistics, save_gaussian
+from diffdistill.training import Run
+
+
+@command("gaussian_stats")
+def main(config: DictConfig) -> None:
+    settings = plain(config)
+    run = Run(settings["out"], settings, harmless=("device",))
+    if settings["samples"] is None:
+        data = load_data(**settings["data"])
+        x, y = data.tensors().values()
+        classes = data.num_classes
+    else:
+        model, count = load_denoiser(settings["model"], device=device_of(settings["device"])), settings["samples"]
+        options = {name: settings[name] for name in ("solver", "schedule", "num_steps")}
+        labels = chosen_labels(None, count, model)
+        drawn = draw_to(run.path / "parts", plan(model, **options), range(count), labels)
+        x, y, classes = drawn.x, drawn.y, model.num_classes
+    num_classes = classes if settings["per_class"] else 0
+    statistics = GaussianStatistics.fit(x, y, num_classes=num_classes, form=settings["form"], rank=settings["rank"])
+    given = " ".join(["python", "scripts/gaussian_stats.py", *sys.argv[1:]])
+    statistics = replace(statistics, provenance={"command": given, "images": len(x), "settings": settings})
+    path = run.path / "statistics.safetensors"
+    save_gaussian(statistics, path)
+    run.finish(["statistics.safetensors"])
+    spread = statistics.mean[:-1].std(dim=0).mean() if num_classes else torch.zeros(())
+    print(f"statistics of {len(x)} images, {num_classes} classes whose means differ by {spread:.3f}: {path}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,142 @@
+"""The analytic start: from sigma_max to a lower noise level at no evaluation, as if the data were Gaussian."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from diffdistill.denoiser import Denoiser
+from diffdistill.solvers.base import Solver
+from diffdistill.solvers.dpm import DPM3
+from diffdistill.solvers.flow import ProbabilityFlow
+from diffdistill.solvers.gaussian import GaussianStatistics
+from diffdistill.solvers.heun import Heun
+from diffdistill.solvers.sampling import intervals, sample
+from diffdistill.solvers.schedules import logsnr, polynomial
+
+STEPS_PER_OCTAVE = 2
+"""Steps of the guided flow for each halving of sigma; its error is then far below that of the Gaussian itself."""
+
+
+@dataclass(frozen=True, eq=False)
+class GaussianStart:
+    """Where a run begins: noise is carried from `sigma_max` to `sigma` by the flow of a Gaussian.
+
+    The noise levels given to `sample` are those that are really stepped through, hence begin at `sigma`.
+    Unguided, the flow is in closed form. Guided by w, it is that of `(1 + w) D_c - w D_null` with the denoisers of the
+    two Gaussians, integrated by a third-order solver; it asks no network.
+
+    Attributes:
+        statistics: means and covariances of the data.
+        sigma: the level to begin at.
+        sigma_max: the level that the noise stands for; None takes that of the denoiser.
+        w: guidance weight, a float or `[B]`; None takes that of the denoiser, if it is guided.
+    """
+
+    statistics: GaussianStatistics
+    sigma: float
+    sigma_max: float | None = None
+    w: float | Tensor | None = None
+
+    def __post_init__(self) -> None:
+        if not 0 < self.sigma < float("inf"):
+            raise ValueError(f"the sigma of a start must be positive and finite, but is {self.sigma}")
+        if self.sigma_max is not None and not self.sigma <= self.sigma_max < float("inf"):
+            raise ValueError(f"a start at sigma = {self.sigma} needs a greater sigma_max, but it is {self.sigma_max}")
+
+    def begin(self, denoiser: Any, noise: Tensor, sigma: float, cond: Any = None) -> Tensor:
+        """The state at `self.sigma` for standard normal `noise: [B, ...]`.
+
+        Args:
+            denoiser: the one to sample, for its `sigma_max` and `w` where they are not given here.
+            noise: standard normal, unscaled.
+            sigma: the level at which the schedule begins.
+            cond: class labels `[B]`, or another condition, for which the statistics of all data are taken.
+
+        Raises:
+            ValueError: the schedule does not begin at `self.sigma`, the denoiser ends below it, or shapes differ.
+        """
+        if abs(sigma - self.sigma) > 1e-6 * self.sigma:
+            raise ValueError(
+                f"with a start at sigma = {self.sigma:g} the noise levels begin there, not at {sigma:g}: "
+                f"make the schedule with sigma_max={self.sigma:g}"
+            )
+        top = float(getattr(denoiser, "sigma_max", Denoiser.sigma_max)) if self.sigma_max is None else self.sigma_max
+        if top < self.sigma:
+            raise ValueError(f"a start at sigma = {self.sigma:g} lies above the denoiser's sigma_max = {top:g}")
+        return self.carry(noise * top, top, self.sigma, cond, self._weight(denoiser))
+
+    def denoiser(self, denoiser: Any) -> Callable[[Tensor, Tensor, Any], Tensor]:
+        """What stands for `denoiser` in an analytical first step: the Gaussian's, under the same guidance."""
+        w = self._weight(denoiser)
+        return lambda x, sigma, cond: self.statistics.to(x.device).denoise(x, sigma, cond, w)
+
+    def carry(self, x: Tensor, sigma: float, sigma_next: float, cond: Any = None, w: float | Tensor = 0.0) -> Tensor:
+        """The Gaussian's flow under guidance w: `x: [B, ...]` from `sigma` down to `sigma_next`."""
+        statistics = self.statistics.to(x.device)
+        if (not isinstance(w, Tensor) and w == 0) or sigma == sigma_next:
+            return statistics.carry(x, sigma, sigma_next, cond)
+        octaves = torch.tensor(sigma / sigma_next).log2().item()
+        levels = logsnr(num_steps=1 + int(STEPS_PER_OCTAVE * octaves), sigma_min=sigma_next, sigma_max=sigma)
+        flow = ProbabilityFlow(lambda x, sigma, cond: statistics.denoise(x, sigma, cond, w), cond)
+        solver, state = DPM3(), x.to(torch.float64)
+        for interval in intervals(levels, len(x), x.device):
+            state = solver.step(flow, state, interval)[0]
+        return state.to(x.dtype)
+
+    def _weight(self, denoiser: Any) -> float | Tensor:
+        w = getattr(denoiser, "w", None) if self.w is None else self.w
+        return 0.0 if w is None else w
+
+
+@dataclass(frozen=True)
+class StartChoice:
+    """Where to start, as measured.
+
+    Attributes:
+        sigma: the level of least error, or None if no start is better.
+        errors: mean L2 distance of the end points to the reference, by start level; None is a run without start.
+    """
+
+    sigma: float | None
+    errors: dict[float | None, float]
+
+
+def choose_start_sigma(
+    denoiser: Callable[..., Tensor],
+    statistics: GaussianStatistics,
+    noise: Tensor,
+    *,
+    solver: Solver,
+    schedule: Callable[[float], Tensor],
+    candidates: Sequence[float] = (40.0, 20.0, 14.0, 10.0, 7.0, 5.0, 3.5, 2.5),
+    cond: Any = None,
+    reference: Tensor | None = None,
+) -> StartChoice:
+    """Measure from which level the analytic start serves a solver best.
+
+    Args:
+        denoiser: to sample from.
+        statistics: of its data.
+        noise: standard normal, `[B, ...]`: a few dozen trajectories are enough.
+        solver: the solver.
+        schedule: maps the level at which a run begins to its noise levels, `[num_steps + 1]`.
+        candidates: levels to try; those above the denoiser's sigma_max are left out.
+        cond: the condition.
+        reference: end points to come close to; by default those of 64 steps of Heun's method.
+    """
+    top = float(getattr(denoiser, "sigma_max", Denoiser.sigma_max))
+    if reference is None:
+        end = float(schedule(top)[-1])
+        levels = polynomial(num_steps=64, sigma_min=end, sigma_max=top)
+        reference = sample(denoiser, noise, solver=Heun(), sigmas=levels, cond=cond)
+    errors: dict[float | None, float] = {}
+    for sigma in (None, *(candidate for candidate in candidates if candidate < top)):
+        start = None if sigma is None else GaussianStart(statistics, sigma)
+        x = sample(denoiser, noise, solver=solver, sigmas=schedule(sigma or top), cond=cond, start=start)
+        errors[sigma] = float((x - reference).flatten(1).norm(dim=1).mean())
+    return StartChoice(min(errors, key=lambda sigma: errors[sigma]), errors)
