@@ -7,22 +7,18 @@ Running it again continues an interrupted run.
 
 from __future__ import annotations
 
-import json
-from functools import partial
 from pathlib import Path
-
-from omegaconf import DictConfig, OmegaConf
 
 import distill_guidance
 import distill_steps
-from common import command, compose, plain
-from diffdistill import load_denoiser
-from diffdistill.atomic import write_text
-from diffdistill.data import load_data
-from diffdistill.evaluation.comparison import compare, comparison_table, plot_comparison, rows_as_dicts, side_by_side
-from diffdistill.generation import plan
+from omegaconf import DictConfig, OmegaConf
 
-SHOWN = (16, 8, 4, 2, 1)
+from common import command, compose, plain
+from diffdistill.devices import device_of
+from diffdistill.evaluation.comparison import comparison_table, plot_comparison, side_by_side
+from diffdistill.evaluation.html import write_pages
+from diffdistill.evaluation.reproduction import reproduce
+from diffdistill.evaluation.tables import Table
 
 
 @command("quickstart")
@@ -32,25 +28,15 @@ def main(config: DictConfig) -> None:
     stage1 = ["experiment=digits/quickstart_stage1", f"teacher={teacher}", f"out={out / 'stage1'}"]
     guided = distill_guidance.distill(OmegaConf.merge(compose("distill_guidance", stage1), config.stage1))
     stage2 = ["experiment=digits/quickstart_stage2", f"teacher={guided}", f"out={out / 'stage2'}"]
-    students = distill_steps.distill(OmegaConf.merge(compose("distill_steps", stage2), config.stage2))
+    distill_steps.distill(OmegaConf.merge(compose("distill_steps", stage2), config.stage2))
 
-    steps = settings["teacher_steps"]
-    plans = {
-        f"guided teacher, DDIM {steps} steps": partial(plan, load_denoiser(teacher), num_steps=steps),
-        f"stage 1, DDIM {steps} steps": partial(plan, load_denoiser(guided), num_steps=steps),
-    }
-    for n in SHOWN:
-        plans[f"stage 2, {n} step{'s' * (n > 1)}"] = partial(plan, load_denoiser(students[n]))
-
-    rows = compare(plans, settings["w"], load_data("digits"), num_samples=settings["num_samples"])
-    table = comparison_table(rows)
-    write_text(out / "table.md", table + "\n")
-    write_text(out / "table.json", json.dumps(rows_as_dicts(rows), indent=1) + "\n")
-    plot_comparison(rows, out / "quality.png")
-    for w in settings["w"]:
-        side_by_side(plans, w, out / f"samples_w{w:g}.png")
-    print(f"\n{table}\n")
-    print(f"models, pictures, curves and the table lie in {out.resolve()}")
+    device = device_of(settings["device"])
+    outcome = reproduce(Table.from_dict("quickstart", settings["table"]), out / "table", device=device)
+    write_pages(outcome)
+    plot_comparison(outcome, out / "quality.png")
+    side_by_side(outcome, out, device)
+    print(f"\n{comparison_table(outcome)}\n")
+    print(f"models, pictures, curves and the table lie in {out.resolve()}: begin with table/index.html")
 
 
 if __name__ == "__main__":

@@ -74,6 +74,15 @@ class DigitsClassifierFeatures(Features):
         return features, model.head(features)
 
 
+class DigitPixels(DigitsClassifierFeatures):
+    """The pixels of 8x8 digits as features, with the logits of the shipped classifier."""
+
+    name = "digit_pixels"
+
+    def both(self, x: Tensor) -> tuple[Tensor, Tensor | None]:
+        return x.flatten(1), super().both(x)[1]
+
+
 def to_bytes(x: Tensor) -> Tensor:
     """Images in [-1, 1] as the bytes that an image file would hold, RGB: uint8 `[B, 3, H, W]`."""
     x = (x.float() * 127.5 + 128).clamp(0, 255).to(torch.uint8)
@@ -94,6 +103,7 @@ def _dinov2(**options: Any) -> Features:
 
 FEATURES: dict[str, Callable[..., Features]] = {
     "pixels": Pixels,
+    "digit_pixels": DigitPixels,
     "digits_classifier": DigitsClassifierFeatures,
     "inception": lambda path=None: _inception(path=path),
     "dinov2": lambda model="facebook/dinov2-large": _dinov2(model=model),
