@@ -11,9 +11,9 @@ import sys
 from dataclasses import replace
 
 import torch
-from common import command, plain
 from omegaconf import DictConfig
 
+from common import command, plain
 from diffdistill import load_denoiser
 from diffdistill.data import load_data
 from diffdistill.devices import device_of

@@ -20,6 +20,7 @@ from diffdistill.solvers.covariances import FORMS, FourierCovariance, FullCovari
 
 SHAPE = (2, 6, 5)
 D = 60
+LEVELS = torch.tensor([10.0, 5.0, 1.0], dtype=torch.float64)
 LABELS = torch.tensor([0, 1, 1, -1])
 
 
@@ -174,11 +175,48 @@ def test_the_weight_of_a_guided_denoiser_is_used():
     noise, cond, start = double(3, *SHAPE, seed=3), torch.tensor([0, 1, 1]), GaussianStart(stats, 10.0)
     guided = ClassifierFreeGuidance(mixture, 2.0)
     torch.testing.assert_close(
-        start.begin(guided, noise, 10.0, cond), start.carry(80 * noise, 80.0, 10.0, cond, w=2.0), rtol=0, atol=0
+        start.begin(guided, noise, LEVELS, cond)[0], start.carry(80 * noise, 80.0, 10.0, cond, w=2.0), rtol=0, atol=0
     )
     explicit = replace(start, w=2.0, sigma_max=80.0)
-    same = explicit.begin(lambda x, sigma, cond: x, noise, 10.0, cond)
-    torch.testing.assert_close(same, start.begin(guided, noise, 10.0, cond), rtol=0, atol=0)
+    same = explicit.begin(lambda x, sigma, cond: x, noise, LEVELS, cond)[0]
+    torch.testing.assert_close(same, start.begin(guided, noise, LEVELS, cond)[0], rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("top", [80.0, 30.0])
+def test_multistep_solvers_begin_with_a_past(top):
+    """It lies on the Gaussian's trajectory, above the start, and no higher than sigma_max."""
+    stats, noise = statistics("full"), double(4, *SHAPE, seed=3)
+    start = GaussianStart(stats, 10.0, sigma_max=top)
+    x, history = start.begin(None, noise, LEVELS, LABELS, memory=2)
+    levels = [40.0, 20.0] if top == 80.0 else [30.0, 300.0**0.5]
+    for evaluation, level in zip(history, levels, strict=True):
+        torch.testing.assert_close(evaluation.sigma, torch.full((4,), level, dtype=torch.float64))
+        torch.testing.assert_close(evaluation.x, stats.carry(top * noise, top, level, LABELS))
+        torch.testing.assert_close(evaluation.denoised, stats.denoise(evaluation.x, evaluation.sigma, LABELS))
+    cold = replace(start, warm=False).begin(None, noise, LEVELS, LABELS, memory=2)
+    torch.testing.assert_close(x, cold[0])
+    assert cold[1] == ()
+    assert GaussianStart(stats, 10.0, sigma_max=10.0).begin(None, noise, LEVELS, LABELS, memory=2)[1] == ()
+
+
+@pytest.mark.parametrize(
+    ("name", "options"),
+    [("dpmpp", {"lower_order_final": False}), ("unipc", {"lower_order_final": False}), ("deis", {}), ("ipndm_v", {})],
+)
+def test_the_past_raises_the_order_of_the_first_step(name, options):
+    """The error of one step, halved, falls by 8 instead of by 4."""
+    gaussian = GaussianMixture([1.0], double(1, *SHAPE), [0.3])
+    eye = torch.eye(D, dtype=torch.float64)[None]
+    stats = GaussianStatistics(gaussian.means, FullCovariance(torch.full((1, D), 0.3, dtype=torch.float64), eye))
+    noise, solver = double(3, *SHAPE, seed=3), make_solver(name, order=2, **options)
+
+    def error(step, warm):
+        sigmas = torch.tensor([1.0, 1.0 - step], dtype=torch.float64)
+        x = sample(gaussian, noise, solver=solver, sigmas=sigmas, start=GaussianStart(stats, 1.0, warm=warm))
+        return (x - stats.carry(80 * noise, 80.0, 1.0 - step)).norm().item()
+
+    assert error(0.1, False) / error(0.05, False) == pytest.approx(4, rel=0.15)
+    assert error(0.1, True) / error(0.05, True) == pytest.approx(8, rel=0.15)
 
 
 def test_gaussian_first_step():
@@ -225,9 +263,9 @@ def test_choosing_the_start():
         double(32, *SHAPE, seed=3),
         solver=make_solver("dpmpp", order=2),
         schedule=lambda top: make_schedule("polynomial", num_steps=5, sigma_min=0.002, sigma_max=top),
-        candidates=(100.0, 30.0, 10.0, 1.0),
+        candidates=(100.0, 30.0, 10.0, 0.05),
     )
-    assert set(choice.errors) == {None, 30.0, 10.0, 1.0}
+    assert set(choice.errors) == {None, 30.0, 10.0, 0.05}
     assert choice.sigma in (30.0, 10.0)
     assert choice.errors[choice.sigma] == min(choice.errors.values()) < 0.8 * choice.errors[None]
 

@@ -140,7 +140,7 @@ class Solver(ABC):
     def __init__(self, *, afs: AFS = False) -> None:
         if afs not in (True, False, "gaussian"):
             raise ValueError(f'afs must be True, False or "gaussian", but is {afs!r}')
-        self.afs = afs
+        self.afs: AFS = afs
 
     def step(
         self,

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from diffdistill.denoiser import Denoiser
 from diffdistill.registry import choose
-from diffdistill.solvers.base import Interval, Solver
+from diffdistill.solvers.base import History, Interval, Solver
 from diffdistill.solvers.features import feature_tap
 from diffdistill.solvers.flow import ProbabilityFlow, dynamic_thresholding
 from diffdistill.solvers.noise import SampleNoise
@@ -56,9 +56,9 @@ def integrate(
     solver: Solver,
     steps: Sequence[Interval],
     noise: SampleNoise | None = None,
+    history: History = (),
 ) -> Iterator[Tensor]:
-    """Yield the state after each step. Gradients flow unless the caller disables them."""
-    history = ()
+    """Yield the state after each step, given past evaluations. Gradients flow unless the caller disables them."""
     for interval in steps:
         draw = noise.draw(dtype=x.dtype, device=x.device) if noise is not None and solver.stochastic else None
         x, history = solver.step(flow, x, interval, history, noise=draw)
@@ -149,13 +149,15 @@ def sample(
     if solver.stochastic:
         stream = SampleNoise(range(len(noise)) if seeds is None else seeds, noise.shape[1:])
         stream.draw()  # what `seeded_noise` gives for the same seeds: the start must not come again as a step's noise
-    top = sigmas[0].item()
-    x = noise * top if start is None else start.begin(denoiser, noise, top, cond)
+    if start is None:
+        x, history = noise * sigmas[0].item(), ()
+    else:
+        x, history = start.begin(denoiser, noise, sigmas, cond, memory=solver.memory)
     points = [x]
     with feature_tap(denoiser, solver) as features:
         gaussian = None if start is None else start.denoiser(denoiser)
         flow = ProbabilityFlow(denoiser, cond, thresholding=thresholding, features=features, gaussian=gaussian)
-        for x_next in integrate(flow, x, solver, steps, stream):
+        for x_next in integrate(flow, x, solver, steps, stream, history):
             x = x_next
             if return_trajectory:
                 points.append(x)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -10,7 +11,7 @@ import torch
 from torch import Tensor
 
 from diffdistill.denoiser import Denoiser
-from diffdistill.solvers.base import Solver
+from diffdistill.solvers.base import Evaluation, History, Solver
 from diffdistill.solvers.dpm import DPM3
 from diffdistill.solvers.flow import ProbabilityFlow
 from diffdistill.solvers.gaussian import GaussianStatistics
@@ -28,19 +29,22 @@ class GaussianStart:
 
     The noise levels given to `sample` are those that are really stepped through, hence begin at `sigma`.
     Unguided, the flow is in closed form. Guided by w, it is that of `(1 + w) D_c - w D_null` with the denoisers of the
-    two Gaussians, integrated by a third-order solver; it asks no network.
+    two Gaussians, integrated by a third-order solver; it asks no network. Multistep solvers are also given the past
+    evaluations that they would have, were the data Gaussian, so that they begin with their full order.
 
     Attributes:
         statistics: means and covariances of the data.
         sigma: the level to begin at.
         sigma_max: the level that the noise stands for; None takes that of the denoiser.
         w: guidance weight, a float or `[B]`; None takes that of the denoiser, if it is guided.
+        warm: whether multistep solvers begin with past evaluations.
     """
 
     statistics: GaussianStatistics
     sigma: float
     sigma_max: float | None = None
     w: float | Tensor | None = None
+    warm: bool = True
 
     def __post_init__(self) -> None:
         if not 0 < self.sigma < float("inf"):
@@ -48,27 +52,41 @@ class GaussianStart:
         if self.sigma_max is not None and not self.sigma <= self.sigma_max < float("inf"):
             raise ValueError(f"a start at sigma = {self.sigma} needs a greater sigma_max, but it is {self.sigma_max}")
 
-    def begin(self, denoiser: Any, noise: Tensor, sigma: float, cond: Any = None) -> Tensor:
-        """The state at `self.sigma` for standard normal `noise: [B, ...]`.
+    def begin(
+        self, denoiser: Any, noise: Tensor, sigmas: Tensor, cond: Any = None, *, memory: int = 0
+    ) -> tuple[Tensor, History]:
+        """The state at `self.sigma` for standard normal `noise: [B, ...]`, and the past of a multistep solver.
 
         Args:
             denoiser: the one to sample, for its `sigma_max` and `w` where they are not given here.
             noise: standard normal, unscaled.
-            sigma: the level at which the schedule begins.
+            sigmas: the schedule, on the CPU, which begins at `self.sigma`.
             cond: class labels `[B]`, or another condition, for which the statistics of all data are taken.
+            memory: past evaluations that the solver uses. They lie above the schedule, in the ratio of its first two
+                levels, or closer where that would pass sigma_max.
 
         Raises:
             ValueError: the schedule does not begin at `self.sigma`, the denoiser ends below it, or shapes differ.
         """
-        if abs(sigma - self.sigma) > 1e-6 * self.sigma:
+        first, second = sigmas[:2].tolist()
+        if abs(first - self.sigma) > 1e-6 * self.sigma:
             raise ValueError(
-                f"with a start at sigma = {self.sigma:g} the noise levels begin there, not at {sigma:g}: "
+                f"with a start at sigma = {self.sigma:g} the noise levels begin there, not at {first:g}: "
                 f"make the schedule with sigma_max={self.sigma:g}"
             )
         top = float(getattr(denoiser, "sigma_max", Denoiser.sigma_max)) if self.sigma_max is None else self.sigma_max
         if top < self.sigma:
             raise ValueError(f"a start at sigma = {self.sigma:g} lies above the denoiser's sigma_max = {top:g}")
-        return self.carry(noise * top, top, self.sigma, cond, self._weight(denoiser))
+        w, gaussian = self._weight(denoiser), self.denoiser(denoiser)
+        x, level, history = (noise * top).to(torch.float64), top, []
+        memory = memory if self.warm and top > self.sigma else 0
+        ratio = min(self.sigma / second if second else math.inf, (top / self.sigma) ** (1 / max(memory, 1)))
+        for back in range(memory, 0, -1):
+            past = min(self.sigma * ratio**back, top)
+            x, level = self.carry(x, level, past, cond, w), past
+            sigma = torch.full((len(x),), past, dtype=torch.float64, device=x.device)
+            history.append(Evaluation(x.to(noise.dtype), sigma, gaussian(x, sigma, cond).to(noise.dtype)))
+        return self.carry(x, level, self.sigma, cond, w).to(noise.dtype), tuple(history)
 
     def denoiser(self, denoiser: Any) -> Callable[[Tensor, Tensor, Any], Tensor]:
         """What stands for `denoiser` in an analytical first step: the Gaussian's, under the same guidance."""
@@ -80,8 +98,8 @@ class GaussianStart:
         statistics = self.statistics.to(x.device)
         if (not isinstance(w, Tensor) and w == 0) or sigma == sigma_next:
             return statistics.carry(x, sigma, sigma_next, cond)
-        octaves = torch.tensor(sigma / sigma_next).log2().item()
-        levels = logsnr(num_steps=1 + int(STEPS_PER_OCTAVE * octaves), sigma_min=sigma_next, sigma_max=sigma)
+        num_steps = math.ceil(STEPS_PER_OCTAVE * math.log2(sigma / sigma_next))
+        levels = logsnr(num_steps=num_steps, sigma_min=sigma_next, sigma_max=sigma)
         flow = ProbabilityFlow(lambda x, sigma, cond: statistics.denoise(x, sigma, cond, w), cond)
         solver, state = DPM3(), x.to(torch.float64)
         for interval in intervals(levels, len(x), x.device):

@@ -1,0 +1,302 @@
+"""Solvers on one denoiser, side by side: distance to the end of the exact trajectory against network evaluations."""
+
+from __future__ import annotations
+
+import csv
+import io
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+from tqdm import tqdm
+
+from diffdistill.atomic import replacing
+from diffdistill.pictures import save_figure
+from diffdistill.solvers import GaussianStart, GaussianStatistics, Solver, make_schedule, sample, seeded_noise
+
+
+@dataclass(frozen=True, eq=False)
+class Problem:
+    """What every solver is given: a denoiser, seeds and labels, and the end points to reach.
+
+    Attributes:
+        denoiser: callable `(x, sigma, cond) -> x0` with `data_shape`, `sigma_min` and `sigma_max`.
+        seeds: of the starting noise.
+        labels: long `[N]`, or None.
+        endpoints: `[2, N, ...]`, of the reference at sigma_min and at 0; see `reference_endpoints`.
+        batch_size: of sampling.
+    """
+
+    denoiser: Any
+    seeds: Sequence[int]
+    labels: Tensor | None
+    endpoints: Tensor
+    batch_size: int = 250
+
+    def part(self, count: int) -> Problem:
+        """The first `count` seeds."""
+        labels = None if self.labels is None else self.labels[:count]
+        return Problem(self.denoiser, self.seeds[:count], labels, self.endpoints[:, :count], self.batch_size)
+
+    def batches(self) -> list[tuple[Tensor, Tensor | None]]:
+        """Noise and labels, in batches."""
+        return batches(self.denoiser, self.seeds, self.labels, self.batch_size)
+
+
+def batches(
+    denoiser: Any, seeds: Sequence[int], labels: Tensor | None, batch_size: int
+) -> list[tuple[Tensor, Tensor | None]]:
+    """Noise `[<= batch_size, ...]` and labels of all seeds, on the denoiser's device."""
+    device = next((p.device for p in denoiser.parameters()), torch.device("cpu"))
+    parts = []
+    for first in range(0, len(seeds), batch_size):
+        chunk = slice(first, first + batch_size)
+        noise = seeded_noise(seeds[chunk], denoiser.data_shape, device=device)
+        parts.append((noise, None if labels is None else labels[chunk].to(device)))
+    return parts
+
+
+@dataclass(frozen=True, eq=False)
+class Candidate:
+    """A way to sample.
+
+    Attributes:
+        label: of the solver.
+        solver, sigmas, start: as for `sample`.
+        schedule: of the noise levels, in words.
+        parameters: learned numbers.
+        training_seconds: that learning took.
+    """
+
+    label: str
+    solver: Solver
+    sigmas: Tensor
+    start: GaussianStart | None = None
+    schedule: str = "own"
+    parameters: int = 0
+    training_seconds: float | None = None
+
+    def run(self, denoiser: Any, noise: Tensor, cond: Tensor | None) -> tuple[Tensor, int]:
+        """The sample, and the counted evaluations."""
+        run = sample(
+            denoiser,
+            noise,
+            solver=self.solver,
+            sigmas=self.sigmas,
+            cond=cond,
+            start=self.start,
+            return_trajectory=True,
+        )
+        return run.x[-1], run.nfe
+
+
+@dataclass(frozen=True)
+class Row:
+    """One measurement.
+
+    Attributes:
+        solver: its label.
+        nfe: network evaluations of one sample, as counted; a guided evaluation counts twice.
+        start: the level that the analytic start begins at, None without it.
+        schedule: of the noise levels, in words.
+        error: mean L2 distance to the reference's end points.
+        frechet: Fréchet distance, or None where none was asked for.
+        milliseconds: wall time of one sample.
+        parameters: learned numbers.
+        training_seconds: that learning took.
+    """
+
+    solver: str
+    nfe: int
+    start: float | None
+    schedule: str
+    error: float
+    frechet: float | None
+    milliseconds: float
+    parameters: int = 0
+    training_seconds: float | None = None
+
+
+def reference_endpoints(
+    denoiser: Any,
+    seeds: Sequence[int],
+    labels: Tensor | None,
+    *,
+    solver: Solver,
+    num_steps: int,
+    folder: Path,
+    batch_size: int = 250,
+) -> Tensor:
+    """End points `[2, N, ...]` at sigma_min and at 0 of a fine run; batches that lie in `folder` are not run again."""
+    levels = make_schedule(
+        "polynomial", num_steps=num_steps, sigma_min=denoiser.sigma_min, sigma_max=denoiser.sigma_max
+    )
+    parts = []
+    todo = batches(denoiser, seeds, labels, batch_size)
+    for index, (noise, cond) in enumerate(tqdm(todo, desc="reference", unit="batch", disable=None)):
+        path = folder / f"{index:05d}.safetensors"
+        if not path.exists():
+            run = sample(
+                denoiser,
+                noise,
+                solver=solver,
+                sigmas=levels,
+                cond=cond,
+                denoise_to_zero=True,
+                return_trajectory=True,
+            )
+            with replacing(path) as temporary:
+                save_file({"endpoints": run.x[-2:].cpu().contiguous()}, temporary)
+        parts.append(load_file(path)["endpoints"])
+    return torch.cat(parts, dim=1)
+
+
+def num_steps_for(solver: Solver, evaluations: int, *, to_zero: bool) -> int | None:
+    """Steps for which a solver asks the denoiser that often, or None if there is no such number.
+
+    Args:
+        solver: the solver.
+        evaluations: of the denoiser.
+        to_zero: the schedule ends at 0, so that its last step is one evaluation.
+    """
+    stepped = evaluations + bool(solver.afs) - to_zero
+    steps, rest = divmod(stepped, solver.stages)
+    steps += to_zero
+    return steps if rest == 0 and steps >= 1 and (stepped > 0 or not solver.afs) else None
+
+
+@dataclass(frozen=True, eq=False)
+class Grid:
+    """What a solver is tried with.
+
+    Attributes:
+        schedules: options of `make_schedule` by label; `sigma_min`, `sigma_max` and `num_steps` are filled in.
+        statistics: for the analytic start, or None.
+        starts: levels to start at, besides none.
+    """
+
+    schedules: Mapping[str, Mapping[str, Any]]
+    statistics: GaussianStatistics | None = None
+    starts: Sequence[float] = ()
+
+    def candidates(
+        self, label: str, solver: Solver, evaluations: int, problem: Problem, *, started: bool
+    ) -> list[Candidate]:
+        """All ways to use a solver for that many evaluations, with or without analytic start."""
+        denoiser, found = problem.denoiser, []
+        for start in self.starts if started else (None,):
+            begin = None
+            if start is not None:
+                assert self.statistics is not None
+                begin = GaussianStart(self.statistics, start)
+            for name, options in self.schedules.items():
+                options = {"sigma_min": denoiser.sigma_min, "sigma_max": start or denoiser.sigma_max, **options}
+                num_steps = num_steps_for(solver, evaluations, to_zero=options["sigma_min"] == 0)
+                if num_steps is None:
+                    continue
+                if options["name"] == "gits":
+                    ((noise, cond), *_) = problem.part(64).batches()
+                    options |= {"denoiser": denoiser, "noise": noise, "cond": cond}
+                sigmas = make_schedule(**options, num_steps=num_steps)
+                found.append(Candidate(label, solver, sigmas, begin, name))
+        return found
+
+
+def measure(
+    candidate: Candidate, problem: Problem, frechet: Callable[[Tensor], float] | None = None
+) -> tuple[Row, Tensor]:
+    """Run a candidate on all seeds; the row, and the distance of each sample to the reference, `[N]`."""
+    started, parts, nfe = time.perf_counter(), [], 0
+    for noise, cond in problem.batches():
+        x, nfe = candidate.run(problem.denoiser, noise, cond)
+        parts.append(x.cpu())
+    seconds = time.perf_counter() - started
+    x = torch.cat(parts)
+    distances = (x - problem.endpoints[int(candidate.sigmas[-1] == 0)]).flatten(1).norm(dim=1)
+    row = Row(
+        solver=candidate.label,
+        nfe=nfe,
+        start=None if candidate.start is None else candidate.start.sigma,
+        schedule=candidate.schedule,
+        error=float(distances.mean()),
+        frechet=None if frechet is None else frechet(x),
+        milliseconds=1000 * seconds / len(x),
+        parameters=candidate.parameters,
+        training_seconds=candidate.training_seconds,
+    )
+    return row, distances
+
+
+def best(candidates: Sequence[Candidate], problem: Problem) -> Candidate | None:
+    """The candidate of least mean distance to the reference; None if there are none."""
+    errors = [measure(candidate, problem)[0].error for candidate in candidates]
+    finite = [error if error == error else float("inf") for error in errors]
+    return candidates[finite.index(min(finite))] if candidates else None
+
+
+def markdown(rows: Sequence[Row]) -> str:
+    """The rows as a Markdown table, the best of each number of evaluations in bold."""
+    least = {nfe: min(row.error for row in rows if row.nfe == nfe) for nfe in {row.nfe for row in rows}}
+    lines = [[field.name.replace("_", " ") for field in fields(Row)]]
+    lines.append(["---" if name in ("solver", "schedule") else "---:" for name in lines[0]])
+    for row in rows:
+        cells = [_text(getattr(row, field.name)) for field in fields(Row)]
+        if row.error == least[row.nfe]:
+            cells = [f"**{cell}**" if name == "error" else cell for name, cell in zip(lines[0], cells, strict=True)]
+        lines.append(cells)
+    return "\n".join("| " + " | ".join(line) + " |" for line in lines) + "\n"
+
+
+def gains(rows: Sequence[Row]) -> str:
+    """A Markdown table: least error with and without analytic start, of all solvers, by number of evaluations."""
+    lines = [["NFE", "without start", "with start", "ratio"], ["---:"] * 4]
+    for nfe in sorted({row.nfe for row in rows}):
+        errors = [
+            [row.error for row in rows if row.nfe == nfe and not row.parameters and (row.start is not None) == started]
+            for started in (False, True)
+        ]
+        if all(errors):
+            plain, started = map(min, errors)
+            lines.append([str(nfe), f"{plain:.4g}", f"{started:.4g}", f"{started / plain:.3f}"])
+    return "\n".join("| " + " | ".join(line) + " |" for line in lines) + "\n"
+
+
+def _text(value: Any) -> str:
+    if value is None:
+        return ""
+    return f"{value:.4g}" if isinstance(value, float) else str(value)
+
+
+def comma_separated(rows: Sequence[Row]) -> str:
+    """The rows as CSV, with all digits."""
+    text = io.StringIO()
+    writer = csv.writer(text, lineterminator="\n")
+    writer.writerow([field.name for field in fields(Row)])
+    writer.writerows([getattr(row, field.name) for field in fields(Row)] for row in rows)
+    return text.getvalue()
+
+
+def plot(rows: Sequence[Row], path: Path) -> None:
+    """End point error against evaluations, a curve for each solver, dashed with analytic start, as PNG."""
+
+    def draw(figure: Any) -> None:
+        axes = figure.subplots()
+        labels = list(dict.fromkeys(row.solver for row in rows))
+        for index, label in enumerate(labels):
+            for started in (False, True):
+                chosen = [row for row in rows if row.solver == label and (row.start is not None) == started]
+                at = sorted(chosen, key=lambda row: row.nfe)
+                if at:
+                    name = f"{label}, start" if started else label
+                    style = {"linestyle": "--" if started else "-", "marker": "s" if started else "o"}
+                    points = [row.nfe for row in at], [row.error for row in at]
+                    axes.plot(*points, color=f"C{index % 10}", label=name, markersize=3.5, linewidth=1.2, **style)
+        axes.set(yscale="log", xlabel="network evaluations", ylabel="mean L2 distance to the reference")
+        axes.legend(frameon=False, fontsize=7, ncols=2)
+
+    save_figure(draw, path, size=(7, 5))
