@@ -72,7 +72,9 @@ def test_a_cell_is_what_sampling_and_measuring_by_hand_give(model, done):
     features = make_features("digits_classifier")
     reference = gaussian_of(features, load_data("digits", split="test").tensors()["x"])
     result = done.results["euler-b__3"]
-    assert result.measures["fid"].value == pytest.approx(frechet_distance(gaussian_of(features, x), reference), rel=1e-5)
+    assert result.measures["fid"].value == pytest.approx(
+        frechet_distance(gaussian_of(features, x), reference), rel=1e-5
+    )
     halves = [frechet_distance(gaussian_of(features, part), reference) for part in x.split(70)]
     assert result.measures["fid"].part_mean == pytest.approx(np.mean(halves), rel=1e-4)
     assert result.measures["fid"].part_std == pytest.approx(np.std(halves, ddof=1), rel=1e-3)
@@ -86,7 +88,10 @@ def test_a_cell_is_what_sampling_and_measuring_by_hand_give(model, done):
 
 def test_only_what_can_be_measured_is(done):
     assert sorted(done.results) == ["euler-b__2", "euler-b__3", "heun__2"]
-    assert [(need.path, need.get) for need in done.missing] == [("nowhere/2.pkl", "ask for 2"), ("nowhere/3.pkl", "ask for 3")]
+    assert [(need.path, need.get) for need in done.missing] == [
+        ("nowhere/2.pkl", "ask for 2"),
+        ("nowhere/3.pkl", "ask for 3"),
+    ]
 
 
 def test_guidance_counts_twice_and_w_0_guides_nothing(model, tmp_path):
@@ -110,7 +115,9 @@ def test_a_finished_cell_is_not_measured_again_and_a_changed_one_is(model, done,
     (cells / "heun__2.json").write_text('{"row": "Heun"')  # cut off
     outcome = reproduce(table(model), tmp_path / "t", device=CPU, batch_size=50)
     assert {n: t for n, t in written.items() if cells.joinpath(n).stat().st_mtime_ns != t}.keys() == {"heun__2.json"}
-    assert outcome.results["heun__2"].measures["fid"].value == pytest.approx(done.results["heun__2"].measures["fid"].value)
+    assert outcome.results["heun__2"].measures["fid"].value == pytest.approx(
+        done.results["heun__2"].measures["fid"].value
+    )
     fewer = reproduce(table(model, num_samples=40, measures=["accuracy"]), tmp_path / "t", device=CPU)
     assert {result.num_samples for result in fewer.results.values()} == {40}
     assert len(read_results(table(model), tmp_path / "t").results) == 3
@@ -119,7 +126,12 @@ def test_a_finished_cell_is_not_measured_again_and_a_changed_one_is(model, done,
 def test_a_file_that_changed_is_refused(model, tmp_path):
     mine = tmp_path / "m.safetensors"
     shutil.copy(model, mine)
-    small = {"rows": [{"name": "Euler", "solver": {"name": "euler"}}], "columns": [2], "num_samples": 20, "measures": ["accuracy"]}
+    small = {
+        "rows": [{"name": "Euler", "solver": {"name": "euler"}}],
+        "columns": [2],
+        "num_samples": 20,
+        "measures": ["accuracy"],
+    }
     reproduce(table(str(mine), **small), tmp_path / "t", device=CPU)
     assert len(json.loads((tmp_path / "t/files.json").read_text())[str(mine)]) == 64
     save_denoiser(tiny_denoiser(seed=1, data_shape=[1, 8, 8], num_classes=10), mine)
@@ -142,7 +154,11 @@ def test_a_dry_run_names_cells_files_and_cost(model, tmp_path):
 def test_markdown_and_csv(done):
     text = (done.folder / "table.md").read_text()
     fid = done.results["euler-b__2"].measures["fid"].value
-    assert f"(12.5, {fid - 12.5:+.2f})" in text and "(3)" in text and "3 of 5 cells are measured, 140 samples each." in text
+    assert (
+        f"(12.5, {fid - 12.5:+.2f})" in text
+        and "(3)" in text
+        and "3 of 5 cells are measured, 140 samples each." in text
+    )
     assert "Missing: nowhere/2.pkl: ask for 2." in text and "Published values of Euler <b>, Elsewhere: nobody." in text
     rows = list(csv.DictReader((done.folder / "table.csv").open()))
     assert len(rows) == 3 * 3 + 1

@@ -67,7 +67,9 @@ UNGUIDED = "Progressive distillation (unguided)"
 def test_files_that_are_not_there_say_how_to_get_them():
     for name in TABLES:
         for cell in load(name).cells():
-            assert all(need.get and "does not say" not in need.get and "{" not in need.path for need in cell.needs), cell
+            assert all(need.get and "does not say" not in need.get and "{" not in need.path for need in cell.needs), (
+                cell
+            )
     amed = {cell.column: cell for cell in load("amed_cifar10").cells() if cell.row == "AMED-Plugin"}[5]
     assert amed.needs[1].path == "runs/zhou2024/plugin_cifar10_5nfe/predictor.safetensors"
     assert "experiment=zhou2024/plugin_cifar10 num_steps=3 out=runs/zhou2024/plugin_cifar10_5nfe" in amed.needs[1].get
@@ -119,6 +121,10 @@ def test_bad_configs(changes, error, message):
 def test_the_digest_follows_settings_and_files():
     table, other = Table.from_dict("t", config()), Table.from_dict("t", config(num_samples=7))
     cell = table.cells()[1]
-    digests = [table.digest(cell, {"m.pkl": "1"}), table.digest(cell, {"m.pkl": "2"}), other.digest(cell, {"m.pkl": "1"})]
+    digests = [
+        table.digest(cell, {"m.pkl": "1"}),
+        table.digest(cell, {"m.pkl": "2"}),
+        other.digest(cell, {"m.pkl": "1"}),
+    ]
     assert len(set(digests)) == 3
     assert table.digest(cell, {"m.pkl": "1"}) == digests[0]

@@ -1,0 +1,138 @@
+"""Evaluation from the command line: a table that is killed and continued, references, measures, and mistakes."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from diffdistill.data import load_data
+from diffdistill.models import save_denoiser
+from tests.builders import tiny_denoiser
+
+ROOT = Path(__file__).resolve().parents[2]
+
+TABLE = """
+title: Tiny
+column: nfe
+columns: [2, 3, 4, 5, 6, 7]
+model: {model}
+schedule: {{name: polynomial}}
+reference: {{data: {{name: digits, split: test}}}}
+features: digits_classifier
+measures: [accuracy]
+num_samples: {num_samples}
+rows:
+  - {{name: Euler, solver: {{name: euler}}}}
+  - {{name: iPNDM, solver: {{name: ipndm}}}}
+"""
+
+
+def command(script, *overrides):
+    return [sys.executable, str(ROOT / "scripts" / f"{script}.py"), *map(str, overrides)]
+
+
+def run(script, *overrides):
+    return subprocess.run(command(script, *overrides), capture_output=True, text=True, cwd=ROOT)
+
+
+@pytest.fixture(scope="module")
+def tables(tmp_path_factory):
+    """A folder of table configs for Hydra's search path: `tiny` on a tiny model, and `absent` on one that is not there."""
+    folder = tmp_path_factory.mktemp("configs")
+    save_denoiser(tiny_denoiser(data_shape=[1, 8, 8], num_classes=10), folder / "model.safetensors")
+    (folder / "table").mkdir()
+    (folder / "table/tiny.yaml").write_text(TABLE.format(model=folder / "model.safetensors", num_samples=1500))
+    (folder / "table/absent.yaml").write_text(TABLE.format(model="checkpoints/nowhere.pkl", num_samples=10))
+    return folder
+
+
+def contents(folder):
+    return {path.name: (path.stat().st_mtime_ns, path.read_text()) for path in folder.glob("*.json")}
+
+
+def test_a_killed_table_continues_without_repeating_finished_cells(tables, tmp_path):
+    call = command(
+        "reproduce", "table=tiny", f"out={tmp_path}", f"hydra.searchpath=[file://{tables}]", "batch_size=500"
+    )
+    process = subprocess.Popen(call, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    deadline = time.monotonic() + 180
+    while len(contents(tmp_path / "cells")) < 2:
+        assert process.poll() is None and time.monotonic() < deadline
+        time.sleep(0.02)
+    os.kill(process.pid, signal.SIGKILL)
+    process.wait()
+    finished = contents(tmp_path / "cells")
+    assert 2 <= len(finished) < 12 and not (tmp_path / "index.html").exists()
+    done = subprocess.run(call, cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    everything = contents(tmp_path / "cells")
+    assert len(everything) == 12 and {name: everything[name] for name in finished} == finished
+    assert f"{1500 * (12 - len(finished))}/{1500 * (12 - len(finished))}" in done.stderr  # the bar counts what was left
+    assert "12 of 12 cells are measured" in done.stdout
+    assert {path.name for path in tmp_path.glob("*.*")} == {
+        "files.json",
+        "index.html",
+        "plot.png",
+        "table.csv",
+        "table.md",
+    }
+    assert json.loads(everything["ipndm__7.json"][1])["nfe"] == 7
+
+
+def test_mistakes_with_tables_are_one_line(tables, tmp_path):
+    done = run("reproduce", "table=tinny", f"hydra.searchpath=[file://{tables}]")
+    assert done.returncode == 2 and done.stderr.count("\n") == 1
+    assert "tinny" in done.stderr and "digits_students" in done.stderr
+    done = run("reproduce", "table=absent", f"hydra.searchpath=[file://{tables}]", f"out={tmp_path}")
+    assert done.returncode == 2 and done.stderr.count("\n") == 1
+    assert "error: nothing could be measured. Missing: checkpoints/nowhere.pkl" in done.stderr
+    assert "0 of 12 cells" in (tmp_path / "table.md").read_text()
+
+
+def test_a_dry_run_of_a_papers_table_names_what_it_needs():
+    done = run("reproduce", "table=amed_cifar10", "dry_run=true")
+    assert done.returncode == 0, done.stderr
+    assert "https://nvlabs-fi-cdn.nvidia.com/edm/fid-refs/cifar10-32x32.npz" in done.stdout
+    assert "python scripts/train_amed.py experiment=zhou2024/amed_cifar10 num_steps=2" in done.stdout
+    assert f"{50000 * 7 * (3 + 5 + 7 + 9):,} network evaluations to do" in done.stdout
+
+
+def test_references_and_measures_from_the_command_line(tables, tmp_path):
+    reference = tmp_path / "digits.npz"
+    done = run("make_reference", "data=digits", "features=digits_classifier", "keep_features=true", f"out={reference}")
+    assert done.returncode == 0, done.stderr
+    assert "1797 images, digits_classifier" in done.stdout
+    digits = load_data("digits")
+    np.savez(tmp_path / "samples.npz", x=digits.x.numpy(), y=digits.y.numpy())
+    options = [f"reference={reference}", "measures=[fid,recall,accuracy]", f"out={tmp_path / 'found.json'}"]
+    done = run("evaluate", f"samples={tmp_path / 'samples.npz'}", *options)
+    assert done.returncode == 0, done.stderr
+    found = json.loads((tmp_path / "found.json").read_text())
+    assert found["num_samples"] == 1797 and found["measures"]["fid"]["value"] < 1e-9
+    assert found["measures"]["recall"]["value"] == 1 and found["measures"]["accuracy"]["value"] > 0.99
+    assert len(found["weights"]) == 16 and found["measures"]["fid"]["part_std"] > 0
+    model = ["model=" + str(tables / "model.safetensors"), "num_steps=2", "num_samples=100", "splits=1"]
+    done = run("evaluate", *model, *options)
+    assert done.returncode == 0, done.stderr
+    assert "100 samples" in done.stdout and torch.isfinite(
+        torch.tensor(json.loads((tmp_path / "found.json").read_text())["measures"]["fid"]["value"])
+    )
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        ([], "give either samples=PATH"),
+        (["samples=absent.npz"], "no images at 'absent.npz'"),
+    ],
+)
+def test_mistakes_with_measures_are_one_line(overrides, message):
+    done = run("evaluate", *overrides)
+    assert done.returncode == 2 and done.stderr.count("\n") == 1 and message in done.stderr
