@@ -57,7 +57,8 @@ def test_shards_cover_everything_once(monkeypatch):
 
 WORKER = """
 import json, os, sys, torch
-os.environ.update(RANK=sys.argv[1], LOCAL_RANK=sys.argv[1], WORLD_SIZE=sys.argv[2], MASTER_ADDR="127.0.0.1", MASTER_PORT=sys.argv[3])
+rank, world, port, out = sys.argv[1:]
+os.environ.update(RANK=rank, LOCAL_RANK=rank, WORLD_SIZE=world, MASTER_ADDR="127.0.0.1", MASTER_PORT=port)
 sys.path.insert(0, {root!r})
 from diffdistill.evaluation.collect import Keep, collect
 from diffdistill.evaluation.sources import Sampler
@@ -68,7 +69,8 @@ from tests.evaluation.test_collect import PIXELS
 with processes():
     sampler = Sampler(plan(tiny_denoiser(), num_steps=2), 13, seed=5)
     got = collect(sampler, PIXELS, splits=2, keep=Keep(features=True), batch_size=4)
-torch.save([got.features, got.labels, got.statistics.mean, got.statistics.covariance, torch.tensor([len(got)])], sys.argv[4])
+whole = got.statistics
+torch.save([got.features, got.labels, whole.mean, whole.covariance, torch.tensor([len(got)])], out)
 """
 
 

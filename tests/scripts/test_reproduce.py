@@ -44,7 +44,7 @@ def run(script, *overrides):
 
 @pytest.fixture(scope="module")
 def tables(tmp_path_factory):
-    """A folder of table configs for Hydra's search path: `tiny` on a tiny model, and `absent` on one that is not there."""
+    """A folder for Hydra's search path with two tables: `tiny`, and `absent`, whose model is not there."""
     folder = tmp_path_factory.mktemp("configs")
     save_denoiser(tiny_denoiser(data_shape=[1, 8, 8], num_classes=10), folder / "model.safetensors")
     (folder / "table").mkdir()

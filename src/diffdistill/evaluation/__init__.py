@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from diffdistill.evaluation.classifier import DigitClassifier, load_classifier
+from diffdistill.evaluation.collect import Collected, Keep, collect
 from diffdistill.evaluation.features import FEATURES, Features, extract, gaussian_of, make_features
 from diffdistill.evaluation.frechet import (
     FeatureStatistics,
@@ -13,19 +14,30 @@ from diffdistill.evaluation.frechet import (
 )
 from diffdistill.evaluation.kernel import Estimate, inception_score, kernel_distance, polynomial_mmd
 from diffdistill.evaluation.manifold import Manifold, compare_manifolds, density_coverage, precision_recall
+from diffdistill.evaluation.measures import MEASURES, Measured, measure
 from diffdistill.evaluation.memorisation import Memorisation, measure_memorisation, nearest_distances
+from diffdistill.evaluation.reference import Reference, load_reference, reference_of, save_reference
 from diffdistill.evaluation.report import Measures, evaluate_samples
+from diffdistill.evaluation.sources import Sampler, StoredImages, open_images
 
 __all__ = [
     "FEATURES",
+    "MEASURES",
+    "Collected",
     "DigitClassifier",
     "Estimate",
     "FeatureStatistics",
     "Features",
     "Gaussian",
+    "Keep",
     "Manifold",
+    "Measured",
     "Measures",
     "Memorisation",
+    "Reference",
+    "Sampler",
+    "StoredImages",
+    "collect",
     "compare_manifolds",
     "density_coverage",
     "evaluate_samples",
@@ -35,11 +47,16 @@ __all__ = [
     "inception_score",
     "kernel_distance",
     "load_classifier",
+    "load_reference",
     "load_statistics",
     "make_features",
+    "measure",
     "measure_memorisation",
     "nearest_distances",
+    "open_images",
     "polynomial_mmd",
     "precision_recall",
+    "reference_of",
+    "save_reference",
     "save_statistics",
 ]
