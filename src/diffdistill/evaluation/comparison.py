@@ -45,17 +45,22 @@ def _by_row(outcome: Outcome) -> dict[str, list[Result]]:
 
 
 def plot_comparison(outcome: Outcome, path: Path) -> None:
-    """Fréchet distance and class accuracy against network evaluations, a curve for each w, as PNG."""
+    """Fréchet distance and class accuracy against the evaluations at the greatest w, a curve for each w, as PNG."""
+
+    rows = sorted(_by_row(outcome).values(), key=lambda results: results[-1].nfe)
+    evaluations = [results[-1].nfe for results in rows]
 
     def draw(figure: Any) -> None:
         left, right = figure.subplots(1, 2)
         for i, w in enumerate(outcome.table.columns):
-            at = sorted((results[i] for results in _by_row(outcome).values()), key=lambda result: result.nfe)
             for axes, measure in ((left, "fid"), (right, "accuracy")):
-                axes.plot([r.nfe for r in at], [r.measures[measure].value for r in at], "o-", label=f"w = {w:g}")
+                axes.plot(
+                    evaluations, [results[i].measures[measure].value for results in rows], "o-", label=f"w = {w:g}"
+                )
         left.set(xscale="log", yscale="log", xlabel="network evaluations", ylabel="Fréchet distance (pixels)")
         right.set(xscale="log", xlabel="network evaluations", ylabel="class accuracy")
-        left.legend(frameon=False)
+        right.set_ylim(min(0.9, right.get_ylim()[0]), 1.005)
+        right.legend(frameon=False)
 
     save_figure(draw, path, size=(9, 3.6))
 
