@@ -1,0 +1,90 @@
+"""Edit pictures, and write them before and after as PNG.
+
+python scripts/edit.py task=inpaint model=digits-student-4 num_steps=null out=runs/inpainted
+python scripts/edit.py task=style_transfer label=7 num_steps=64 out=runs/sevens
+python scripts/edit.py task=image_to_image model=models/four-steps prompt="a fox" images=cat.png num_steps=null w=6.5
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from omegaconf import DictConfig
+
+from common import command, plain
+from diffdistill import load_denoiser
+from diffdistill.data import load_data
+from diffdistill.devices import device_of
+from diffdistill.editing.inputs import read_images, read_mask
+from diffdistill.editing.session import TASKS, Edit
+from diffdistill.generation import plan
+from diffdistill.pictures import save_grid
+from diffdistill.registry import choose
+
+
+def conditions(settings: dict[str, Any], labels: torch.Tensor | None, count: int, parts: Any) -> tuple[Any, Any]:
+    """What the images show, and what the result shall show."""
+    if parts is not None and parts.prompts is not None:
+        if settings["prompt"] is None:
+            raise ValueError("this model is conditioned on text: give prompt=")
+        return parts.prompts([settings["source_prompt"]] * count), parts.prompts([settings["prompt"]] * count)
+    if settings["label"] is None:
+        return labels, labels
+    return labels, torch.full((count,), int(settings["label"]))
+
+
+def edit(settings: dict[str, Any]) -> tuple[torch.Tensor, torch.Tensor]:
+    """The images before and after."""
+    task, device = choose("task", settings["task"], TASKS), device_of(settings["device"])
+    folder = settings["pipeline"] or settings["model"]
+    parts = None
+    if (Path(folder) / "model_index.json").is_file():
+        from diffdistill.interop.diffusers import load_pipeline
+
+        parts = load_pipeline(folder)
+        parts.pipeline.to(device)
+    model = load_denoiser(settings["model"], device=device)
+    codec = None if parts is None else parts.codec
+    shape, labels = tuple(model.data_shape), None
+    if codec is not None:
+        shape = (3, shape[1] * codec.factor, shape[2] * codec.factor)
+    if settings["images"] is not None:
+        images = read_images(settings["images"], shape)
+    else:
+        data = load_data(**settings["data"])
+        images = torch.stack([data[i]["x"] for i in range(settings["num_images"])])
+        labels = torch.stack([data[i]["y"] for i in range(settings["num_images"])]) if model.num_classes else None
+    scheme = {"w": settings["w"], "solver": settings.get("solver"), "schedule": settings.get("schedule")}
+    encoder = dict(settings["encoder"])
+    name, needed = encoder.pop("model"), settings["task"] in ("reconstruct", "style_transfer")
+    before, after = conditions(settings, None if labels is None else labels.to(device), len(images), parts)
+    made = task(
+        Edit(
+            images=images.to(device),
+            plan=plan(model, num_steps=settings["num_steps"], **scheme),
+            cond=after.to(device) if isinstance(after, torch.Tensor) else after,
+            codec=codec,
+            strength=settings["strength"],
+            known=read_mask(settings["mask"], shape[1:]).to(device),
+            source=plan(load_denoiser(name, device=device) if name else model, **encoder) if needed else None,
+            source_cond=before,
+            seed=settings["seed"],
+        )
+    )
+    return images, made.cpu()
+
+
+@command("edit")
+def main(config: DictConfig) -> None:
+    settings = plain(config)
+    before, after = edit(settings)
+    path = Path(settings["out"]) / f"{settings['task']}.png"
+    pictures = torch.cat([before, after.clamp(-1, 1)])
+    save_grid(pictures, path, columns=len(before), row_captions=("before", "after"))
+    print(path)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,150 @@
+"""Edits of pictures by a model, whether it works on pixels or on latents: what `scripts/edit.py` offers."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+from torch.nn.functional import interpolate
+
+from diffdistill.editing.encoding import encode
+from diffdistill.editing.image_to_image import image_to_image
+from diffdistill.editing.inpainting import Known, inpaint
+from diffdistill.generation import Plan
+from diffdistill.solvers import sample, seeded_noise
+
+
+class Codec(Protocol):
+    """What turns pictures into latents and back."""
+
+    def encode(self, images: Tensor) -> Tensor: ...
+    def decode(self, latents: Tensor) -> Tensor: ...
+
+
+@dataclass(frozen=True, eq=False)
+class Edit:
+    """What an edit is made of.
+
+    Attributes:
+        images: `[B, C, H, W]` in [-1, 1].
+        plan: the denoiser that makes the result, with its solver and levels.
+        cond: the condition that the result shall have.
+        codec: the autoencoder of a latent model, or None.
+        strength: of image-to-image, in [0, 1].
+        known: for inpainting, 1 where the image is known, `[1 or B, 1, H, W]`.
+        source: how to encode: a denoiser with its solver and levels, which end above 0.
+        source_cond: the condition of the images as they are.
+        seed: image i draws from the seed `seed + i`.
+    """
+
+    images: Tensor
+    plan: Plan
+    cond: Any = None
+    codec: Codec | None = None
+    strength: float = 0.5
+    known: Tensor | None = None
+    source: Plan | None = None
+    source_cond: Any = None
+    seed: int = 0
+
+    @property
+    def x0(self) -> Tensor:
+        """The images as the model sees them."""
+        return self.images if self.codec is None else self.codec.encode(self.images)
+
+    @property
+    def seeds(self) -> range:
+        return range(self.seed, self.seed + len(self.images))
+
+    def pictures(self, x: Tensor) -> Tensor:
+        """What the model made, as images."""
+        return x if self.codec is None else self.codec.decode(x)
+
+
+def _image_to_image(edit: Edit) -> Tensor:
+    x0, plan = edit.x0, edit.plan
+    noise = seeded_noise(edit.seeds, x0.shape[1:], device=x0.device)
+    x = image_to_image(
+        plan.denoiser,
+        x0,
+        noise,
+        strength=edit.strength,
+        solver=plan.solver,
+        sigmas=plan.sigmas,
+        cond=edit.cond,
+        seeds=edit.seeds,
+    )
+    return edit.pictures(x)
+
+
+def _inpaint(edit: Edit) -> Tensor:
+    if edit.known is None:
+        raise ValueError("inpainting needs a mask")
+    x0, plan = edit.x0, edit.plan
+    known = Known(edit.images, edit.known)
+    if takes_mask(plan.denoiser):
+        noise = seeded_noise(edit.seeds, x0.shape[1:], device=x0.device)
+        cond = {**edit.cond, "channels": mask_channels(edit, known)}
+        x = sample(plan.denoiser, noise, solver=plan.solver, sigmas=plan.sigmas, cond=cond, seeds=edit.seeds)
+        return known.put_into(edit.pictures(x), torch.zeros_like(edit.images), 0.0)
+    mask = known.mask
+    if edit.codec is not None:
+        # A latent is known where all of its pixels are.
+        mask = 1 - interpolate(1 - mask, x0.shape[2:], mode="area").ceil()
+    noise = seeded_noise(edit.seeds, x0.shape[1:], device=x0.device)
+    x = inpaint(
+        plan.denoiser,
+        Known(x0, mask),
+        noise,
+        solver=plan.solver,
+        sigmas=plan.sigmas,
+        cond=edit.cond,
+        seeds=edit.seeds,
+    )
+    return known.put_into(edit.pictures(x), torch.zeros_like(edit.images), 0.0)
+
+
+def takes_mask(denoiser: Any) -> bool:
+    """Whether the network under a denoiser, guided or not, has input channels for a mask and a masked image."""
+    inner = getattr(denoiser, "denoiser", denoiser)
+    return getattr(getattr(inner, "model", None), "further_channels", 0) > 1
+
+
+def mask_channels(edit: Edit, known: Known) -> Tensor:
+    """The mask, 1 where the latent is to be made, and the latents of the image without it: `[B, 1 + C, h, w]`."""
+    assert edit.codec is not None
+    masked = edit.codec.encode(known.x0 * known.mask)
+    mask = interpolate(1 - known.mask, masked.shape[2:]).expand(len(masked), 1, *masked.shape[2:])
+    return torch.cat([mask, masked], dim=1)
+
+
+def _codes(edit: Edit) -> Tensor:
+    if edit.source is None:
+        raise ValueError("encoding needs a denoiser to encode with")
+    source = edit.source
+    return encode(source.denoiser, edit.x0, sigmas=source.sigmas, solver=source.solver, cond=edit.source_cond)
+
+
+def _reconstruct(edit: Edit) -> Tensor:
+    assert edit.source is not None
+    source = edit.source
+    x = sample(source.denoiser, _codes(edit), solver=source.solver, sigmas=source.sigmas, cond=edit.source_cond)
+    return edit.pictures(x)
+
+
+def _transfer(edit: Edit) -> Tensor:
+    plan = edit.plan
+    x = sample(plan.denoiser, _codes(edit), solver=plan.solver, sigmas=plan.sigmas, cond=edit.cond, seeds=edit.seeds)
+    return edit.pictures(x)
+
+
+TASKS: dict[str, Callable[[Edit], Tensor]] = {
+    "image_to_image": torch.no_grad()(_image_to_image),
+    "inpaint": torch.no_grad()(_inpaint),
+    "reconstruct": torch.no_grad()(_reconstruct),
+    "style_transfer": torch.no_grad()(_transfer),
+}
+"""Edits by name; each maps an `Edit` to images `[B, C, H, W]`."""
