@@ -74,7 +74,6 @@ def test_a_killed_table_continues_without_repeating_finished_cells(tables, tmp_p
     assert done.returncode == 0, done.stderr
     everything = contents(tmp_path / "cells")
     assert len(everything) == 12 and {name: everything[name] for name in finished} == finished
-    assert f"{1500 * (12 - len(finished))}/{1500 * (12 - len(finished))}" in done.stderr  # the bar counts what was left
     assert "12 of 12 cells are measured" in done.stdout
     assert {path.name for path in tmp_path.glob("*.*")} == {
         "files.json",

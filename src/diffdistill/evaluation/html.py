@@ -152,8 +152,7 @@ def _cost(outcome: Outcome) -> str:
         return ""
     lines = [[escape(text) for text in line] for line in pages.cost_lines(outcome)]
     lines[0] = [*_heads(outcome), "learned"]
-    told = "Guidance counts twice, an analytical first step not at all. Times are those of sampling."
-    return f"<h2>Cost of one image</h2>\n{_table(lines)}\n<p class='quiet'>{told}</p>"
+    return f"<h2>Cost of one image</h2>\n{_table(lines)}\n<p class='quiet'>{pages.COST_NOTE}</p>"
 
 
 def _picture(path: Path, kind: str, text: str) -> str:

@@ -14,6 +14,11 @@ from diffdistill.evaluation.measures import MEASURES, Measured
 from diffdistill.evaluation.reproduction import Outcome
 from diffdistill.evaluation.tables import Cell, Row
 
+COST_NOTE = (
+    "Guidance counts twice, an analytical first step not at all. Times are those of sampling. Learned: the training of "
+    "the file itself; a student also needs the stages before it."
+)
+
 
 def row_cells(outcome: Outcome, row: Row) -> list[Cell]:
     """The cells of a row, in the order of the columns."""
@@ -151,14 +156,14 @@ def markdown(outcome: Outcome) -> str:
     parts.append("\n".join(notes) + "\n" if notes else "")
     if outcome.results:
         parts.append(f"## Cost of one image\n\n{grid_of(cost_lines(outcome))}")
-        parts.append("Guidance counts twice, an analytical first step not at all. Times are those of sampling.\n")
+        parts.append(COST_NOTE + "\n")
     parts += [f"Published values of {', '.join(rows)}: {source}.\n" for source, rows in sources(outcome).items()]
     parts += [f"Measured on {text}.\n" for text in made_on(outcome)]
     parts.append(f"Made by `python scripts/reproduce.py table={table.name}`.\n")
     return "\n".join(part for part in parts if part.strip())
 
 
-FIELDS = (
+FIELDS: tuple[str, ...] = (
     "table", "row", "column", "value_of_column", "measure", "value", "part_mean", "part_std", "published", "difference",
     "source", "num_samples", "nfe", "num_steps", "seconds_per_image", "learned",
 )  # fmt: skip

@@ -141,6 +141,9 @@ def reproduce(
             results[cell.slug] = result
         else:
             todo.append((cell, digest))
+    if distributed.rank() == 0:
+        for leftover in (folder / "cells").glob(".*.tmp.*"):  # of a run that was killed while it wrote
+            leftover.unlink(missing_ok=True)
     distributed.barrier()  # no process writes a cell before all have seen which there are
     if todo:
         features = make_features(table.features)
