@@ -169,6 +169,17 @@ def test_the_state_keeps_its_dtype():
     assert stats.denoise(torch.randn(4, *SHAPE), torch.ones(4), LABELS).dtype == torch.float32
 
 
+@pytest.mark.parametrize("sigma", [3.5, 7.0, 14.0, 79.0])
+def test_the_past_of_a_guided_start(sigma):
+    """The first past level may come to lie at sigma_max, up to rounding."""
+    stats, noise = statistics("full"), double(4, *SHAPE, seed=3)
+    start = GaussianStart(stats, sigma, sigma_max=80.0, w=2.0)
+    sigmas = torch.tensor([sigma, sigma / 9, 0.1], dtype=torch.float64)
+    x, history = start.begin(None, noise, sigmas, LABELS, memory=2)
+    torch.testing.assert_close(x, start.carry(80 * noise, 80.0, sigma, LABELS, w=2.0), rtol=0, atol=0.02)
+    assert [evaluation.x.isfinite().all().item() for evaluation in history] == [True, True]
+
+
 def test_the_weight_of_a_guided_denoiser_is_used():
     mixture = GaussianMixture([0.5, 0.5], double(2, *SHAPE), [0.2, 0.4], labels=[0, 1])
     stats = GaussianStatistics.fit(mixture.sample_data(500), torch.arange(500) % 2, num_classes=2)

@@ -96,8 +96,10 @@ class GaussianStart:
     def carry(self, x: Tensor, sigma: float, sigma_next: float, cond: Any = None, w: float | Tensor = 0.0) -> Tensor:
         """The Gaussian's flow under guidance w: `x: [B, ...]` from `sigma` down to `sigma_next`."""
         statistics = self.statistics.to(x.device)
-        if (not isinstance(w, Tensor) and w == 0) or sigma == sigma_next:
+        if not isinstance(w, Tensor) and w == 0:
             return statistics.carry(x, sigma, sigma_next, cond)
+        if math.isclose(sigma, sigma_next):
+            return x  # a step of an ulp has no log-SNR to divide by
         num_steps = math.ceil(STEPS_PER_OCTAVE * math.log2(sigma / sigma_next))
         levels = logsnr(num_steps=num_steps, sigma_min=sigma_next, sigma_max=sigma)
         flow = ProbabilityFlow(lambda x, sigma, cond: statistics.denoise(x, sigma, cond, w), cond)
