@@ -14,10 +14,9 @@ from omegaconf import DictConfig
 from common import check_data, command, finish, plain
 from diffdistill import load_denoiser
 from diffdistill.data import load_data
-from diffdistill.generation import preview
+from diffdistill.generation import preview, schedule_for
 from diffdistill.guidance.stage1 import GuidanceDistillation
 from diffdistill.models import guidance_student
-from diffdistill.solvers import make_schedule
 from diffdistill.training import Run, Trainer, TrainerConfig
 from diffdistill.training.noise_levels import make_noise_levels
 from diffdistill.training.weighting import make_weighting
@@ -27,8 +26,7 @@ def noise_levels(settings: dict[str, Any], teacher: Any) -> Any:
     """The distribution of sigma; "on_schedule" draws from the levels of a schedule, given by its options."""
     options = dict(settings)
     if options["name"] == "on_schedule":
-        ends = {"sigma_min": teacher.sigma_min, "sigma_max": teacher.sigma_max}
-        options["sigmas"] = make_schedule(**{**ends, **options.pop("schedule")})
+        options["sigmas"] = schedule_for(teacher, options.pop("schedule"))
     return make_noise_levels(**options)
 
 

@@ -14,9 +14,8 @@ from omegaconf import DictConfig
 from common import check_data, command, plain, provenance
 from diffdistill import load_denoiser
 from diffdistill.data import load_data
-from diffdistill.generation import preview
+from diffdistill.generation import preview, schedule_for
 from diffdistill.progressive.halving import Halving, halve_steps
-from diffdistill.solvers import make_schedule
 from diffdistill.training import Run
 from diffdistill.training.weighting import make_weighting
 
@@ -26,9 +25,8 @@ def distill(config: DictConfig) -> dict[int, Path]:
     settings = plain(config)
     data, teacher = load_data(**settings["data"]), load_denoiser(settings["teacher"])
     check_data(data, teacher)
-    ends = {"sigma_min": teacher.sigma_min, "sigma_max": teacher.sigma_max, "num_steps": settings["start_steps"]}
     halving = Halving(
-        sigmas=make_schedule(**{**ends, **settings["schedule"]}),
+        sigmas=schedule_for(teacher, {"num_steps": settings["start_steps"], **settings["schedule"]}),
         sampler=settings["sampler"],
         weighting=make_weighting(settings["weighting"], sigma_data=teacher.sigma_data),
         trainer=settings["trainer"],

@@ -38,6 +38,18 @@ class Plan:
         return next((p.device for p in self.denoiser.parameters()), torch.device("cpu"))
 
 
+def schedule_for(denoiser: Denoiser, options: Mapping[str, Any]) -> Tensor:
+    """The schedule of `options` (of `make_schedule`) between the ends of a denoiser, where they do not say others.
+
+    The schedule "trailing" takes the table of a discrete-time denoiser.
+    """
+    given: dict[str, Any] = {"sigma_min": denoiser.sigma_min, "sigma_max": denoiser.sigma_max}
+    table = getattr(getattr(denoiser, "preconditioning", None), "table", None)
+    if options["name"] == "trailing" and table is not None:
+        given["table"] = table.cpu()
+    return make_schedule(**{**given, **options})
+
+
 def plan(
     model: Denoiser,
     *,
@@ -81,9 +93,9 @@ def plan(
         return Plan(denoiser, learned.solver, learned.sigmas, learned.gaussian_start())
     if num_steps is None:
         raise ValueError("num_steps is missing: this model was not distilled to a number of steps, so choose one")
-    ends = {"sigma_min": model.sigma_min, "sigma_max": model.sigma_max, "num_steps": num_steps}
     grid = {"name": "cosine", "sigma_min": 0.0} if schedule is None else schedule
-    return Plan(denoiser, make_solver(**(solver or {"name": "euler"})), make_schedule(**{**ends, **grid}))
+    sigmas = schedule_for(model, {"num_steps": num_steps, **grid})
+    return Plan(denoiser, make_solver(**(solver or {"name": "euler"})), sigmas)
 
 
 def spread_labels(num_samples: int, num_classes: int) -> Tensor | None:

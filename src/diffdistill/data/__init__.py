@@ -9,6 +9,7 @@ from diffdistill.data.base import ImageData, MirroredData, TensorData
 from diffdistill.data.cifar10 import CIFAR10, load_cifar10
 from diffdistill.data.digits import Digits
 from diffdistill.data.files import ImageFolder, ZipData, load_images, load_zip
+from diffdistill.data.latents import LatentData
 from diffdistill.data.shapes import SHAPES, Shapes
 from diffdistill.registry import construct
 
@@ -16,6 +17,7 @@ DATA_SETS: dict[str, Callable[..., ImageData]] = {
     "cifar10": load_cifar10,
     "digits": Digits,
     "images": load_images,
+    "latents": LatentData,
     "shapes": Shapes,
     "zip": load_zip,
 }
@@ -39,6 +41,7 @@ __all__ = [
     "Digits",
     "ImageData",
     "ImageFolder",
+    "LatentData",
     "MirroredData",
     "Shapes",
     "TensorData",

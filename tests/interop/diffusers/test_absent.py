@@ -8,7 +8,7 @@ import pytest
 BLOCK = "import sys; sys.modules['diffusers'] = None\n"
 USES = {
     "folder": "from diffdistill import load_denoiser; load_denoiser(sys.argv[1])",
-    "network": "from diffdistill.interop.diffusers.networks import diffusers_network as d; d(kind='UNet2DModel', options={})",
+    "network": "from diffdistill.interop.diffusers.networks import UNet2D; UNet2D({})",
     "scheduler": "import diffdistill.interop.diffusers.scheduler",
 }
 

@@ -11,6 +11,8 @@ pytest.importorskip("diffusers")
 from diffdistill import load_denoiser, sample
 from diffdistill.denoiser import Distilled
 from diffdistill.editing import Known, inpaint, noised
+from diffdistill.editing.session import TASKS, Edit, mask_channels, takes_mask
+from diffdistill.generation import Plan
 from diffdistill.interop.diffusers import as_in_stock_pipelines, from_network, from_pipeline
 from diffdistill.interop.diffusers.export import export_student
 from diffdistill.interop.diffusers.levels import sigma_table
@@ -137,6 +139,42 @@ def test_inpainting_by_replacement(exported, teacher, num_steps, scale):
     denoiser, cond = guided(student, float(scale - 1)), teacher.prompts(PROMPTS)
     ours = inpaint(denoiser, known, noise, solver=make_solver("euler"), sigmas=sigmas, cond=cond, start=first)
     close(stock, ours)
+
+
+def test_inpainting_by_mask_channels():
+    """Equal to the stock pipeline of such models, with the guidance of classifier-free guidance."""
+    pipe = pipeline(
+        "StableDiffusionInpaintPipeline",
+        network=unet(in_channels=9),
+        schedule=scheduler(
+            "DPMSolverMultistepScheduler", solver_order=1, timestep_spacing="trailing", final_sigmas_type="zero"
+        ),
+    )
+    parts = from_pipeline(pipe)
+    images, noise, mask = torch.rand(2, 3, 16, 16) * 2 - 1, torch.randn(2, 4, 8, 8), torch.zeros(1, 1, 16, 16)
+    mask[:, :, 4:10, 2:14] = 1
+    known = Known(images, 1 - mask)
+    plan = Plan(guided(parts.denoiser, 2.0), make_solver("euler"), grid(4))
+    edit = Edit(images=images, plan=plan, cond=parts.prompts(PROMPTS), codec=parts.codec)
+    assert takes_mask(plan.denoiser)
+    channels = mask_channels(edit, known)
+    stock = pipe(
+        PROMPTS,
+        image=(images + 1) / 2,
+        mask_image=mask.expand(2, 1, 16, 16),
+        masked_image_latents=channels[:, 1:],
+        num_inference_steps=4,
+        guidance_scale=3.0,
+        strength=1.0,
+        output_type="latent",
+        latents=noise.clone(),
+    ).images
+    start = as_in_stock_pipelines(noise, float(grid(4)[0]))
+    cond = {**edit.cond, "channels": channels}
+    ours = sample(plan.denoiser, start, solver=plan.solver, sigmas=plan.sigmas, cond=cond)
+    torch.testing.assert_close(stock, ours, rtol=1e-5, atol=1e-5 * float(ours.abs().max()))
+    made = TASKS["inpaint"](Edit(**{**edit.__dict__, "known": known.mask}))
+    assert torch.equal(torch.where(known.mask.bool(), made, images), images)
 
 
 def test_the_exported_folder_says_what_it_is(exported, teacher, tmp_path):

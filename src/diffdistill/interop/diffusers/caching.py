@@ -1,0 +1,165 @@
+"""Images and captions to latents and text embeddings on disk, once, for training."""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import json
+import os
+import tarfile
+from collections.abc import Iterator
+from pathlib import Path
+
+import torch
+from safetensors import safe_open
+from torch import Tensor
+from tqdm import tqdm
+
+from diffdistill.data.files import IMAGE_SUFFIXES
+from diffdistill.data.latents import INDEX, write_index, write_shard
+from diffdistill.interop.diffusers.parts import Parts
+from diffdistill.registry import choose
+
+DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
+
+
+def captioned(source: str | os.PathLike[str]) -> Iterator[tuple[str, bytes, str]]:
+    """Yield `(name, image file, caption)` in the order of names: `cat.jpg` goes with `cat.txt`.
+
+    Args:
+        source: a folder of images and captions, or a folder of `.tar` shards of such, as webdataset has them.
+
+    Raises:
+        FileNotFoundError: no such folder, or no images in it.
+        ValueError: an image without a caption.
+    """
+    folder = Path(source)
+    if not folder.is_dir():
+        raise FileNotFoundError(f"no folder of images and captions at {str(source)!r}")
+    shards = sorted(folder.glob("*.tar"))
+    if shards:
+        for shard in shards:
+            yield from _of_tar(shard)
+        return
+    images = [path for path in sorted(folder.iterdir()) if path.suffix.lower() in IMAGE_SUFFIXES]
+    if not images:
+        raise FileNotFoundError(f"no images in {str(source)!r}: expected {', '.join(IMAGE_SUFFIXES)}, or .tar shards")
+    for path in images:
+        caption = path.with_suffix(".txt")
+        if not caption.is_file():
+            raise ValueError(f"the image {path} has no caption: expected {caption.name} beside it")
+        yield path.name, path.read_bytes(), caption.read_text(encoding="utf-8").strip()
+
+
+def _of_tar(shard: Path) -> Iterator[tuple[str, bytes, str]]:
+    """The pairs of one shard, whose files of a sample lie beside each other."""
+    with tarfile.open(shard) as archive:
+        pending: dict[str, dict[str, bytes]] = {}
+        for member in archive:
+            file = archive.extractfile(member)
+            if file is None:
+                continue
+            stem, _, suffix = member.name.rpartition(".")
+            kind = "image" if f".{suffix.lower()}" in IMAGE_SUFFIXES else "caption" if suffix == "txt" else None
+            if kind is None:
+                continue
+            parts = pending.setdefault(stem, {})
+            parts[kind] = file.read()
+            if len(parts) == 2:
+                yield stem, parts["image"], parts["caption"].decode().strip()
+                del pending[stem]
+    if pending:
+        raise ValueError(f"{shard}: {next(iter(pending))} has no caption, or a caption without an image")
+
+
+def read_image(content: bytes, resolution: int) -> Tensor:
+    """An image file as `[3, resolution, resolution]` in [-1, 1]: the shorter side resized, the centre cropped."""
+    import numpy as np
+    from PIL import Image
+
+    with Image.open(io.BytesIO(content)) as opened:
+        image = opened.convert("RGB")
+    short = min(image.size)
+    left, top = (image.width - short) / 2, (image.height - short) / 2
+    box = (left, top, left + short, top + short)
+    image = image.resize((resolution, resolution), Image.Resampling.BICUBIC, box=box)
+    return torch.from_numpy(np.array(image)).permute(2, 0, 1).float() / 127.5 - 1
+
+
+def cache_latents(
+    parts: Parts,
+    source: str | os.PathLike[str],
+    out: str | os.PathLike[str],
+    *,
+    batch_size: int = 16,
+    shard_size: int = 1024,
+    dtype: str = "float16",
+    seed: int = 0,
+) -> Path:
+    """Encode images and captions for training; a shard that is there already is kept, so that a run can go on.
+
+    Args:
+        parts: the pipeline whose autoencoder and text encoder to use.
+        source: as in `captioned`.
+        out: the folder to write to; `data.LatentData` reads it.
+        batch_size: images encoded at once.
+        shard_size: items of a file.
+        dtype: of what is stored: float32, float16 or bfloat16.
+        seed: of the draws from the autoencoder's posterior.
+
+    Returns:
+        `out`.
+
+    Raises:
+        FileNotFoundError, ValueError: as `captioned`; a pipeline without autoencoder or text encoder; a folder that
+            was made from another source.
+    """
+    if parts.codec is None or parts.prompts is None:
+        raise ValueError(f"{type(parts.pipeline).__name__} has no autoencoder and text encoder to make latents with")
+    kind, out = choose("dtype", dtype, DTYPES), Path(out)
+    out.mkdir(parents=True, exist_ok=True)
+    origin = {"source": os.fspath(source), "dtype": dtype, "seed": seed, "shard_size": shard_size}
+    if (out / INDEX).is_file() and json.loads((out / INDEX).read_text())["origin"] != origin:
+        raise ValueError(f"{out} holds latents of another source or with other settings: choose a new folder")
+    resolution = parts.denoiser.data_shape[-1] * parts.codec.factor
+    shards: list[tuple[str, int]] = []
+    batch: list[tuple[str, bytes, str]] = []
+
+    def close() -> None:
+        number = len(shards)
+        path = out / f"{number:06d}.safetensors"
+        shards.append((path.name, len(batch)) if _whole(path, len(batch)) else write_shard(out, number, encoded()))
+        batch.clear()
+
+    def encoded() -> dict[str, Tensor]:
+        pieces = [_encode(parts, batch[i : i + batch_size], resolution, seed) for i in range(0, len(batch), batch_size)]
+        return {name: torch.cat([piece[name] for piece in pieces]).to(kind) for name in pieces[0]}
+
+    for item in tqdm(captioned(source), desc="encoding", unit="image", disable=None):
+        batch.append(item)
+        if len(batch) == shard_size:
+            close()
+    if batch:
+        close()
+    write_index(out, shards, parts.denoiser.data_shape, origin)
+    return out
+
+
+def _encode(parts: Parts, items: list[tuple[str, bytes, str]], resolution: int, seed: int) -> dict[str, Tensor]:
+    """Latents and embeddings of a batch, on the CPU."""
+    assert parts.codec is not None and parts.prompts is not None
+    device = next(parts.denoiser.parameters()).device
+    images = torch.stack([read_image(content, resolution) for _, content, _ in items])
+    key = hashlib.blake2b(f"{seed} {items[0][0]}".encode(), digest_size=7).digest()
+    generator = torch.Generator(device).manual_seed(int.from_bytes(key, "little"))
+    latents = parts.codec.encode(images.to(device), generator)
+    cond = parts.prompts([caption for _, _, caption in items])
+    return {"x": latents.cpu(), **{f"y.{name}": value.cpu().contiguous() for name, value in cond.items()}}
+
+
+def _whole(path: Path, count: int) -> bool:
+    """Whether a shard with so many items is there."""
+    if not path.is_file():
+        return False
+    with safe_open(path, framework="pt") as file:
+        return file.get_slice("x").get_shape()[0] == count
