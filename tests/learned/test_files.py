@@ -157,7 +157,7 @@ def test_an_analytic_start_is_recorded_trained_with_and_used(tmp_path):
     again = load_predictor(tmp_path / "predictor.safetensors")
     run = again.sample(model, columns["noise"], return_trajectory=True)
     assert run.nfe == again.nfe == 2
-    begun = GaussianStart(statistics, 8.0).begin(model, columns["noise"], 8.0)
+    begun, _ = GaussianStart(statistics, 8.0).begin(model, columns["noise"], again.sigmas)
     torch.testing.assert_close(run.x[0], begun)
     assert not torch.allclose(run.x[0], 8 * columns["noise"], rtol=1e-3)
     error = (run.x[-1] - columns["target"]).flatten(1).norm(dim=1).mean().item()

@@ -70,13 +70,14 @@ class EndpointDistillation(Objective):
         noise, cond = draw_start(self.denoiser, batch, generator)
         sigmas = self.schedule()
         x = noise * sigmas[0].to(noise.dtype)
-        gaussian = None
+        gaussian, history = None, ()
         if self.start is not None:
-            x = self.start.begin(self.denoiser, noise, self.start.sigma, cond)
+            levels, memory = sigmas.detach().cpu(), self.solver.memory
+            x, history = self.start.begin(self.denoiser, noise, levels, cond, memory=memory)
             gaussian = self.start.denoiser(self.denoiser)
         with feature_tap(self.denoiser, self.solver) as features:
             flow = ProbabilityFlow(self.denoiser, cond, features=features, gaussian=gaussian)
-            *_, end = integrate(flow, x, self.solver, intervals(sigmas, len(x), x.device))
+            *_, end = integrate(flow, x, self.solver, intervals(sigmas, len(x), x.device), history=history)
         value = self.distance(squared_distance(end, batch["target"])).mean()
         return Loss(value, {f"log_sigma_{i}": s.log() for i, s in enumerate(sigmas[1:-1].detach(), 1)})
 
