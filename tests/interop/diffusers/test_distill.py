@@ -72,7 +72,7 @@ def trained(tmp_path_factory):
         *shared,
         *fast,
         "w=[2.0,4.0]",
-        "trainer.updates=400",
+        "trainer.updates=1000",
         "trainer.learning_rate=2e-3",
         "trainer.decay=linear",
         "trainer.weight_decay=0",
