@@ -1,5 +1,6 @@
 """Objectives and the one trainer that runs them."""
 
+from diffdistill.training.batches import DataError
 from diffdistill.training.config import TrainerConfig
 from diffdistill.training.journal import NonFiniteLossError
 from diffdistill.training.objective import Loss, Objective
@@ -9,6 +10,7 @@ from diffdistill.training.trainer import Trainer
 
 __all__ = [
     "CheckpointError",
+    "DataError",
     "Interrupted",
     "Loss",
     "NonFiniteLossError",

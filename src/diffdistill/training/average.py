@@ -7,16 +7,22 @@ import copy
 import torch
 from torch import Tensor, nn
 
+from diffdistill.training.sharding import local
+
 
 class WeightAverage:
     """A copy of a module whose parameters follow the module's; its buffers are the module's.
+
+    Args:
+        source: the module to follow.
+        module: a copy of it to begin with, split over the processes as `source` is; by default one is made.
 
     Attributes:
         module: the averaged copy; it takes no gradient.
     """
 
-    def __init__(self, source: nn.Module) -> None:
-        self.module = copy.deepcopy(source).eval().requires_grad_(False)
+    def __init__(self, source: nn.Module, module: nn.Module | None = None) -> None:
+        self.module = (copy.deepcopy(source) if module is None else module).eval().requires_grad_(False)
         self._to: list[Tensor] = list(self.module.parameters())
         self._from: list[Tensor] = list(source.parameters())
         self._buffers_to, self._buffers_from = list(self.module.buffers()), list(source.buffers())
@@ -24,6 +30,6 @@ class WeightAverage:
     @torch.no_grad()
     def update(self, decay: float) -> None:
         """`average <- decay * average + (1 - decay) * weights`."""
-        torch._foreach_lerp_(self._to, self._from, 1.0 - decay)
+        torch._foreach_lerp_([local(p) for p in self._to], [local(p) for p in self._from], 1.0 - decay)
         if self._buffers_to:
             torch._foreach_copy_(self._buffers_to, self._buffers_from)

@@ -16,6 +16,10 @@ MEMORY_LIMIT = 2 * 2**30
 """Data sets up to this many bytes are held on the training device."""
 
 
+class DataError(RuntimeError):
+    """The data could not be read in the middle of a run; the message is one line."""
+
+
 class MapData(Protocol):
     """A map-style data set of dicts of tensors. It may have `tensors()`, all items stacked, to be held in memory."""
 
@@ -107,8 +111,22 @@ class Batches:
                 index = self.order.indices(update)[self.rows].to(self.device, non_blocking=True)
                 yield {name: tensor[index] for name, tensor in self._held.items()}
         else:
-            for batch in self._loader(updates):
+            for batch in self._loaded(updates):
                 yield {name: tensor.to(self.device, non_blocking=True) for name, tensor in batch.items()}
+
+    def _loaded(self, updates: range) -> Iterator[dict[str, Tensor]]:
+        """Batches of the loader; an error of a worker, which quotes a traceback, in one line."""
+        batches, update = iter(self._loader(updates)), updates.start
+        while True:
+            try:
+                batch = next(batches)
+            except StopIteration:
+                return
+            except Exception as error:  # whatever the data set raises
+                reason = (str(error).strip() or type(error).__name__).splitlines()[-1].strip()
+                raise DataError(f"the data of update {update + 1} cannot be read ({reason})") from error
+            update += 1
+            yield batch
 
     def _numbers(self, updates: range) -> Iterator[dict[str, Tensor]]:
         for update in updates:

@@ -9,7 +9,18 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 HARMLESS = frozenset(
-    {"out", "log_every", "sample_every", "checkpoint_every", "checkpoint_minutes", "keep", "workers", "device"}
+    {
+        "out",
+        "log_every",
+        "sample_every",
+        "checkpoint_every",
+        "checkpoint_minutes",
+        "keep",
+        "workers",
+        "device",
+        "parallel",
+        "recompute",
+    }
 )
 """Settings that may change between a run and its continuation: they do not change what is computed."""
 
@@ -34,6 +45,8 @@ class TrainerConfig:
         precision: "fp32", or "bf16" by autocast.
         channels_last: keep images and weights in the channels-last layout.
         compile: compile the modules of the objective with torch.compile.
+        recompute: gradient checkpointing: keep no activations inside the blocks of the network, compute them again.
+        parallel: with several processes, "ddp" (each has the whole model) or "fsdp" (each has a part of it).
         checkpoint_every: updates between checkpoints; None: only at the end (and when interrupted).
         checkpoint_minutes: also a checkpoint when this much time has passed since the last one, or None.
         keep: number of checkpoints that are kept.
@@ -63,6 +76,8 @@ class TrainerConfig:
     precision: Literal["fp32", "bf16"] = "fp32"
     channels_last: bool = False
     compile: bool = False
+    recompute: bool = False
+    parallel: Literal["ddp", "fsdp"] = "ddp"
     checkpoint_every: int | None = 1000
     checkpoint_minutes: float | None = None
     keep: int = 2
@@ -86,7 +101,7 @@ class TrainerConfig:
             self._check(name, "a positive number or null", lambda v: v is None or 0 < v < math.inf)
         self._check("weight_decay", "a number of at least 0", lambda v: 0 <= v < math.inf)
         self._check("betas", "two numbers in [0, 1)", lambda v: len(v) == 2 and all(0 <= b < 1 for b in v))
-        for name in ("channels_last", "compile"):
+        for name in SWITCHES:
             self._check(name, "true or false", lambda v: isinstance(v, bool))
         for name, valid in CHOICES.items():
             self._check(name, "one of " + ", ".join(valid), lambda v, valid=valid: v in valid)
@@ -101,7 +116,7 @@ class TrainerConfig:
             good = bool(holds(value))
         except TypeError:
             good = False
-        if not good or (isinstance(value, bool) and name not in ("channels_last", "compile")):
+        if not good or (isinstance(value, bool) and name not in SWITCHES):
             raise ValueError(f"{name} must be {valid}, but is {value!r}")
 
     @classmethod
@@ -133,10 +148,12 @@ class TrainerConfig:
         return 0.5 ** (self.batch_size / half_life) if half_life > 0 else 0.0
 
 
+SWITCHES = ("channels_last", "compile", "recompute")
 CHOICES = {
     "optimizer": ("adam", "adamw", "sgd"),
     "decay": ("constant", "linear", "cosine"),
     "precision": ("fp32", "bf16"),
+    "parallel": ("ddp", "fsdp"),
 }
 DECAYS = {
     "constant": lambda progress: 1.0,

@@ -7,8 +7,8 @@ from __future__ import annotations
 
 import contextlib
 import os
-from collections.abc import Iterable, Iterator, Sequence
-from typing import TypeVar
+from collections.abc import Iterator, Sequence
+from typing import Any, TypeVar, cast
 
 import torch
 import torch.distributed as dist
@@ -90,31 +90,66 @@ def same_weights(module: nn.Module) -> None:
             dist.broadcast(tensor, src=0)
 
 
-@torch.no_grad()
-def average_gradients(parameters: Iterable[nn.Parameter]) -> None:
-    """Replace every gradient by its mean over the processes, in flat buckets that travel while the next is packed."""
-    if world_size() == 1:
-        return
-    pending = []
-    for bucket in _buckets([p.grad for p in parameters if p.grad is not None]):
-        flat = torch.cat([g.reshape(-1) for g in bucket])
-        pending.append((bucket, flat, dist.all_reduce(flat, async_op=True)))
-    for bucket, flat, work in pending:
-        if work is not None:
-            work.wait()
-        parts = (flat / world_size()).split([g.numel() for g in bucket])
-        torch._foreach_copy_(bucket, [part.view(g.shape) for part, g in zip(parts, bucket, strict=True)])
+class GradientAverage:
+    """Replaces gradients by their means over the processes, in flat buckets that travel while the backward runs on.
+
+    The gradients of the last layers are ready first, so that buckets are filled from the end; they are sent in that
+    order in every process.
+    """
+
+    def __init__(self, parameters: Sequence[nn.Parameter]) -> None:
+        self._buckets = list(_buckets(list(reversed(parameters)))) if world_size() > 1 else []
+        self._ready: set[nn.Parameter] = set()
+        self._sent: list[tuple[list[Tensor], Tensor, Any]] = []
+
+    @contextlib.contextmanager
+    def during_backward(self, last: bool) -> Iterator[None]:
+        """Around a backward pass; gradients travel in the last one of an update."""
+        if not self._buckets or not last:
+            yield
+            return
+        hooks = [p.register_post_accumulate_grad_hook(self._arrived) for bucket in self._buckets for p in bucket]
+        try:
+            yield
+        finally:
+            for hook in hooks:
+                hook.remove()
+
+    def _arrived(self, parameter: Tensor) -> None:
+        self._ready.add(cast(nn.Parameter, parameter))
+        while len(self._sent) < len(self._buckets) and self._ready.issuperset(self._buckets[len(self._sent)]):
+            self._send()
+
+    @torch.no_grad()
+    def _send(self) -> None:
+        gradients = [p.grad for p in self._buckets[len(self._sent)] if p.grad is not None]
+        flat = torch.cat([g.reshape(-1) for g in gradients]) if gradients else torch.empty(0)
+        self._sent.append((gradients, flat, dist.all_reduce(flat, async_op=True) if gradients else None))
+
+    @torch.no_grad()
+    def finish(self) -> None:
+        """Send what is left, of parameters that the loss did not use, and wait for the means."""
+        while len(self._sent) < len(self._buckets):
+            self._send()
+        for gradients, flat, work in self._sent:
+            if work is not None:
+                work.wait()
+                parts = (flat / world_size()).split([g.numel() for g in gradients])
+                means = [part.view(g.shape) for part, g in zip(parts, gradients, strict=True)]
+                torch._foreach_copy_(gradients, means)
+        self._sent.clear()
+        self._ready.clear()
 
 
-def _buckets(gradients: Sequence[Tensor]) -> Iterable[list[Tensor]]:
-    """Runs of gradients of one dtype and of about `BUCKET_BYTES`."""
-    bucket: list[Tensor] = []
+def _buckets(parameters: Sequence[nn.Parameter]) -> Iterator[list[nn.Parameter]]:
+    """Runs of parameters of one dtype and of about `BUCKET_BYTES`."""
+    bucket: list[nn.Parameter] = []
     size = 0
-    for gradient in gradients:
-        if bucket and (gradient.dtype != bucket[0].dtype or size >= BUCKET_BYTES):
+    for parameter in parameters:
+        if bucket and (parameter.dtype != bucket[0].dtype or size >= BUCKET_BYTES):
             yield bucket
             bucket, size = [], 0
-        bucket.append(gradient)
-        size += gradient.numel() * gradient.element_size()
+        bucket.append(parameter)
+        size += parameter.numel() * parameter.element_size()
     if bucket:
         yield bucket

@@ -36,15 +36,17 @@ class Checkpoint:
 class Run:
     """A folder that belongs to one configuration. Opening it again with the same configuration continues the run.
 
-    Files: `config.yaml`, `metrics.jsonl`, `checkpoints/0001000.pt` each with `0001000.json` (size and SHA-256),
-    `samples/*.png`, `curves.png`, `stages/NAME/` (runs of their own), and `finished.json` once `finish` was called.
+    Files: `config.yaml`, `accepted.json` (configurations that it had before changes were accepted), `metrics.jsonl`,
+    `checkpoints/0001000.pt` each with `0001000.json` (size, SHA-256 and configuration), `samples/*.png`, `curves.png`,
+    `stages/NAME/` (runs of their own), and `finished.json` once `finish` was called.
     All but metrics.jsonl are written whole or not at all, by process 0.
 
     Args:
         path: the folder; it is made if it is not there.
         config: nested dicts of plain values.
         harmless: names of settings, at any depth, that may differ from the ones the run was started with.
-        accept_changes: continue a run whose configuration differs in other settings too.
+        accept_changes: continue a run whose configuration differs in other settings too. The entry `accept_changes`
+            of `config` says the same, and is not part of the configuration.
 
     Raises:
         ValueError: the folder holds another run, or files that are not a run's.
@@ -60,16 +62,21 @@ class Run:
     ) -> None:
         self.path = Path(path)
         self.config: dict[str, Any] = json.loads(json.dumps(config, default=_plain))
-        self.harmless, self.accept_changes = frozenset(harmless), accept_changes
+        self.harmless = frozenset(harmless)
+        self.accept_changes = bool(self.config.pop("accept_changes", False)) or accept_changes
         if self.path.exists() and not self.path.is_dir():
             raise ValueError(f"{self.path} is a file: a run needs a folder")
+        stored = None
         if (self.path / "config.yaml").exists():
-            self._check_same(_read_yaml(self.path / "config.yaml"))
+            stored = _read_yaml(self.path / "config.yaml")
+            self._check_same(stored)
         elif self.path.exists() and (other := _foreign(self.path)):
             raise ValueError(f"{self.path} holds no run but other files ({other}): choose an empty or new folder")
         barrier()
         if rank() == 0:
             self.path.mkdir(parents=True, exist_ok=True)
+            if stored is not None and (before := self._digest(stored)) not in self._digests():
+                write_text(self.path / "accepted.json", json.dumps([*self._digests()[1:], before]) + "\n")
             _write_yaml(self.path / "config.yaml", self.config)
         barrier()
 
@@ -78,7 +85,21 @@ class Run:
         if found and not self.accept_changes:
             shown = ", ".join(f"{name} was {old!r} and is now {new!r}" for name, old, new in found[:5])
             more = f" and {len(found) - 5} more" if len(found) > 5 else ""
-            raise ValueError(f"{self.path} holds another run: {shown}{more}")
+            raise ValueError(
+                f"{self.path} holds another run: {shown}{more}; choose another folder, or accept_changes=true"
+            )
+
+    def _digest(self, config: Any) -> str:
+        """What two configurations share that differ in harmless settings only."""
+        return hashlib.sha256(json.dumps(_without(config, self.harmless), sort_keys=True).encode()).hexdigest()[:16]
+
+    def _digests(self) -> list[str]:
+        """Of the configurations whose checkpoints are this run's."""
+        try:
+            accepted = json.loads((self.path / "accepted.json").read_text(encoding="utf-8"))
+        except FileNotFoundError:
+            accepted = []
+        return [self._digest(self.config), *accepted]
 
     def stage(self, name: str) -> Run:
         """The run of one stage, in `stages/NAME`, with its own metrics, checkpoints and `finished` mark."""
@@ -138,6 +159,7 @@ class Run:
             with replacing(path) as temporary:
                 torch.save(dict(state), temporary)
                 manifest = {"update": update, "bytes": temporary.stat().st_size, "sha256": _sha256(temporary)}
+                manifest["config"] = self._digest(self.config)
             write_text(path.with_suffix(".json"), json.dumps(manifest) + "\n")
         except (OSError, RuntimeError) as error:  # torch's writer reports a full disk as a RuntimeError
             last = self.newest_checkpoint()
@@ -152,7 +174,7 @@ class Run:
         A damaged one is passed over with a warning; the one before it is taken.
 
         Raises:
-            CheckpointError: there are checkpoints, but none can be read.
+            CheckpointError: there are checkpoints, but none can be read, or one was written by another run.
         """
         found = self._newest_good(map_location) if rank() == 0 else None
         update = from_main(-1 if found is None else found.update)
@@ -164,6 +186,10 @@ class Run:
         updates = self._updates()
         for update in reversed(updates):
             path = self._path(update)
+            if _manifest(path).get("config", self._digest(self.config)) not in self._digests():
+                raise CheckpointError(
+                    f"the checkpoint {path} was written by a run of other settings: remove what is not of this run"
+                )
             try:
                 return Checkpoint(update, read_checkpoint(path, map_location), path)
             except CheckpointError as error:
@@ -214,6 +240,22 @@ def read_checkpoint(path: Path, map_location: torch.device | str = "cpu") -> dic
         raise
     except Exception as error:  # torch.load has no common error class for damaged files
         raise CheckpointError(f"the checkpoint {path} cannot be read ({_line(error)})") from error
+
+
+def _manifest(path: Path) -> dict[str, Any]:
+    """The record of a checkpoint, or nothing where it is damaged."""
+    try:
+        record = json.loads(path.with_suffix(".json").read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+    return record if isinstance(record, dict) else {}
+
+
+def _without(config: Any, names: Collection[str]) -> Any:
+    """A nested config without the entries of these names."""
+    if isinstance(config, dict):
+        return {key: _without(value, names) for key, value in config.items() if key not in names}
+    return config
 
 
 def read_metrics(path: str | os.PathLike[str]) -> list[dict[str, Any]]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import logging
 import sys
 import time
@@ -14,9 +15,9 @@ from tqdm import tqdm
 
 from diffdistill.devices import device_of
 from diffdistill.pictures import plot_curves, save_grid
-from diffdistill.training import distributed
+from diffdistill.training import distributed, sharding
 from diffdistill.training.average import WeightAverage
-from diffdistill.training.batches import Batches, MapData, split
+from diffdistill.training.batches import Batches, DataError, MapData, split
 from diffdistill.training.config import TrainerConfig
 from diffdistill.training.journal import Journal, NonFiniteLossError
 from diffdistill.training.objective import Objective
@@ -65,10 +66,15 @@ class Trainer:
         self.objective = objective.to(self.device)
         if config.channels_last:
             self.objective.to(memory_format=torch.channels_last)  # pyright: ignore[reportCallIssue]
-        self.parameters = [p for p in objective.trained.parameters() if p.requires_grad]
         distributed.same_weights(objective.trained)
+        averaged = None if config.ema_half_life is None else copy.deepcopy(objective.trained)
+        self._result = self._split(averaged) if distributed.world_size() > 1 and config.parallel == "fsdp" else None
+        self.parameters = [p for p in objective.trained.parameters() if p.requires_grad]
+        self.gradients = distributed.GradientAverage(self.parameters if self._result is None else [])
         self.optimizer = make_optimizer(self.parameters, config)
-        self.average = None if config.ema_half_life is None else WeightAverage(objective.trained)
+        self.average = None if averaged is None else WeightAverage(objective.trained, averaged)
+        if config.recompute:
+            sharding.recompute(objective.trained)
         self.update = 0
         self.journal = Journal()
         self._batches, self._generators = self._share_of_batch(data)
@@ -77,6 +83,14 @@ class Trainer:
         if config.compile:
             for module in objective.children():
                 module.compile()
+
+    def _split(self, averaged: nn.Module | None) -> nn.Module:
+        """Split the model and its average over the processes; a whole copy on the CPU, to hold the result."""
+        copied = sharding.copy_on_cpu(self.objective.trained)
+        for module in (self.objective.trained, averaged):
+            if module is not None:
+                sharding.shard(module, self.device)
+        return copied
 
     def _share_of_batch(self, data: MapData | None) -> tuple[Batches, list[BatchGenerator]]:
         """The rows of the batch that this process takes, and the generators of its parts."""
@@ -97,15 +111,16 @@ class Trainer:
 
     @property
     def model(self) -> nn.Module:
-        """The result: the average of the weights, or the weights where there is no average."""
+        """What is evaluated: the average of the weights, or the weights where there is no average."""
         return self.objective.trained if self.average is None else self.average.module
 
     def train(self) -> nn.Module:
-        """Run the updates that are left, and return `model` in eval mode.
+        """Run the updates that are left, and return `model` in eval mode; one that was split comes whole, on the CPU.
 
         Raises:
             NonFiniteLossError: a loss that is not finite; the last good checkpoint is kept.
             CheckpointError: a checkpoint that cannot be read, does not fit, or cannot be written.
+            DataError: the data could not be read any more; the last good checkpoint is kept.
             Interrupted: SIGTERM or SIGINT; a checkpoint was written.
         """
         self._resume()
@@ -113,7 +128,8 @@ class Trainer:
             if self.update < self.config.updates:
                 self._loop(stop)
         self.objective.eval()
-        return self.model.eval()
+        model = self.model if self._result is None else sharding.gather_into(self._result, self.model)
+        return model.eval()
 
     def _loop(self, stop: StopRequest) -> None:
         config = self.config
@@ -121,7 +137,7 @@ class Trainer:
         self.objective.train()
         hidden = None if distributed.rank() == 0 else True
         with tqdm(total=config.updates, initial=self.update, desc=self.name or None, disable=hidden) as bar:
-            for batch in self._batches(range(self.update, config.updates)):
+            for batch in self._read_batches():
                 self._step(batch)
                 self.update += 1
                 bar.update()
@@ -137,6 +153,12 @@ class Trainer:
                     bar.close()
                     print(f"stopped at update {self.update}; run it again to continue", file=sys.stderr)
                     raise Interrupted(stopped)
+
+    def _read_batches(self) -> Iterator[dict[str, Tensor]]:
+        try:
+            yield from self._batches(range(self.update, self.config.updates))
+        except DataError as error:
+            raise DataError(f"{error}: {self._kept()}") from error
 
     def _step(self, batch: Mapping[str, Tensor]) -> None:
         """One update: the optimiser steps that the objective makes of one batch."""
@@ -164,20 +186,24 @@ class Trainer:
     def _optimizer_step(self, streams: list[Iterator[Any]]) -> bool:
         """Accumulate the next loss of every part and step; False once the objective has no more."""
         logs: list[dict[str, Tensor]] = []
-        for stream in streams:
+        for i, stream in enumerate(streams):
             with torch.autocast(self.device.type, torch.bfloat16, enabled=self.config.precision == "bf16"):
                 loss = next(stream, None)
             if loss is None:
                 continue
-            (loss.value if len(streams) == 1 else loss.value / len(streams)).backward()
+            last = i == len(streams) - 1
+            sharding.reduce_gradients(self.objective.trained, last)
+            with self.gradients.during_backward(last):
+                (loss.value if len(streams) == 1 else loss.value / len(streams)).backward()
             logs.append({"loss": loss.value.detach(), **{n: v.detach() for n, v in loss.logs.items()}})
         if not logs:
             return False
         if len(logs) != len(streams):
             raise RuntimeError(f"{type(self.objective).__name__} yields different numbers of losses for equal parts")
-        distributed.average_gradients(self.parameters)
+        self.gradients.finish()
         if self.config.clip is not None:
-            logs[0]["grad_norm"] = nn.utils.clip_grad_norm_(self.parameters, self.config.clip)
+            norm = nn.utils.clip_grad_norm_(self.parameters, self.config.clip)
+            logs[0]["grad_norm"] = norm if self._result is None else sharding.summed(norm)
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
         self.journal.add(self.update + 1, logs)
@@ -210,18 +236,22 @@ class Trainer:
         try:
             self.journal.fetch()
         except NonFiniteLossError as error:
-            last = self.run.newest_checkpoint()
-            kept = f"the last good checkpoint is {last}" if last else "there is no checkpoint before it"
-            raise NonFiniteLossError(f"{error}: {kept}", update=error.update) from None
+            raise NonFiniteLossError(f"{error}: {self._kept()}", update=error.update) from None
+
+    def _kept(self) -> str:
+        last = self.run.newest_checkpoint()
+        return f"the last good checkpoint is {last}" if last else "there is no checkpoint before it"
 
     def _write_pictures(self) -> None:
-        if distributed.rank() == 0:
-            if self.on_samples is not None and self.config.sample_every is not None:
-                training = self.model.training
-                with torch.no_grad():
-                    images = self.on_samples(self.model.eval())
-                self.model.train(training)
+        main = distributed.rank() == 0
+        if self.on_samples is not None and self.config.sample_every is not None and (main or self._result is not None):
+            training = self.model.training
+            with torch.no_grad():
+                images = self.on_samples(self.model.eval())  # a split model is evaluated by all processes together
+            self.model.train(training)
+            if main:
                 save_grid(images, self.run.path / "samples" / f"{self.update:07d}.png")
+        if main:
             plot_curves(self.run.metrics(), self.run.path / "curves.png")
         distributed.barrier()
 
@@ -248,7 +278,8 @@ class Trainer:
     def save(self) -> None:
         """Write a checkpoint of the state after `update` updates, unless a loss or a weight is not finite."""
         self._check_finite()
-        if not bool(torch.stack(torch._foreach_norm([p.detach() for p in self.parameters])).isfinite().all()):
+        norms = torch._foreach_norm([sharding.local(p.detach()) for p in self.parameters])
+        if not bool(distributed.mean(torch.stack(norms)).isfinite().all()):
             raise NonFiniteLossError(f"a weight is not finite after update {self.update}", update=self.update)
         state = {
             "trained": self.objective.trained.state_dict(),
@@ -258,22 +289,24 @@ class Trainer:
             "journal": self.journal.state(),
             "seconds": self._seconds(),
         }
+        if self._result is not None:
+            state = sharding.whole(state, keep=distributed.rank() == 0)
         self.run.save_checkpoint(self.update, state, keep=self.config.keep)
         self._saved_at = time.monotonic()
         distributed.barrier()
 
     def _resume(self) -> None:
         """Take the state of the newest good checkpoint, if there is one."""
-        checkpoint = self.run.load_checkpoint(self.device)
+        checkpoint = self.run.load_checkpoint(self.device if self._result is None else "cpu")
         if checkpoint is None:
             self.run.rewind(0)
             return
         state = checkpoint.state
         try:
-            self.objective.trained.load_state_dict(state["trained"])
+            sharding.load_module(self.objective.trained, state["trained"])
             if self.average is not None:
-                self.average.module.load_state_dict(state["average"])
-            self.optimizer.load_state_dict(state["optimizer"])
+                sharding.load_module(self.average.module, state["average"])
+            sharding.load_optimizer(self.optimizer, state["optimizer"])
             self.objective.load_extra_state(state["objective"])
             self.journal.load(state["journal"])
             self._seconds_before = state["seconds"]
