@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import io
 import os
 import sys
+import time
 import warnings
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext, redirect_stdout
 from functools import wraps
 from pathlib import Path
 from typing import Any
@@ -20,34 +22,52 @@ from omegaconf.errors import OmegaConfBaseException
 from diffdistill.data import ImageData
 from diffdistill.denoiser import Denoiser
 from diffdistill.models import save_denoiser
-from diffdistill.training import Run
+from diffdistill.training import DataError, NonFiniteLossError, Run
+from diffdistill.training.distributed import processes, rank
 
 CONFIGS = str(Path(__file__).resolve().parent.parent / "configs")
 TRACEBACK = os.environ.get("HYDRA_FULL_ERROR") == "1"
-os.environ["HYDRA_FULL_ERROR"] = "1"  # so that Hydra passes its own errors on to errors_in_one_line
 warnings.formatwarning = lambda message, *_args, **_kwargs: f"warning: {message}\n"
-USER_ERRORS = (ValueError, TypeError, FileNotFoundError, FileExistsError, HydraException, OmegaConfBaseException)
+USER_ERRORS = (
+    ValueError,
+    TypeError,
+    OSError,
+    ImportError,
+    DataError,
+    NonFiniteLossError,
+    HydraException,
+    OmegaConfBaseException,
+)
+SAME_ERROR_SECONDS = 5.0
 
 
 def command(config_name: str) -> Callable[[Callable[[DictConfig], Any]], Callable[[], None]]:
     """Make `main(config)` a command line program on `configs/<config_name>.yaml`.
 
     What a user can mend ends in one line on stderr and exit code 2; `HYDRA_FULL_ERROR=1` shows the traceback.
+    Under `torchrun` the processes join before `main` runs, and process 0 alone prints.
     """
 
     def decorate(main: Callable[[DictConfig], Any]) -> Callable[[], None]:
         @wraps(main)
         def task(config: DictConfig) -> None:
-            with errors_in_one_line():
+            with errors_in_one_line(), processes(), quiet_unless_first():
                 main(config)
 
+        @wraps(main)
         def program() -> None:
+            os.environ["HYDRA_FULL_ERROR"] = "1"  # so that Hydra passes its own errors on to errors_in_one_line
             with errors_in_one_line():
                 hydra.main(version_base="1.3", config_path=CONFIGS, config_name=config_name)(task)()
 
         return program
 
     return decorate
+
+
+def quiet_unless_first() -> AbstractContextManager[Any]:
+    """What all processes print is shown once."""
+    return redirect_stdout(io.StringIO()) if rank() else nullcontext()
 
 
 @contextmanager
@@ -58,7 +78,12 @@ def errors_in_one_line() -> Iterator[None]:
     except USER_ERRORS as error:
         if TRACEBACK:
             raise
-        print(f"error: {one_line(error)}", file=sys.stderr)
+        here = int(os.environ.get("RANK", "0"))
+        if here:
+            time.sleep(
+                SAME_ERROR_SECONDS
+            )  # an error of all processes is shown by the first; torchrun then ends the rest
+        print(f"error{f' in process {here}' if here else ''}: {one_line(error)}", file=sys.stderr)
         sys.exit(2)
 
 
@@ -66,7 +91,9 @@ def one_line(error: BaseException) -> str:
     """The message of an error in one line; for a missing preset, with those there are."""
     if isinstance(error, MissingConfigException) and error.missing_cfg_file:
         group, _, name = error.missing_cfg_file.partition("/")
-        presets = sorted(str(p.relative_to(Path(CONFIGS, group)).with_suffix("")) for p in Path(CONFIGS, group).rglob("*.yaml"))
+        presets = sorted(
+            str(p.relative_to(Path(CONFIGS, group)).with_suffix("")) for p in Path(CONFIGS, group).rglob("*.yaml")
+        )
         return f"unknown {group} {name!r}: choose one of {', '.join(presets)}"
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     if isinstance(error, (HydraException, OmegaConfBaseException)):
@@ -101,7 +128,8 @@ def provenance(config: DictConfig, run: Run) -> dict[str, Any]:
 
 def finish(model: Any, run: Run, config: DictConfig) -> str:
     """Save the result of a run, mark the run as finished, and return the path of the model."""
-    save_denoiser(model, run.path / "model.safetensors", provenance=provenance(config, run))
+    if rank() == 0:
+        save_denoiser(model, run.path / "model.safetensors", provenance=provenance(config, run))
     run.finish(["model.safetensors"])
     return str(run.path / "model.safetensors")
 

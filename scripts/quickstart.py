@@ -9,10 +9,10 @@ from __future__ import annotations
 
 from pathlib import Path
 
-import distill_guidance
-import distill_steps
 from omegaconf import DictConfig, OmegaConf
 
+import distill_guidance
+import distill_steps
 from common import command, compose, plain
 from diffdistill.devices import device_of
 from diffdistill.evaluation.comparison import comparison_table, plot_comparison, side_by_side
@@ -25,9 +25,10 @@ from diffdistill.evaluation.tables import Table
 def main(config: DictConfig) -> None:
     settings = plain(config)
     out, teacher = Path(settings["out"]), settings["teacher"]
-    stage1 = ["experiment=digits/quickstart_stage1", f"teacher={teacher}", f"out={out / 'stage1'}"]
+    accept = f"accept_changes={settings['accept_changes']}"
+    stage1 = [accept, "experiment=digits/quickstart_stage1", f"teacher={teacher}", f"out={out / 'stage1'}"]
     guided = distill_guidance.distill(OmegaConf.merge(compose("distill_guidance", stage1), config.stage1))
-    stage2 = ["experiment=digits/quickstart_stage2", f"teacher={guided}", f"out={out / 'stage2'}"]
+    stage2 = [accept, "experiment=digits/quickstart_stage2", f"teacher={guided}", f"out={out / 'stage2'}"]
     distill_steps.distill(OmegaConf.merge(compose("distill_steps", stage2), config.stage2))
 
     device = device_of(settings["device"])

@@ -2,7 +2,7 @@
 
     python scripts/sample.py model=digits-student-4 w=1 num_samples=10000 seed=0 out=runs/samples save=npz
 
-Running the same command again continues an interrupted run.
+Running the same command again continues an interrupted run. `torchrun` spreads the batches over processes.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ from diffdistill.generation import plan
 from diffdistill.registry import choose
 from diffdistill.samples import WRITERS, chosen_labels, draw_to
 from diffdistill.training import Run
+from diffdistill.training.distributed import rank
 
 
 @command("sample")
@@ -38,8 +39,9 @@ def main(config: DictConfig) -> None:
     seeds = range(settings["seed"], settings["seed"] + settings["num_samples"])
     run = Run(settings["out"], settings, harmless=("device", "save"))
     samples = draw_to(run.path / "parts", replace(scheme, bf16=bf16), seeds, labels, batch_size=settings["batch_size"])
-    for write in writers:
-        print(write(samples, run.path))
+    if rank() == 0:
+        for write in writers:
+            print(write(samples, run.path))
 
 
 if __name__ == "__main__":

@@ -18,6 +18,7 @@ from diffdistill.learned import make_learned, make_task, save_predictor, trained
 from diffdistill.models import guided
 from diffdistill.solvers import make_schedule
 from diffdistill.training import Run, Trainer, TrainerConfig
+from diffdistill.training.distributed import rank
 
 
 def train(config: DictConfig) -> None:
@@ -42,7 +43,8 @@ def train(config: DictConfig) -> None:
     task = make_task(learned, denoiser, schedule, **settings["objective"])
     trainer = Trainer(task.objective, task.data, TrainerConfig.from_dict(settings["trainer"]), run, name="amed")
     learned = trained(learned, trainer.train(), denoiser, provenance(config, run))
-    save_predictor(learned, run.path / "predictor.safetensors")
+    if rank() == 0:
+        save_predictor(learned, run.path / "predictor.safetensors")
     run.finish(["predictor.safetensors"])
     print(f"the predictor for {learned.nfe} evaluations is {run.path / 'predictor.safetensors'}")
 

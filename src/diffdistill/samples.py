@@ -15,6 +15,7 @@ from diffdistill.atomic import replacing
 from diffdistill.denoiser import NULL_LABEL, Denoiser
 from diffdistill.generation import Plan, generate, spread_labels
 from diffdistill.pictures import save_grid
+from diffdistill.training.distributed import barrier, rank, world_size
 
 GRID_SAMPLES = 100
 
@@ -41,20 +42,37 @@ def chosen_labels(labels: int | Sequence[int] | None, num_samples: int, model: D
 
 
 def draw_to(folder: Path, plan: Plan, seeds: Sequence[int], labels: Tensor | None, *, batch_size: int = 256) -> Samples:
-    """Draw a sample for each seed; the parts that lie in `folder` already are read instead of drawn again."""
-    parts, starts = [], range(0, len(seeds), batch_size)
-    for start in tqdm(starts, desc="sampling", unit="batch", disable=None):
-        path = folder / f"{start:08d}-{min(start + batch_size, len(seeds)):08d}.npz"
+    """Draw a sample for each seed; the parts that lie in `folder` already are read instead of drawn again.
+
+    Several processes draw parts in turn, and each returns all of them.
+
+    Raises:
+        ValueError: there are more processes than samples.
+    """
+    if len(seeds) < world_size():
+        raise ValueError(f"num_samples={len(seeds)} is less than one for each of the {world_size()} processes")
+    paths = {
+        start: folder / f"{start:08d}-{min(start + batch_size, len(seeds)):08d}.npz"
+        for start in range(0, len(seeds), batch_size)
+    }
+    own = list(paths.items())[rank() :: world_size()]
+    for start, path in tqdm(own, desc="sampling", unit="batch", disable=True if rank() else None):
         if path.exists():
-            with np.load(path, allow_pickle=False) as part:
-                parts.append(torch.from_numpy(part["x"]))
             continue
         chunk = slice(start, start + batch_size)
         (x,) = generate(plan, seeds[chunk], None if labels is None else labels[chunk], batch_size=batch_size)
-        parts.append(x.float().clamp(-1, 1).cpu())
         with replacing(path) as temporary:
-            np.savez(temporary, x=parts[-1].numpy())
-    return Samples(torch.cat(parts), torch.full((len(seeds),), NULL_LABEL) if labels is None else labels)
+            np.savez(temporary, x=x.float().clamp(-1, 1).cpu().numpy())
+    barrier()
+    return Samples(
+        torch.cat([_read_part(path) for path in paths.values()]),
+        torch.full((len(seeds),), NULL_LABEL) if labels is None else labels,
+    )
+
+
+def _read_part(path: Path) -> Tensor:
+    with np.load(path, allow_pickle=False) as part:
+        return torch.from_numpy(part["x"])
 
 
 def save_npz(samples: Samples, folder: Path) -> Path:

@@ -16,6 +16,7 @@ from diffdistill.progressive.stage2 import STEPS, StepDistillation
 from diffdistill.registry import choose
 from diffdistill.training import Run, Trainer, TrainerConfig
 from diffdistill.training.batches import MapData
+from diffdistill.training.distributed import rank
 
 
 @dataclass(frozen=True)
@@ -98,7 +99,8 @@ def halve_steps(
             )
             name = f"{num_steps} step{'s' * (num_steps > 1)}"
             model = Trainer(objective, data, trainer, stage, on_samples=on_samples, name=name).train()
-            save_denoiser(model, paths[num_steps], provenance=provenance(stage) if provenance else None)
+            if rank() == 0:
+                save_denoiser(model, paths[num_steps], provenance=provenance(stage) if provenance else None)
             stage.finish(["model.safetensors"])
         teacher = load_denoiser(paths[num_steps])
     if not run.finished:

@@ -1,0 +1,60 @@
+"""What users do wrong ends in one line and exit code 2, and leaves no file behind."""
+
+import importlib
+import sys
+from pathlib import Path
+
+import pytest
+
+from diffdistill.denoiser import Distilled
+from diffdistill.models import guidance_student, save_denoiser
+from tests.builders import tiny_denoiser
+from tests.scripts.bad_input import CASES
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "scripts"))
+
+
+@pytest.fixture(scope="module")
+def files(tmp_path_factory):
+    """The files that stand behind the names of the table."""
+    folder = tmp_path_factory.mktemp("files")
+    teacher = tiny_denoiser(data_shape=[1, 8, 8], num_classes=10)
+    student = guidance_student(teacher, (0.0, 4.0))
+    student.distilled = Distilled((80.0, 1.0, 0.0))
+    save_denoiser(teacher, folder / "teacher.safetensors")
+    save_denoiser(student, folder / "student.safetensors")
+    (folder / "truncated.safetensors").write_bytes((folder / "student.safetensors").read_bytes()[:-100])
+    (folder / "text.safetensors").write_text("some words")
+    (folder / "empty").mkdir()
+    (folder / "other").mkdir()
+    (folder / "other/thesis.tex").write_text("x")
+    names = ("teacher", "student", "truncated", "text")
+    return {name.upper(): folder / f"{name}.safetensors" for name in names} | {
+        "EMPTY": folder / "empty",
+        "OTHER": folder / "other",
+    }
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_bad_input_is_one_line_and_leaves_nothing(case, files, tmp_path, monkeypatch, capsys):
+    script, overrides, expected = CASES[case]
+    for name, path in {**files, "OUT": tmp_path / "out"}.items():
+        overrides = [o.removesuffix(f"={name}") + f"={path}" if o.endswith(f"={name}") else o for o in overrides]
+    if not any(o.startswith(("out=", "dest=")) for o in overrides) and script != "reproduce":
+        overrides = [*overrides, f"out={tmp_path / 'out'}"]
+    monkeypatch.setenv("HYDRA_FULL_ERROR", "0")
+    monkeypatch.setattr(sys, "argv", [f"scripts/{script}.py", *overrides])
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(SystemExit) as caught:
+        importlib.import_module(script).main()
+    errors = capsys.readouterr().err.strip()
+    assert caught.value.code == 2, errors
+    assert len(errors.splitlines()) == 1 and errors.startswith("error: "), errors
+    for text in expected:
+        assert text in errors
+    written = [p for p in tmp_path.rglob("*") if p.is_file() and p.name != "config.yaml"]
+    assert not written
+
+
+def test_the_table_is_long_enough():
+    assert len(CASES) >= 50
