@@ -28,7 +28,7 @@ class Halving:
         sampler: what the students are for: the deterministic N-step sampler, or the stochastic one.
         weighting: weight of the error on x0.
         trainer: settings of `TrainerConfig` for all stages.
-        stages: settings that replace them in the stage of the student of so many steps.
+        stages: settings that replace them in the stage of the student of so many steps, if there is one.
         last: the number of steps to stop at.
     """
 
@@ -44,10 +44,10 @@ class Halving:
         start = len(self.sigmas) - 1
         if start < 2 or start & (start - 1):
             raise ValueError(f"start_steps must be a power of two and at least 2, but is {start}")
-        students = self.students()
-        for num_steps in self.stages:
-            if int(num_steps) not in students:
-                raise ValueError(f"stages.{num_steps} is not a stage: they are {', '.join(map(str, students))}")
+        for num_steps in map(int, self.stages):
+            if num_steps < 1 or num_steps & (num_steps - 1):
+                stages = ", ".join(map(str, self.students()))
+                raise ValueError(f"stages.{num_steps} is never a stage: here they are {stages}")
 
     def students(self) -> list[int]:
         """The numbers of steps of the students, in the order in which they are made."""
