@@ -1,6 +1,6 @@
 """Write a guidance-distilled student as a folder that stock diffusers runs.
 
-    python scripts/export.py model=runs/stage2/stages/004 teacher=models/stable-diffusion out=models/four-steps
+python scripts/export.py model=runs/stage2/stages/004 teacher=models/stable-diffusion out=models/four-steps
 """
 
 from __future__ import annotations

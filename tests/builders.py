@@ -6,10 +6,17 @@ from diffdistill.models import build_denoiser
 
 
 def tiny_denoiser(seed=0, **changes):
-    """A small DDPM++ denoiser with 4 classes on [2, 8, 8]; its zero-initialised layers are filled, so that all count."""
+    """A small DDPM++ denoiser with 4 classes on [2, 8, 8]; its zero-initialised layers are filled."""
     torch.manual_seed(seed)
     config = {
-        "network": {"name": "song_unet", "model_channels": 8, "channel_mult": [1, 2], "num_blocks": 1, "attn_resolutions": [4], "dropout": 0.0},
+        "network": {
+            "name": "song_unet",
+            "model_channels": 8,
+            "channel_mult": [1, 2],
+            "num_blocks": 1,
+            "attn_resolutions": [4],
+            "dropout": 0.0,
+        },
         "preconditioning": {"name": "edm", "sigma_data": 0.5},
         "data_shape": [2, 8, 8],
         "num_classes": 4,

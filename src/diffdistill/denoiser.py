@@ -23,9 +23,7 @@ def per_sample(values: Tensor, like: Tensor) -> Tensor:
         ValueError: `values` does not have the shape `[B]`, with `B = like.shape[0]`.
     """
     if values.ndim != 1 or values.shape[0] != like.shape[0]:
-        raise ValueError(
-            f"expected one value per sample, shape [{like.shape[0]}], but got shape {list(values.shape)}"
-        )
+        raise ValueError(f"expected one value per sample, shape [{like.shape[0]}], but got shape {list(values.shape)}")
     return values.to(like.dtype).view(-1, *(1,) * (like.ndim - 1))
 
 

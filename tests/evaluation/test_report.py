@@ -112,5 +112,7 @@ def test_samples_of_another_shape_or_not_finite():
         evaluate_samples(torch.full((70, 1, 8, 8), float("nan")), None, data)
     with pytest.raises(ValueError, match=r"one label per image, shape \[70\], not \[69\]"):
         evaluate_samples(torch.rand(70, 1, 8, 8), torch.zeros(69).long(), data)
-    with pytest.raises(ValueError, match="unknown feature extractor 'vgg': choose one of digit_pixels, digits_classifier"):
+    with pytest.raises(
+        ValueError, match="unknown feature extractor 'vgg': choose one of digit_pixels, digits_classifier"
+    ):
         make("vgg")

@@ -38,7 +38,9 @@ def test_student_equals_the_conditional_teacher_at_initialisation():
     batch = tiny_batch(teacher)
     sigma = torch.tensor([0.01, 1.3, 60.0]).double()
     for w in (0.0, 2.5, 4.0):
-        assert torch.equal(GuidanceConditioned(student, w)(batch["x"], sigma, batch["y"]), teacher(batch["x"], sigma, batch["y"]))
+        assert torch.equal(
+            GuidanceConditioned(student, w)(batch["x"], sigma, batch["y"]), teacher(batch["x"], sigma, batch["y"])
+        )
 
 
 def test_the_exactly_guided_student_has_zero_loss_and_another_has_not():

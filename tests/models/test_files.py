@@ -46,7 +46,9 @@ def test_round_trip(tmp_path, place):
     assert loaded.config["provenance"] == {"command": "train", "loss": 0.5}
     student.eval()
     out = student(X, SIGMA, LABELS, torch.ones(3))
-    torch.testing.assert_close(loaded(X, SIGMA, LABELS, torch.ones(3)), out, rtol=1e-5, atol=1e-6)  # other memory format
+    torch.testing.assert_close(
+        loaded(X, SIGMA, LABELS, torch.ones(3)), out, rtol=1e-5, atol=1e-6
+    )  # other memory format
     assert fingerprint(loaded) == fingerprint(student)
     assert [path.name for path in tmp_path.rglob("*") if path.is_file()] == ["model.safetensors"]
     # What was loaded can be saved again, and keeps where it came from.

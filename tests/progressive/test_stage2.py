@@ -7,7 +7,13 @@ import torch
 
 from diffdistill.denoiser import Denoiser, per_sample
 from diffdistill.models import GaussianMixture
-from diffdistill.progressive.stage2 import STEPS, StepDistillation, deterministic_steps, stochastic_steps, two_step_target
+from diffdistill.progressive.stage2 import (
+    STEPS,
+    StepDistillation,
+    deterministic_steps,
+    stochastic_steps,
+    two_step_target,
+)
 from diffdistill.progressive.stochastic import StochasticEuler
 from diffdistill.solvers import Interval, ProbabilityFlow, make_schedule, sample
 from diffdistill.training.weighting import make_weighting
@@ -43,9 +49,7 @@ def test_the_exact_two_step_map_has_zero_loss(sampler):
     teacher = mixture()
     steps = STEPS[sampler](make_schedule("cosine", num_steps=8, sigma_min=0, sigma_max=80))
     batch = {"x": torch.randn(3, 2, 5, 7).double()}
-    loss = StepDistillation(
-        teacher, TwoSteps(teacher, steps), steps=steps, weighting=make_weighting("truncated_snr")
-    )
+    loss = StepDistillation(teacher, TwoSteps(teacher, steps), steps=steps, weighting=make_weighting("truncated_snr"))
     value = loss.loss(batch, torch.Generator().manual_seed(0)).value
     assert value.item() < 1e-20
     loss = StepDistillation(teacher, teacher, steps=steps, weighting=make_weighting("truncated_snr"))
@@ -88,7 +92,12 @@ def test_the_marginal_variance_of_the_stochastic_sampler_is_exact():
     sigmas = torch.tensor([20.0, 7.0, 2.0, 0.5, 0.0]).double()
     batch = 40_000
     run = sample(
-        point, torch.randn(batch, 2, 5).double(), solver=StochasticEuler(), sigmas=sigmas, seeds=range(batch), return_trajectory=True
+        point,
+        torch.randn(batch, 2, 5).double(),
+        solver=StochasticEuler(),
+        sigmas=sigmas,
+        seeds=range(batch),
+        return_trajectory=True,
     )
     for x, sigma in zip(run.x, run.sigmas, strict=True):
         variance = (x - 0.3).var().item()

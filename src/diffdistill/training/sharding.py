@@ -30,6 +30,8 @@ def shard(module: nn.Module, device: torch.device) -> None:
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import fully_shard
 
+    for parameter in module.parameters():
+        parameter.data = parameter.data.contiguous()  # FSDP2 refuses weights in the channels-last layout
     mesh = init_device_mesh(device.type, (dist.get_world_size(),))
     for block in blocks(module):
         if next(block.parameters(), None) is not None:

@@ -162,9 +162,7 @@ def test_a_table_of_another_length_is_refused():
     noise = torch.randn(3, 2, 5, 7)
     for rows in (1, 2, 5):
         solver = AMEDPlugin(make_solver("euler"), TabulatedPredictor([0.5] * rows))
-        with pytest.raises(
-            ValueError, match=f"for {rows} intervals, but the schedule has 4"
-        ):
+        with pytest.raises(ValueError, match=f"for {rows} intervals, but the schedule has 4"):
             sample(mixture, noise, solver=solver, sigmas=make_schedule([9.0, 4.0, 2.0, 1.0, 0.5]))
     solver = AMEDPlugin(make_solver("euler"), TabulatedPredictor(torch.full((2, 4), 0.5)))
     with pytest.raises(ValueError, match="4 samples, but the batch has 3"):

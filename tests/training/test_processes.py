@@ -1,0 +1,194 @@
+"""Two processes compute what one does: losses, checkpoints and samples."""
+
+import numpy as np
+import pytest
+import torch
+
+from diffdistill.generation import plan, spread_labels
+from diffdistill.models import save_denoiser
+from diffdistill.samples import draw_to
+from diffdistill.training import Run, Trainer, TrainerConfig
+from diffdistill.training.denoising import Denoising
+from diffdistill.training.distributed import GradientAverage, rank
+from diffdistill.training.noise_levels import make_noise_levels
+from diffdistill.training.weighting import make_weighting
+from tests.builders import tiny_denoiser
+from tests.training.several import several
+
+
+class Images:
+    """24 images in 4 classes."""
+
+    def __init__(self):
+        self.x = torch.randn(24, 2, 8, 8, generator=torch.Generator().manual_seed(3)).clamp(-1, 1)
+
+    def __len__(self):
+        return len(self.x)
+
+    def __getitem__(self, index):
+        return {"x": self.x[index], "y": torch.tensor(index % 4)}
+
+    def tensors(self):
+        return {"x": self.x, "y": torch.arange(24) % 4}
+
+
+def train(path, *, updates=50, **changes):
+    """Train a tiny U-Net; the losses, and the state of the averaged model."""
+    objective = Denoising(tiny_denoiser(), noise_levels=make_noise_levels("lognormal"), weighting=make_weighting("edm"))
+    settings = {"updates": updates, "batch_size": 4, "log_every": 1, "checkpoint_every": 30, "learning_rate": 1e-3}
+    config = TrainerConfig(**{**settings, "device": "cpu", "clip": 1.0, "ema_half_life": 100.0, **changes})
+    run = Run(path, {})
+    pictures = []
+    trainer = Trainer(objective, Images(), config, run, on_samples=lambda model: draw(model, pictures))
+    model = trainer.train()
+    if rank() == 0:
+        save_denoiser(model, path / "model.safetensors")
+    parts = [p.to_local().numel() if hasattr(p, "to_local") else p.numel() for p in trainer.parameters]
+    return {
+        "losses": [record["loss"] for record in run.metrics()],
+        "norms": [record["grad_norm"] for record in run.metrics()],
+        "model": {name: value.clone() for name, value in model.state_dict().items()},
+        "held": sum(parts),
+        "pictures": pictures,
+    }
+
+
+def draw(model, pictures):
+    with torch.no_grad():
+        x = model(torch.ones(2, 2, 8, 8), torch.full((2,), 3.0), torch.tensor([0, 1]))
+    pictures.append(x)
+    return x[:, :1]  # grids have 1 or 3 channels
+
+
+def work(folder):
+    """All that two processes do in these tests, in one go, since starting them takes longer than the work."""
+    results = {
+        "ddp": train(folder / "ddp", accumulation=2),
+        "fsdp": train(folder / "fsdp", parallel="fsdp", accumulation=2, sample_every=25, channels_last=True),
+    }
+    # 30 updates by one process, then 20 by two
+    results["resumed"] = train(folder / "one", parallel="fsdp")
+    scheme = plan(tiny_denoiser(), num_steps=3)
+    results["samples"] = draw_to(folder / "parts", scheme, range(5, 12), spread_labels(7, 4), batch_size=2).x
+    results["errors"] = [
+        message(lambda: train(folder / "odd", batch_size=3)),
+        message(lambda: draw_to(folder / "few", scheme, range(1), None)),
+    ]
+    results["gradients"] = averaged_gradients()
+    return results
+
+
+def message(action):
+    try:
+        action()
+    except ValueError as error:
+        return str(error)
+    return "no error"
+
+
+def averaged_gradients():
+    """The gradients of three parameters, in buckets of one, where the loss leaves the second one out."""
+    weights = [torch.nn.Parameter(torch.ones(3)) for _ in range(3)]
+    average = GradientAverage(weights)
+    for last in (False, True):
+        with average.during_backward(last):
+            ((rank() + 1) * weights[0] + weights[2] ** (rank() + 2)).sum().backward()
+    average.finish()
+    return [None if w.grad is None else w.grad.tolist() for w in weights]
+
+
+@pytest.fixture(scope="module")
+def one(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("processes")
+    whole = train(folder / "whole")
+    train(folder / "one", updates=30)
+    return folder, whole
+
+
+@pytest.fixture(scope="module")
+def two(one):
+    return several(2, work, one[0])
+
+
+@pytest.mark.parametrize("how", ["ddp", "fsdp", "resumed"])
+def test_two_processes_have_the_losses_of_one(one, two, how):
+    expected, found = one[1], two[0][how]
+    assert len(found["losses"]) == 50
+    np.testing.assert_allclose(found["losses"], expected["losses"], rtol=1e-5)
+    np.testing.assert_allclose(found["norms"], expected["norms"], rtol=1e-4)
+    for name, value in expected["model"].items():
+        if name.endswith("qkv.bias"):
+            continue  # softmax is blind to the keys' bias: its gradient is rounding noise, which Adam scales to one
+        torch.testing.assert_close(found["model"][name], value, rtol=1e-4, atol=1e-5, msg=name)
+
+
+def test_both_processes_get_the_whole_model(two):
+    for how in ("ddp", "fsdp"):
+        torch.testing.assert_close(two[1][how]["model"], two[0][how]["model"], rtol=0, atol=0)
+
+
+def test_split_parameters_lie_in_parts_and_can_be_evaluated_while_training(one, two):
+    total = one[1]["held"]
+    parts = [result["fsdp"]["held"] for result in two]
+    assert sum(parts) == total and max(parts) < 0.6 * total
+    assert two[0]["ddp"]["held"] == total
+    pictures = two[0]["fsdp"]["pictures"]
+    assert len(pictures) == 2
+    model = tiny_denoiser().eval()
+    model.load_state_dict(one[1]["model"])
+    expected = []
+    draw(model, expected)
+    torch.testing.assert_close(pictures[-1], expected[0], rtol=1e-4, atol=1e-4)
+
+
+def test_one_process_reads_the_checkpoint_of_two(one, two):
+    again = train(one[0] / "fsdp", updates=55)
+    assert len(again["losses"]) == 55
+    expected = train(one[0] / "whole", updates=55)
+    np.testing.assert_allclose(again["losses"], expected["losses"], rtol=1e-5)
+
+
+def test_samples_do_not_depend_on_the_number_of_processes(one, two):
+    scheme = plan(tiny_denoiser(), num_steps=3)
+    alone = draw_to(one[0] / "alone", scheme, range(5, 12), spread_labels(7, 4), batch_size=2).x
+    assert torch.equal(two[0]["samples"], alone) and torch.equal(two[1]["samples"], alone)
+
+
+def test_what_does_not_divide_is_named_in_one_line(two):
+    for result in two:
+        assert result["errors"] == [
+            "batch_size=3 does not divide into 2 processes x accumulation=1 equal parts",
+            "num_samples=1 is less than one for each of the 2 processes",
+        ]
+
+
+def test_gradients_are_means_also_where_a_parameter_is_unused(two):
+    # Summed over two backward passes: 2 (1 + 2) / 2, and 2 (2 + 3) / 2.
+    for result in two:
+        assert result["gradients"] == [[3.0] * 3, None, [5.0] * 3]
+
+
+def test_recomputed_activations_change_nothing(one, tmp_path):
+    again = train(tmp_path, updates=3, recompute=True)
+    assert again["losses"] == one[1]["losses"][:3]
+
+
+def test_recomputation_keeps_less_for_the_backward_pass():
+    from diffdistill.training.sharding import recompute
+
+    def saved(model):
+        count = 0
+
+        def pack(tensor):
+            nonlocal count
+            count += tensor.numel()
+            return tensor
+
+        with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+            model(torch.ones(2, 2, 8, 8), torch.ones(2), torch.tensor([0, 1]))
+        return count
+
+    model = tiny_denoiser()
+    whole = saved(model)
+    recompute(model)
+    assert saved(model) < 0.7 * whole
