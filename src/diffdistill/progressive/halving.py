@@ -11,7 +11,7 @@ from typing import Any, Literal
 from torch import Tensor, nn
 
 from diffdistill.denoiser import Denoiser, Distilled
-from diffdistill.models import load_denoiser, save_denoiser
+from diffdistill.models import NetworkDenoiser, load_denoiser, save_denoiser
 from diffdistill.progressive.stage2 import STEPS, StepDistillation
 from diffdistill.registry import choose
 from diffdistill.training import Run, Trainer, TrainerConfig
@@ -100,7 +100,8 @@ def halve_steps(
             name = f"{num_steps} step{'s' * (num_steps > 1)}"
             model = Trainer(objective, data, trainer, stage, on_samples=on_samples, name=name).train()
             if rank() == 0:
-                save_denoiser(model, paths[num_steps], provenance=provenance(stage) if provenance else None)
+                assert isinstance(model, NetworkDenoiser)
+            save_denoiser(model, paths[num_steps], provenance=provenance(stage) if provenance else None)
             stage.finish(["model.safetensors"])
         teacher = load_denoiser(paths[num_steps])
     if not run.finished:
