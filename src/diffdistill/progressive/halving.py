@@ -101,7 +101,7 @@ def halve_steps(
             model = Trainer(objective, data, trainer, stage, on_samples=on_samples, name=name).train()
             if rank() == 0:
                 assert isinstance(model, NetworkDenoiser)
-            save_denoiser(model, paths[num_steps], provenance=provenance(stage) if provenance else None)
+                save_denoiser(model, paths[num_steps], provenance=provenance(stage) if provenance else None)
             stage.finish(["model.safetensors"])
         teacher = load_denoiser(paths[num_steps])
     if not run.finished:
