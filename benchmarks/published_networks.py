@@ -56,16 +56,16 @@ class Noise:
         return {"x": self.x, "y": self.y}
 
 
-def seconds(work: Callable[[], object], rounds: int, device: torch.device) -> float:
-    """Median seconds of `work`, after one round that does not count."""
+def seconds(work: Callable[[], object], rounds: int, device: torch.device, *, warm: int = 1) -> float:
+    """Median seconds of `work`, after `warm` rounds that do not count."""
     times = []
-    for _ in range(rounds + 1):
+    for _ in range(rounds + warm):
         started = time.perf_counter()
         work()
         if device.type == "cuda":
             torch.cuda.synchronize(device)
         times.append(time.perf_counter() - started)
-    return statistics.median(times[1:])
+    return statistics.median(times[warm:])
 
 
 def matrix_rate(device: torch.device, dtype: torch.dtype, rounds: int) -> float:
@@ -99,8 +99,10 @@ def sampling(denoiser: NetworkDenoiser, options: argparse.Namespace, device: tor
     def run() -> None:
         list(generate(scheme, range(options.batch), labels, batch_size=options.batch))
 
-    taken, least = seconds(run, options.rounds, device), seconds(bare, options.rounds, device)
-    return options.batch / taken, taken / least
+    run(), bare()
+    # They take turns, so that drift of the machine cancels.
+    pairs = [[seconds(work, 1, device, warm=0) for work in (run, bare)] for _ in range(options.rounds)]
+    return options.batch / statistics.median(p[0] for p in pairs), statistics.median(a / b for a, b in pairs)
 
 
 def objective(stage: int, denoiser: NetworkDenoiser) -> Objective:
