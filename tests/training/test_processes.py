@@ -119,7 +119,8 @@ def test_two_processes_have_the_losses_of_one(one, two, how):
     for name, value in expected["model"].items():
         if name.endswith("qkv.bias"):
             continue  # softmax is blind to the keys' bias: its gradient is rounding noise, which Adam scales to one
-        torch.testing.assert_close(found["model"][name], value, rtol=1e-4, atol=1e-5, msg=name)
+        # A tenth of one update of Adam, which scales up the rounding of gradients near 0.
+        torch.testing.assert_close(found["model"][name], value, rtol=1e-4, atol=1e-4)
 
 
 def test_both_processes_get_the_whole_model(two):
