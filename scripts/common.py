@@ -56,13 +56,25 @@ def command(config_name: str) -> Callable[[Callable[[DictConfig], Any]], Callabl
 
         @wraps(main)
         def program() -> None:
-            os.environ["HYDRA_FULL_ERROR"] = "1"  # so that Hydra passes its own errors on to errors_in_one_line
-            with errors_in_one_line():
+            with errors_in_one_line(), hydra_errors_passed_on():
                 hydra.main(version_base="1.3", config_path=CONFIGS, config_name=config_name)(task)()
 
         return program
 
     return decorate
+
+
+@contextmanager
+def hydra_errors_passed_on() -> Iterator[None]:
+    """Make Hydra pass its own errors on; the environment of later programs stays as it was."""
+    before = os.environ.get("HYDRA_FULL_ERROR")
+    os.environ["HYDRA_FULL_ERROR"] = "1"
+    try:
+        yield
+    finally:
+        del os.environ["HYDRA_FULL_ERROR"]
+        if before is not None:
+            os.environ["HYDRA_FULL_ERROR"] = before
 
 
 def quiet_unless_first() -> AbstractContextManager[Any]:
@@ -80,9 +92,7 @@ def errors_in_one_line() -> Iterator[None]:
             raise
         here = int(os.environ.get("RANK", "0"))
         if here:
-            time.sleep(
-                SAME_ERROR_SECONDS
-            )  # an error of all processes is shown by the first; torchrun then ends the rest
+            time.sleep(SAME_ERROR_SECONDS)  # an error of all is shown by the first; torchrun then ends the rest
         print(f"error{f' in process {here}' if here else ''}: {one_line(error)}", file=sys.stderr)
         sys.exit(2)
 

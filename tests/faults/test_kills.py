@@ -90,9 +90,9 @@ def test_twenty_kills_change_nothing(tmp_path):
 
 
 def test_signals_end_the_stages_cleanly_and_the_rest_is_the_same(tmp_path):
-    assert attempt(fresh(tmp_path / "whole"), 4) == 0
+    assert attempt(fresh(tmp_path / "whole"), 12) == 0
     folder = fresh(tmp_path / "stopped")
-    assert attempt(folder, 4, stop_after=1, signum=signal.SIGTERM) == 128 + signal.SIGTERM
-    assert attempt(folder, 4, stop_after=5, signum=signal.SIGINT) == 128 + signal.SIGINT
-    assert attempt(folder, 4) == 0
+    assert attempt(folder, 12, stop_after=1, signum=signal.SIGTERM) == 128 + signal.SIGTERM
+    assert attempt(folder, 12, stop_after=5, signum=signal.SIGINT) == 128 + signal.SIGINT
+    assert attempt(folder, 12) == 0
     torch.testing.assert_close(result(folder), result(tmp_path / "whole"), rtol=0, atol=0)
