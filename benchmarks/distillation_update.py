@@ -14,9 +14,11 @@ import statistics
 import tempfile
 import time
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import torch
+import yaml
 
 from diffdistill.data import load_data
 from diffdistill.guidance.stage1 import GuidanceDistillation
@@ -28,21 +30,8 @@ from diffdistill.training.noise_levels import make_noise_levels
 from diffdistill.training.optimizers import make_optimizer
 from diffdistill.training.weighting import make_weighting
 
-MODEL = {
-    "network": {
-        "name": "song_unet",
-        "model_channels": 32,
-        "channel_mult": [1, 2],
-        "num_blocks": 1,
-        "attn_resolutions": [4],
-        "dropout": 0.0,
-    },
-    "preconditioning": {"name": "edm", "sigma_data": 0.75},
-    "data_shape": [1, 8, 8],
-    "num_classes": 10,
-    "sigma_min": 0.002,
-    "sigma_max": 80.0,
-}
+NETWORK = Path(__file__).parents[1] / "configs" / "network" / "digits.yaml"
+MODEL = {**yaml.safe_load(NETWORK.read_text()), "data_shape": [1, 8, 8], "num_classes": 10}
 
 
 def stage(name: str) -> tuple[Objective, list[int]]:
