@@ -2,12 +2,17 @@
 
     python scripts/compare_solvers.py model=digits-teacher num_samples=5000 out=runs/solvers
 
-For every number of evaluations each solver tries its schedules, and the levels to start at, on a few seeds; the best is
-measured on all. Learned solvers join through `learned=[FILE,...]`. Running the same command again continues the run.
+For every number of evaluations each solver tries its schedules, an analytical first step, and the levels to start at,
+on a few seeds; the best is measured on all. Learned solvers join through `learned=[NAME,...]`. Running the same command
+again continues the run.
 """
 
 from __future__ import annotations
 
+import json
+from collections.abc import Callable, Iterator
+from dataclasses import asdict
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -37,52 +42,58 @@ def problem_of(settings: dict[str, Any], run: Run) -> Problem:
     seeds = range(settings["seed"], settings["seed"] + settings["num_samples"])
     labels, size = spread_labels(len(seeds), denoiser.num_classes), settings["batch_size"]
     fine = settings["reference"]
+    same = {name: settings[name] for name in ("model", "w", "num_samples", "seed", "batch_size")}
+    truth = Run(fine["out"] or run.path / "reference", {**same, "reference": fine}, harmless=("out",))
     endpoints = comparison.reference_endpoints(
         denoiser,
         seeds,
         labels,
         solver=make_solver(**fine["solver"]),
         num_steps=fine["num_steps"],
-        folder=run.path / "reference",
+        folder=truth.path / "endpoints",
         batch_size=size,
     )
     return Problem(denoiser, seeds, labels, endpoints, size)
 
 
-def candidates(settings: dict[str, Any], problem: Problem) -> list[Candidate]:
-    """The best use of every solver at every number of evaluations, then the learned solvers."""
+def candidates(settings: dict[str, Any], problem: Problem) -> Iterator[tuple[str, Callable[[], Candidate | None]]]:
+    """The name of each entry, and a function that finds the best way to use it, or None if there is no way."""
     start = settings["start"]
     statistics = load_gaussian(start["statistics"] or settings["model"]) if start["sigmas"] else None
-    grid = Grid(settings["schedules"], statistics, start["sigmas"])
+    grid = Grid(settings["schedules"], statistics, start["sigmas"], settings["analytic_first_step"])
     few = problem.part(settings["tuning_samples"])
-    chosen = []
-    with tqdm(total=len(settings["solvers"]) * len(settings["evaluations"]), desc="choosing", disable=None) as bar:
-        for label, options in settings["solvers"].items():
-            for evaluations in settings["evaluations"]:
-                for started in (False, True) if start["sigmas"] else (False,):
-                    tried = grid.candidates(label, make_solver(**options), evaluations, few, started=started)
-                    chosen.append(comparison.best(tried, few))
-                bar.update()
-    for path in settings["learned"]:
-        learned = load_predictor(path)
-        learned.check(problem.denoiser)
-        chosen.append(
-            Candidate(
-                f"{learned.form} {learned.inner.get('name', '')}".strip(),
-                learned.solver,
-                learned.sigmas,
-                schedule="learned",
-                parameters=sum(p.numel() for p in learned.solver.predictor.parameters()),
-                training_seconds=learned.provenance.get("metrics", {}).get("seconds"),
-            )
-        )
-    return [candidate for candidate in chosen if candidate is not None]
+    for label, options in settings["solvers"].items():
+        for evaluations in settings["evaluations"]:
+            for started in (False, True) if start["sigmas"] else (False,):
+
+                def choose(
+                    given: tuple[Any, ...] = (label, options, evaluations), s: bool = started
+                ) -> Candidate | None:
+                    return comparison.best(grid.candidates(*given, few, started=s), few)
+
+                yield f"{label}_{evaluations}{'_start' if started else ''}", choose
+    for name in settings["learned"]:
+        yield f"learned_{Path(name).stem}", lambda name=name: learned_candidate(name, problem)
+
+
+def learned_candidate(name: str, problem: Problem) -> Candidate:
+    learned = load_predictor(name)
+    learned.check(problem.denoiser)
+    return Candidate(
+        Path(name).stem,
+        learned.solver,
+        learned.sigmas,
+        learned.gaussian_start(),
+        schedule="learned",
+        parameters=sum(p.numel() for p in learned.solver.predictor.parameters()),
+        training_seconds=learned.provenance.get("metrics", {}).get("seconds"),
+    )
 
 
 @command("compare_solvers")
 def main(config: DictConfig) -> None:
     settings = plain(config)
-    run = Run(settings["out"], settings, harmless=("device",))
+    run = Run(settings["out"], settings, harmless=("device", "learned", "out"))
     problem = problem_of(settings, run)
     features = make_features(settings["features"])
     real = gaussian_of(features, load_data(**settings["data"]).tensors()["x"])
@@ -91,9 +102,14 @@ def main(config: DictConfig) -> None:
         return frechet_distance(gaussian_of(features, x.clamp(-1, 1)), real)
 
     rows: list[Row] = []
-    for candidate in tqdm(candidates(settings, problem), desc="measuring", disable=None):
-        row, _ = comparison.measure(candidate, problem, frechet)
-        rows.append(row)
+    for name, choose in tqdm(list(candidates(settings, problem)), desc="solvers", disable=None):
+        path = run.path / "rows" / f"{name}.json"
+        if not path.exists():
+            candidate = choose()
+            row = None if candidate is None else comparison.measure(candidate, problem, frechet)[0]
+            write_text(path, json.dumps(row and asdict(row)) + "\n")
+        if row := json.loads(path.read_text(encoding="utf-8")):
+            rows.append(Row(**row))
     rows.sort(key=lambda row: (row.nfe, row.solver, row.start is not None))
     write_text(run.path / "solvers.csv", comparison.comma_separated(rows))
     write_text(run.path / "solvers.md", comparison.markdown(rows) + "\n" + comparison.gains(rows))

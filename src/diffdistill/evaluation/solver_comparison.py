@@ -17,7 +17,15 @@ from tqdm import tqdm
 
 from diffdistill.atomic import replacing
 from diffdistill.pictures import save_figure
-from diffdistill.solvers import GaussianStart, GaussianStatistics, Solver, make_schedule, sample, seeded_noise
+from diffdistill.solvers import (
+    GaussianStart,
+    GaussianStatistics,
+    Solver,
+    make_schedule,
+    make_solver,
+    sample,
+    seeded_noise,
+)
 
 
 @dataclass(frozen=True, eq=False)
@@ -178,33 +186,57 @@ class Grid:
         schedules: options of `make_schedule` by label; `sigma_min`, `sigma_max` and `num_steps` are filled in.
         statistics: for the analytic start, or None.
         starts: levels to start at, besides none.
+        analytic_first_step: try an analytical first step, too: of the unit Gaussian without start, of the statistics
+            with one.
     """
 
     schedules: Mapping[str, Mapping[str, Any]]
     statistics: GaussianStatistics | None = None
     starts: Sequence[float] = ()
+    analytic_first_step: bool = False
 
     def candidates(
-        self, label: str, solver: Solver, evaluations: int, problem: Problem, *, started: bool
+        self, label: str, options: Mapping[str, Any], evaluations: int, problem: Problem, *, started: bool
     ) -> list[Candidate]:
-        """All ways to use a solver for that many evaluations, with or without analytic start."""
-        denoiser, found = problem.denoiser, []
+        """All ways to use the solver of `options` (of `make_solver`) for that many evaluations.
+
+        Args:
+            label: of the solver.
+            options: of `make_solver`.
+            evaluations: of the denoiser.
+            problem: its denoiser and a few seeds.
+            started: with analytic start.
+        """
+        first_steps = {"": False}
+        if self.analytic_first_step and "afs" not in options:
+            first_steps[", afs"] = "gaussian" if started else True
+        found = []
         for start in self.starts if started else (None,):
             begin = None
             if start is not None:
                 assert self.statistics is not None
                 begin = GaussianStart(self.statistics, start)
-            for name, options in self.schedules.items():
-                options = {"sigma_min": denoiser.sigma_min, "sigma_max": start or denoiser.sigma_max, **options}
-                num_steps = num_steps_for(solver, evaluations, to_zero=options["sigma_min"] == 0)
-                if num_steps is None:
-                    continue
-                if options["name"] == "gits":
-                    ((noise, cond), *_) = problem.part(64).batches()
-                    options |= {"denoiser": denoiser, "noise": noise, "cond": cond}
-                sigmas = make_schedule(**options, num_steps=num_steps)
-                found.append(Candidate(label, solver, sigmas, begin, name))
+            for suffix, afs in first_steps.items():
+                solver = make_solver(**({"afs": afs} | options))
+                for name, schedule in self.schedules.items():
+                    sigmas = self._levels(schedule, solver, evaluations, problem, start)
+                    if sigmas is not None:
+                        found.append(Candidate(label, solver, sigmas, begin, name + suffix))
         return found
+
+    def _levels(
+        self, schedule: Mapping[str, Any], solver: Solver, evaluations: int, problem: Problem, start: float | None
+    ) -> Tensor | None:
+        """The schedule for which the solver asks the denoiser that often; None if there is none."""
+        denoiser = problem.denoiser
+        options = {"sigma_min": denoiser.sigma_min, "sigma_max": start or denoiser.sigma_max, **schedule}
+        num_steps = num_steps_for(solver, evaluations, to_zero=options["sigma_min"] == 0)
+        if num_steps is None:
+            return None
+        if options["name"] == "gits":
+            ((noise, cond), *_) = problem.part(64).batches()
+            options |= {"denoiser": denoiser, "noise": noise, "cond": cond}
+        return make_schedule(**options, num_steps=num_steps)
 
 
 def measure(
