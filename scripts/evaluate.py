@@ -20,7 +20,7 @@ from diffdistill.evaluation.sources import Sampler, StoredImages, open_images
 from diffdistill.generation import plan
 from diffdistill.training.distributed import processes, rank
 
-PLAN = ("w", "num_steps", "solver", "schedule")
+PLAN = ("w", "num_steps", "solver", "schedule", "start")
 
 
 @command("evaluate")

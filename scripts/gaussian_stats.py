@@ -2,13 +2,15 @@
 
     python scripts/gaussian_stats.py model=digits-teacher data=digits data.split=train out=runs/statistics
 
-The result is `out/statistics.safetensors`, for `load_gaussian`. Running the same command again continues the run.
+The result is `out/statistics.safetensors`, for `load_gaussian`; with `beside=true` also where `start=` looks for it.
+Running the same command again continues the run.
 """
 
 from __future__ import annotations
 
 import sys
 from dataclasses import replace
+from pathlib import Path
 
 import torch
 from omegaconf import DictConfig
@@ -17,16 +19,19 @@ from common import command, plain
 from diffdistill import load_denoiser
 from diffdistill.data import load_data
 from diffdistill.devices import device_of
-from diffdistill.generation import plan
+from diffdistill.generation import plan, statistics_of
 from diffdistill.samples import chosen_labels, draw_to
-from diffdistill.solvers import GaussianStatistics, save_gaussian
+from diffdistill.solvers import GaussianStatistics, save_gaussian, shipped_gaussians
 from diffdistill.training import Run
 
 
 @command("gaussian_stats")
 def main(config: DictConfig) -> None:
     settings = plain(config)
-    run = Run(settings["out"], settings, harmless=("device",))
+    path = Path(statistics_of(settings["model"]))
+    if settings["beside"] and str(path) in shipped_gaussians():
+        raise ValueError(f"statistics of {path} come with the package: leave out beside")
+    run = Run(settings["out"], settings, harmless=("device", "beside"))
     if settings["samples"] is None:
         data = load_data(**settings["data"])
         x, y = data.tensors().values()
@@ -41,11 +46,12 @@ def main(config: DictConfig) -> None:
     statistics = GaussianStatistics.fit(x, y, num_classes=num_classes, form=settings["form"], rank=settings["rank"])
     given = " ".join(["python", "scripts/gaussian_stats.py", *sys.argv[1:]])
     statistics = replace(statistics, provenance={"command": given, "images": len(x), "settings": settings})
-    path = run.path / "statistics.safetensors"
-    save_gaussian(statistics, path)
+    paths = [run.path / "statistics.safetensors", *([path] if settings["beside"] else [])]
+    for path in paths:
+        save_gaussian(statistics, path)
     run.finish(["statistics.safetensors"])
     spread = statistics.mean[:-1].std(dim=0).mean() if num_classes else torch.zeros(())
-    print(f"statistics of {len(x)} images, {num_classes} classes whose means differ by {spread:.3f}: {path}")
+    print(f"statistics of {len(x)} images, {num_classes} classes whose means differ by {spread:.3f}: {paths[-1]}")
 
 
 if __name__ == "__main__":

@@ -31,6 +31,7 @@ def main(config: DictConfig) -> None:
         solver=settings.get("solver"),
         schedule=settings.get("schedule"),
         num_steps=settings["num_steps"],
+        start=settings["start"],
     )
     bf16 = choose("precision", settings["precision"], {"fp32": False, "bf16": True})
     kinds = [settings["save"]] if isinstance(settings["save"], str) else settings["save"]

@@ -54,6 +54,7 @@ class Denoiser(nn.Module):
         w_range: guidance weights that the denoiser was trained to take as an input, or None if it takes none.
         distilled: how a few-step student is to be sampled, or None.
         bottleneck: the module whose output learned solvers read, or None.
+        source: the name or file that it was loaded from, or None.
     """
 
     sigma_min: float = 0.002
@@ -64,6 +65,7 @@ class Denoiser(nn.Module):
     cost: int = 1
     w_range: tuple[float, float] | None = None
     distilled: Distilled | None = None
+    source: str | None = None
 
     @property
     def bottleneck(self) -> nn.Module | None:

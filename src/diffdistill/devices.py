@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import torch
+from torch import nn
 
 
-def device_of(name: str) -> torch.device:
-    """The device of that name: "auto" (CUDA where there is one), "cpu", "cuda", "cuda:1", ...
+def device_of(name: str | nn.Module) -> torch.device:
+    """The device of that name: "auto" (CUDA where there is one), "cpu", "cuda", "cuda:1", ..., or that of a module.
 
     Raises:
         ValueError: an unknown name, or a device that is not there.
     """
+    if isinstance(name, nn.Module):
+        return next((p.device for p in name.parameters()), torch.device("cpu"))
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
     try:

@@ -21,6 +21,7 @@ from diffdistill.evaluation.reproduction import dry_run, missing_files, read_res
 from diffdistill.evaluation.tables import Table
 from diffdistill.generation import generate, plan
 from diffdistill.models import load_denoiser, save_denoiser
+from diffdistill.solvers import load_gaussian, save_gaussian
 from tests.builders import tiny_denoiser
 
 CPU = torch.device("cpu")
@@ -106,6 +107,29 @@ def test_gits_counts_the_evaluations_of_its_choice(model, tmp_path):
     rows = [{"name": "GITS", "solver": {"name": "ipndm"}, "schedule": {"name": "gits", "fine_steps": 5}}]
     result = reproduce(table(model, rows=rows, columns=[2]), tmp_path, device=CPU).results["gits__2"]
     assert (result.preparation_nfe, result.nfe) == (256 * 5, 2)
+
+
+def test_a_start_needs_statistics_and_counts_no_evaluation(model, tmp_path):
+    mine = tmp_path / "m.safetensors"
+    shutil.copy(model, mine)
+    rows = [
+        {"name": "Start", "solver": {"name": "ipndm"}, "start": 3.5},
+        {"name": "GITS", "solver": {"name": "ipndm"}, "start": 3.5, "schedule": {"name": "gits", "fine_steps": 5}},
+        {"name": "Named", "solver": {"name": "ipndm"}, "start": {"sigma": 3.5, "statistics": "digits-teacher"}},
+        {"name": "Plain", "solver": {"name": "ipndm"}},
+    ]
+    small = {"columns": [2], "num_samples": 20, "measures": ["accuracy"], "rows": rows}
+    outcome = reproduce(table(str(mine), **small), tmp_path / "t", device=CPU)
+    assert sorted(outcome.results) == ["named__2", "plain__2"]
+    assert {need.path for need in outcome.missing} == {str(tmp_path / "m.statistics.safetensors")}
+    assert outcome.missing[0].get == f"python scripts/gaussian_stats.py model={mine} beside=true"
+    save_gaussian(load_gaussian("digits-teacher"), tmp_path / "m.statistics.safetensors")
+    text = dry_run(table(str(mine), **small), tmp_path / "t", device=CPU)
+    assert "to do    GITS, nfe 2: 2 evaluations an image" in text and "done     Named" in text
+    results = reproduce(table(str(mine), **small), tmp_path / "t", device=CPU).results
+    assert [r.nfe for r in results.values()] == [2] * 4 and results["gits__2"].preparation_nfe == 256 * 5
+    assert results["start__2"].measures == results["named__2"].measures
+    assert json.loads((tmp_path / "t/cells/start__2.json").read_text())["digest"] != results["plain__2"].digest
 
 
 def test_a_finished_cell_is_not_measured_again_and_a_changed_one_is(model, done, tmp_path):

@@ -81,6 +81,15 @@ CASES = {
     "device": ("sample", ["model=STUDENT", "device=tpu9"], ["tpu9"]),
     "precision of sampling": ("sample", ["model=STUDENT", "precision=fp8"], ["fp8", "bf16"]),
     "predictor": ("sample", ["model=TEACHER", "solver=learned", "solver.predictor=nope"], ["nope"]),
+    "start of a student": ("sample", ["model=STUDENT", "start=3"], ["leave out", "start"]),
+    "start without statistics": ("sample", ["model=TEACHER", "num_steps=3", "start=3"], ["gaussian_stats.py", "no "]),
+    "start outside the range": (
+        "sample",
+        ["model=digits-teacher", "num_steps=3", "start=99"],
+        ["99", "0.002 to 80"],
+    ),
+    "entry of a start": ("sample", ["model=TEACHER", "num_steps=3", "start={level:3}"], ["sigma and statistics"]),
+    "statistics of a shipped model": ("gaussian_stats", ["beside=true"], ["digits-teacher", "leave out beside"]),
     # evaluation, conversion
     "nothing to measure": ("evaluate", [], ["samples=PATH", "model=NAME"]),
     "samples that are not there": ("evaluate", ["samples=/nowhere.npz"], ["/nowhere.npz"]),

@@ -1,5 +1,6 @@
 """The command line: what works end to end on a tiny model, and what a user does wrong."""
 
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -62,6 +63,24 @@ def test_an_interrupted_run_of_sampling_continues_and_batches_do_not_matter(mode
     assert parts[0].stat().st_mtime_ns == kept
     assert run("sample", *options, "batch_size=7", f"out={tmp_path / 'b'}").returncode == 0
     np.testing.assert_allclose(np.load(tmp_path / "b/samples.npz")["x"], whole, atol=1e-5)
+
+
+def test_statistics_and_sampling_from_an_analytic_start(models, tmp_path):
+    model = tmp_path / "teacher.safetensors"
+    shutil.copy(models / "teacher.safetensors", model)
+    options = [f"model={model}", "num_steps=2", "num_samples=12", "save=npz", "solver=ipndm", "start=3.5"]
+    options += ["schedule=polynomial", f"out={tmp_path / 'x'}"]
+    done = run("sample", *options)
+    assert done.returncode == 2 and "make them with scripts/gaussian_stats.py" in done.stderr
+    done = run("gaussian_stats", f"model={model}", "data.split=test", "beside=true", f"out={tmp_path / 's'}")
+    assert done.returncode == 0 and "statistics of 355 images" in done.stdout, done.stderr
+    assert (tmp_path / "teacher.statistics.safetensors").is_file()
+    done = run("sample", *options)
+    assert done.returncode == 0, done.stderr
+    with np.load(tmp_path / "x/samples.npz") as file:
+        assert file["x"].shape == (12, 1, 8, 8)
+    done = run("evaluate", *options[:2], "num_samples=20", "splits=1", "start=3.5", "measures=[accuracy]")
+    assert done.returncode == 0 and "class accuracy" in done.stdout, done.stderr
 
 
 def test_a_mistake_is_one_line_and_exit_code_2():

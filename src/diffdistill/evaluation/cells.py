@@ -28,15 +28,11 @@ from diffdistill.generation import Plan, count_nfe, plan, spread_labels
 from diffdistill.learned import load_predictor
 from diffdistill.models import guided
 from diffdistill.pictures import save_grid
-from diffdistill.solvers import make_schedule, make_solver, seeded_noise
+from diffdistill.solvers import seeded_noise
 from diffdistill.training import distributed
 
 GRID_IMAGES = 40
 GRID_COLUMNS = 10
-WARM_UP_SAMPLES = 256
-"""Trajectories from which GITS chooses a schedule (Chen et al. 2024, Section 4)."""
-WARM_UP_SEED = 2_000_000
-"""Their seeds start here, far from those that are evaluated."""
 
 
 @dataclass(frozen=True)
@@ -45,12 +41,10 @@ class Prepared:
 
     Attributes:
         plan: how.
-        preparation_nfe: network evaluations that choosing the schedule took, over all its trajectories.
         training: what training the learned parts took: by file, the command, updates and seconds.
     """
 
     plan: Plan
-    preparation_nfe: int
     training: Mapping[str, Mapping[str, Any]]
 
 
@@ -127,32 +121,8 @@ def prepare(cell: Cell, models: Models) -> Prepared:
         training[cell.predictor] = trained(load_predictor(cell.predictor).provenance)
     elif model.distilled is not None:
         schedule = None  # a student brings its own levels
-    elif schedule is not None and schedule.get("name") == "gits":
-        denoiser = model if w is None else guided(model, w)
-        sigmas, spent = _gits(denoiser, schedule, int(cell.num_steps or 0))
-        return Prepared(Plan(denoiser, make_solver(**(solver or {"name": "euler"})), sigmas), spent, _known(training))
-    scheme = plan(model, w=w, solver=solver, schedule=schedule, num_steps=cell.num_steps)
-    return Prepared(scheme, 0, _known(training))
-
-
-def _known(training: Mapping[str, Mapping[str, Any]]) -> dict[str, Mapping[str, Any]]:
-    return {name: record for name, record in training.items() if record}
-
-
-def _gits(denoiser: Denoiser, schedule: Mapping[str, Any], num_steps: int) -> tuple[Tensor, int]:
-    """The levels, and the evaluations that choosing them took: one for each step of the fine runs."""
-    options = {"sigma_min": denoiser.sigma_min, "sigma_max": denoiser.sigma_max, "fine_steps": 60, **schedule}
-    device = next(denoiser.parameters()).device
-    seeds = range(WARM_UP_SEED, WARM_UP_SEED + WARM_UP_SAMPLES)
-    labels = spread_labels(WARM_UP_SAMPLES, denoiser.num_classes)
-    sigmas = make_schedule(
-        **options,
-        num_steps=num_steps,
-        denoiser=denoiser,
-        noise=seeded_noise(seeds, denoiser.data_shape, device=device),
-        cond=None if labels is None else labels.to(device),
-    )
-    return sigmas, WARM_UP_SAMPLES * options["fine_steps"] * denoiser.cost
+    scheme = plan(model, w=w, solver=solver, schedule=schedule, num_steps=cell.num_steps, start=cell.start)
+    return Prepared(scheme, {name: record for name, record in training.items() if record})
 
 
 def trained(provenance: Any) -> dict[str, Any]:
@@ -221,7 +191,7 @@ class Laboratory:
             nfe=nfe,
             num_steps=prepared.plan.num_steps,
             seconds_per_image=seconds / table.num_samples,
-            preparation_nfe=prepared.preparation_nfe,
+            preparation_nfe=prepared.plan.preparation_nfe,
             training=prepared.training,
             hardware=hardware(self.models.device),
             versions=versions(),

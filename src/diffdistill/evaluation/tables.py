@@ -12,11 +12,14 @@ from typing import Any, Literal
 
 from diffdistill.evaluation.features import FEATURES
 from diffdistill.evaluation.measures import MEASURES
+from diffdistill.generation import statistics_of
 from diffdistill.learned import shipped_predictors
 from diffdistill.models.files import shipped_models
 from diffdistill.registry import choose
-from diffdistill.solvers import SOLVERS
+from diffdistill.solvers import SOLVERS, shipped_gaussians
 
+STATISTICS = "statistics/"
+"""Before the name of shipped statistics, which is that of their model."""
 COLUMNS = {"nfe": "network evaluations", "num_steps": "steps", "w": "guidance weight w"}
 
 
@@ -33,6 +36,7 @@ class Row:
         predictor: name or file of a learned solver, in place of `solver` and `schedule`.
         num_steps: where it is not what the columns are.
         w: guidance weight, likewise; None guides nothing.
+        start: the analytic start, as of `diffdistill.generation.plan`.
         published: one value for each column, None where there is none.
         source: of these values, where it is not the table's.
         get: how to get the files of this row that the table's `files` do not list.
@@ -48,6 +52,7 @@ class Row:
     predictor: str | None = None
     num_steps: int | None = None
     w: float | None = None
+    start: float | Mapping[str, Any] | None = None
     published: Sequence[float | None] = ()
     source: str | None = None
     get: str | None = None
@@ -76,8 +81,9 @@ class Need:
 
 
 def located(name: str) -> Path:
-    """The file behind the name of a shipped model or predictor, or behind a path."""
-    return shipped_models().get(name) or shipped_predictors().get(name) or Path(name)
+    """The file behind the name of a shipped model or predictor or of statistics, or behind a path."""
+    statistics = {f"{STATISTICS}{known}": path for known, path in shipped_gaussians().items()}
+    return {**statistics, **shipped_predictors(), **shipped_models()}.get(name, Path(name))
 
 
 @dataclass(frozen=True)
@@ -86,7 +92,7 @@ class Cell:
 
     Attributes:
         row, column: where it stands.
-        model, solver, schedule, predictor, num_steps, w: as of `Row`, resolved for the column.
+        model, solver, schedule, predictor, num_steps, w, start: as of `Row`, resolved for the column.
         published: value, or None.
         source: of the published value.
         needs: files.
@@ -101,6 +107,7 @@ class Cell:
     predictor: str | None
     num_steps: int | None
     w: float | None
+    start: float | Mapping[str, Any] | None
     published: float | None
     source: str | None
     needs: tuple[Need, ...]
@@ -118,7 +125,8 @@ class Cell:
     def settings(self) -> dict[str, Any]:
         """What decides the samples, but for the content of the files."""
         names = ("model", "solver", "schedule", "predictor", "num_steps", "w")
-        return {name: getattr(self, name) for name in names}
+        begin = {} if self.start is None else {"start": self.start}
+        return {name: getattr(self, name) for name in names} | begin
 
 
 @dataclass(frozen=True)
@@ -215,11 +223,13 @@ class Table:
             raise ValueError(f"table {self.name}: row {row.name!r} names no model, and the table has none")
         schedule = None if predictor else (row.schedule if row.schedule is not None else self.schedule)
         needs = [] if impossible else [self._need(path, row, names) for path in (model, predictor) if path]
+        if row.start is not None and not impossible:
+            needs.append(_statistics(model, row.start))
         if "file" in self.reference and not impossible:
             needs.append(self._need(str(self.reference["file"]), row, names))
         source = (row.source or self.source) if published is not None else None
         return Cell(
-            row.name, column, model, row.solver, schedule, predictor, num_steps, w, published, source,
+            row.name, column, model, row.solver, schedule, predictor, num_steps, w, row.start, published, source,
             tuple(needs), impossible,
         )  # fmt: skip
 
@@ -227,7 +237,7 @@ class Table:
         entry = self.files.get(path)
         if isinstance(entry, Mapping):
             return Need(path, str(entry.get("url", "")), entry.get("sha256"))
-        if entry is None and not Path(path).suffix:
+        if entry is None and row.get is None and not Path(path).suffix:
             return Need(path, "it comes with the package")
         return Need(path, str(entry or (row.get or "the config does not say how to get it").format(**names)))
 
@@ -248,6 +258,14 @@ def _checked(kind: str, config: Mapping[str, Any], cls: type, *, drop: str = "")
     if lacking is not None:
         raise TypeError(f"a {kind} needs an entry {lacking!r}: {config.get('name', dict(config))}")
     return {key: value for key, value in config.items() if key != drop}
+
+
+def _statistics(model: str, start: float | Mapping[str, Any]) -> Need:
+    """The statistics of an analytic start."""
+    name = (start.get("statistics") if isinstance(start, Mapping) else None) or statistics_of(model)
+    if name in shipped_gaussians():
+        return Need(f"{STATISTICS}{name}", "they come with the package")
+    return Need(name, f"python scripts/gaussian_stats.py model={model} beside=true")
 
 
 def _steps_for(nfe: int, solver: Mapping[str, Any]) -> tuple[int | None, str | None]:

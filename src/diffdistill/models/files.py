@@ -227,6 +227,7 @@ def load_denoiser(name_or_path: str | os.PathLike[str], *, device: torch.device 
         )
     # Channels last, because convolutions are faster so, on CPU as on GPU.
     denoiser = READERS[key](path).to(device).eval()
+    denoiser.source = name if name in shipped else str(path)
     return denoiser.to(memory_format=torch.channels_last)  # pyright: ignore[reportCallIssue]
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from torch import Tensor
@@ -14,6 +14,9 @@ from diffdistill.solvers.flow import ProbabilityFlow
 from diffdistill.solvers.ipndm import IPNDM
 from diffdistill.solvers.sampling import intervals
 from diffdistill.solvers.schedules import check_num_steps, polynomial
+
+if TYPE_CHECKING:
+    from diffdistill.solvers.start import GaussianStart
 
 Metric = Callable[[Tensor, Tensor, Tensor], Tensor]
 
@@ -51,6 +54,7 @@ def gits(
     coefficient: float = 1.15,
     fine_steps: int = 60,
     rho: float = 7.0,
+    start: GaussianStart | None = None,
 ) -> Tensor:
     """Choose `num_steps + 1` of the levels of a fine polynomial schedule by dynamic programming.
 
@@ -68,16 +72,21 @@ def gits(
         coefficient: weight of a later step against the one before it.
         fine_steps: steps of the teacher.
         rho: of the fine schedule.
+        start: the analytic start whose runs the schedule is for; `sigma_max` is then its sigma.
 
     Raises:
         ValueError: an unknown metric, or more steps than the teacher takes.
     """
-    measure = choose("metric", metric, METRICS)
+    measure, solver = choose("metric", metric, METRICS), IPNDM(order=4)
     check_num_steps(num_steps)
     if num_steps > fine_steps:
         raise ValueError(f"num_steps must be at most fine_steps = {fine_steps}, but is {num_steps}")
     sigmas = polynomial(num_steps=fine_steps, sigma_min=sigma_min, sigma_max=sigma_max, rho=rho)
-    points, slopes = _teacher(ProbabilityFlow(denoiser, cond), noise * sigmas[0].item(), sigmas, IPNDM(order=4))
+    if start is None:
+        x, history = noise * sigmas[0].item(), ()
+    else:
+        x, history = start.begin(denoiser, noise, sigmas, cond, memory=solver.memory)
+    points, slopes = _teacher(ProbabilityFlow(denoiser, cond), x, sigmas, solver, history)
     cost = torch.full((fine_steps + 1, fine_steps + 1), torch.inf, dtype=torch.float64)
     for i in range(fine_steps):
         lengths = (sigmas[i + 1 :] - sigmas[i]).to(points.device, points.dtype)
@@ -86,10 +95,11 @@ def gits(
     return sigmas[shortest_path(cost, num_steps, coefficient)]
 
 
-def _teacher(flow: ProbabilityFlow, x: Tensor, sigmas: Tensor, solver: Solver) -> tuple[Tensor, Tensor]:
+def _teacher(
+    flow: ProbabilityFlow, x: Tensor, sigmas: Tensor, solver: Solver, history: History
+) -> tuple[Tensor, Tensor]:
     """Points `[len(sigmas), B, D]` of the trajectories and the slopes `[len(sigmas) - 1, B, D]` there."""
     points, slopes = [x], []
-    history: History = ()
     for interval in intervals(sigmas, len(x), x.device):
         evaluation = solver.evaluate(flow, x, interval)
         slopes.append(evaluation.eps)
