@@ -1,6 +1,7 @@
 """Denoisers: networks with their preconditioning, guidance, exact mixtures, and their files."""
 
 from diffdistill.models.adm_unet import OpenAIUNet
+from diffdistill.models.autoencoder import Autoencoder, build_autoencoder, load_autoencoder, save_autoencoder
 from diffdistill.models.classifier import ClassifierGuidance, EncoderUNet, NoisyClassifier
 from diffdistill.models.dhariwal_unet import DhariwalUNet
 from diffdistill.models.files import (
@@ -12,7 +13,7 @@ from diffdistill.models.files import (
     save_denoiser,
     with_guidance_input,
 )
-from diffdistill.models.guidance import ClassifierFreeGuidance, GuidanceConditioned, guided
+from diffdistill.models.guidance import ClassifierFreeGuidance, GuidanceConditioned, Wrapper, guided
 from diffdistill.models.mixture import GaussianMixture
 from diffdistill.models.network import NetworkDenoiser
 from diffdistill.models.preconditioning import PRECONDITIONINGS, Preconditioning, make_preconditioning
@@ -21,6 +22,7 @@ from diffdistill.models.song_unet import SongUNet
 __all__ = [
     "NETWORKS",
     "PRECONDITIONINGS",
+    "Autoencoder",
     "ClassifierFreeGuidance",
     "ClassifierGuidance",
     "DhariwalUNet",
@@ -32,12 +34,16 @@ __all__ = [
     "OpenAIUNet",
     "Preconditioning",
     "SongUNet",
+    "Wrapper",
+    "build_autoencoder",
     "build_denoiser",
     "fingerprint",
     "guidance_student",
     "guided",
+    "load_autoencoder",
     "load_denoiser",
     "make_preconditioning",
+    "save_autoencoder",
     "save_denoiser",
     "with_guidance_input",
 ]

@@ -153,7 +153,7 @@ class ClassifierGuidance(_Guided):
         denoised = self.denoiser(x, sigma, cond if self.denoiser_takes_labels else None)
         if cond is None:
             return denoised
-        scale = self.w.to(x.device) if isinstance(self.w, Tensor) else torch.full_like(sigma, self.w)
+        scale = self.weights(x) if isinstance(self.w, Tensor) else torch.full_like(sigma, self.w)
         weight = scale.to(torch.float64) * sigma.to(torch.float64) ** 2
         return denoised + per_sample(weight, x) * self._gradient(x, sigma, cond)
 

@@ -9,18 +9,17 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from diffdistill.denoiser import Denoiser, per_sample
+from diffdistill.denoiser import Codec, Denoiser, per_sample
 
 _FORWARDED = ("sigma_min", "sigma_max", "sigma_data", "data_shape", "num_classes", "distilled")
 
 
-class _Guided(Denoiser):
-    """A denoiser around another one, with a weight w: a float, or one number per sample, `[B]`."""
+class Wrapper(Denoiser):
+    """A denoiser around another one, with its range, its shape and its conditions."""
 
-    def __init__(self, denoiser: Callable[..., Tensor], w: float | Tensor) -> None:
+    def __init__(self, denoiser: Callable[..., Tensor]) -> None:
         super().__init__()
         self.denoiser = denoiser
-        self.w = w
         for name in _FORWARDED:
             setattr(self, name, getattr(denoiser, name, getattr(Denoiser, name)))
 
@@ -28,12 +27,36 @@ class _Guided(Denoiser):
     def bottleneck(self) -> nn.Module | None:
         return getattr(self.denoiser, "bottleneck", None)
 
+    @property
+    def conditional(self) -> bool:
+        return getattr(self.denoiser, "conditional", super().conditional)
+
+    @property
+    def codec(self) -> Codec | None:
+        return getattr(self.denoiser, "codec", None)
+
     def null_condition(self, cond: Any) -> Any:
         return getattr(self.denoiser, "null_condition", super().null_condition)(cond)
 
     def check_condition(self, cond: Any, batch: int) -> None:
         if isinstance(self.denoiser, Denoiser):
             self.denoiser.check_condition(cond, batch)
+
+
+class _Guided(Wrapper):
+    """A denoiser around another one, with a weight w: a float, or one number per sample, `[B]`."""
+
+    def __init__(self, denoiser: Callable[..., Tensor], w: float | Tensor) -> None:
+        super().__init__(denoiser)
+        self.w = w
+
+    def weights(self, x: Tensor) -> Tensor:
+        """w on the device of `x`, `[B]`."""
+        if not isinstance(self.w, Tensor):
+            return torch.full((len(x),), float(self.w), device=x.device)
+        if self.w.device != x.device:
+            self.w = self.w.to(x.device)  # once: a copy in every call would wait for the device
+        return self.w
 
 
 class ClassifierFreeGuidance(_Guided):
@@ -58,7 +81,7 @@ class ClassifierFreeGuidance(_Guided):
         null = self.null_condition(cond) if self.null is None else self.null
         both = self.denoiser(torch.cat([x, x]), torch.cat([sigma, sigma]), _pair(cond, null))
         conditional, unconditional = both.chunk(2)
-        w = per_sample(self.w.to(x.device), x) if isinstance(self.w, Tensor) else self.w
+        w = per_sample(self.weights(x), x) if isinstance(self.w, Tensor) else self.w
         # In this form w = 0 returns the conditional half to the last bit.
         return conditional + w * (conditional - unconditional)
 
@@ -77,8 +100,7 @@ class GuidanceConditioned(_Guided):
 
     def forward(self, x: Tensor, sigma: Tensor, cond: Any = None) -> Tensor:
         """Denoise `x: [B, ...]` at `sigma: [B]` under `cond`."""
-        w = self.w if isinstance(self.w, Tensor) else torch.full((len(x),), float(self.w))
-        return self.denoiser(x, sigma, cond, w=w.to(x.device))
+        return self.denoiser(x, sigma, cond, w=self.weights(x))
 
 
 def guided(denoiser: Callable[..., Tensor], w: float | Tensor) -> Denoiser:
