@@ -9,6 +9,7 @@ import time
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext, redirect_stdout
+from dataclasses import replace
 from functools import wraps
 from pathlib import Path
 from typing import Any
@@ -19,9 +20,12 @@ from hydra.errors import HydraException, MissingConfigException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
+from diffdistill.acceleration import accelerated
 from diffdistill.data import ImageData
 from diffdistill.denoiser import Denoiser
+from diffdistill.generation import Plan
 from diffdistill.models import save_denoiser
+from diffdistill.registry import choose
 from diffdistill.training import DataError, NonFiniteLossError, Run
 from diffdistill.training.distributed import processes, rank
 
@@ -118,6 +122,16 @@ def plain(config: DictConfig) -> dict[str, Any]:
     return {str(key): value for key, value in resolved.items()}
 
 
+def faster(scheme: Plan, settings: dict[str, Any]) -> Plan:
+    """A plan with the switches `precision`, `channels_last`, `compile` and `cuda_graph` of a script."""
+    bf16 = choose("precision", settings["precision"], {"fp32": False, "bf16": True})
+    switches = {name: settings[name] for name in ("channels_last", "compile", "cuda_graph")}
+    for name, value in switches.items():
+        if not isinstance(value, bool):
+            raise ValueError(f"{name} must be true or false, but is {value!r}")
+    return replace(scheme, denoiser=accelerated(scheme.denoiser, **switches), bf16=bf16)
+
+
 def compose(config_name: str, overrides: list[str]) -> DictConfig:
     """The config of another script, as its command line would make it."""
     from hydra.core.global_hydra import GlobalHydra
@@ -136,10 +150,10 @@ def provenance(config: DictConfig, run: Run) -> dict[str, Any]:
     return {"command": command, "settings": plain(config), "metrics": metrics[-1] if metrics else {}}
 
 
-def finish(model: Any, run: Run, config: DictConfig) -> str:
+def finish(model: Any, run: Run, config: DictConfig, *, save: Callable[..., None] = save_denoiser) -> str:
     """Save the result of a run, mark the run as finished, and return the path of the model."""
     if rank() == 0:
-        save_denoiser(model, run.path / "model.safetensors", provenance=provenance(config, run))
+        save(model, run.path / "model.safetensors", provenance=provenance(config, run))
     run.finish(["model.safetensors"])
     return str(run.path / "model.safetensors")
 

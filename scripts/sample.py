@@ -7,11 +7,9 @@ Running the same command again continues an interrupted run. `torchrun` spreads 
 
 from __future__ import annotations
 
-from dataclasses import replace
-
 from omegaconf import DictConfig
 
-from common import command, plain
+from common import command, faster, plain
 from diffdistill import load_denoiser
 from diffdistill.devices import device_of
 from diffdistill.generation import plan
@@ -33,13 +31,13 @@ def main(config: DictConfig) -> None:
         num_steps=settings["num_steps"],
         start=settings["start"],
     )
-    bf16 = choose("precision", settings["precision"], {"fp32": False, "bf16": True})
+    scheme = faster(scheme, settings)
     kinds = [settings["save"]] if isinstance(settings["save"], str) else settings["save"]
     writers = [choose("kind of output", kind, WRITERS) for kind in kinds]
     labels = chosen_labels(settings["labels"], settings["num_samples"], model)
     seeds = range(settings["seed"], settings["seed"] + settings["num_samples"])
-    run = Run(settings["out"], settings, harmless=("device", "save"))
-    samples = draw_to(run.path / "parts", replace(scheme, bf16=bf16), seeds, labels, batch_size=settings["batch_size"])
+    run = Run(settings["out"], settings, harmless=("device", "save", "compile", "cuda_graph"))
+    samples = draw_to(run.path / "parts", scheme, seeds, labels, batch_size=settings["batch_size"])
     if rank() == 0:
         for write in writers:
             print(write(samples, run.path))

@@ -80,6 +80,12 @@ CASES = {
     "output": ("sample", ["model=STUDENT", "save=gif"], ["gif", "npz"]),
     "device": ("sample", ["model=STUDENT", "device=tpu9"], ["tpu9"]),
     "precision of sampling": ("sample", ["model=STUDENT", "precision=fp8"], ["fp8", "bf16"]),
+    "graphs without a GPU": (
+        "sample",
+        ["model=STUDENT", "device=cpu", "cuda_graph=true"],
+        ["CUDA graphs need", "cpu", "cuda_graph=false"],
+    ),
+    "compile": ("sample", ["model=STUDENT", "compile=maybe"], ["compile", "'maybe'", "true or false"]),
     "predictor": ("sample", ["model=TEACHER", "solver=learned", "solver.predictor=nope"], ["nope"]),
     "start of a student": ("sample", ["model=STUDENT", "start=3"], ["leave out", "start"]),
     "start without statistics": ("sample", ["model=TEACHER", "num_steps=3", "start=3"], ["gaussian_stats.py", "no "]),
