@@ -1,27 +1,61 @@
-"""Encode a folder of images and captions to latents and text embeddings, once, for both stages of distillation.
+"""Encode images to latents once, for the training of latent models.
 
+    python scripts/cache_latents.py model=runs/shapes/autoencoder data=shapes out=data/shapes-latents
     python scripts/cache_latents.py model=models/stable-diffusion images=data/laion512 out=data/laion512-latents
 
-Running the same command again continues an interrupted run.
+The first encodes a data set with labels, and keeps the autoencoder beside the latents; the second encodes images and
+their captions. Running the same command again continues an interrupted run.
 """
 
 from __future__ import annotations
 
+from pathlib import Path
+from typing import Any
+
 from omegaconf import DictConfig
 
 from common import command, plain
+from diffdistill.data import load_data
+from diffdistill.data.latents import AUTOENCODER, cache_images
 from diffdistill.devices import device_of
-from diffdistill.interop.diffusers import load_pipeline
-from diffdistill.interop.diffusers.caching import cache_latents
+from diffdistill.models import load_autoencoder, save_autoencoder
+
+
+def cache(settings: dict[str, Any]) -> Path:
+    """Write the latents, and return their folder."""
+    device = device_of(settings["device"])
+    options = {name: settings[name] for name in ("batch_size", "shard_size", "dtype")}
+    data = settings.get("data")
+    if (data is None) == (settings["images"] is None):
+        raise ValueError(
+            "give a data set with labels (data=shapes) or a folder of images with captions (images=FOLDER)"
+        )
+    if data is None:
+        from diffdistill.interop.diffusers import load_pipeline
+        from diffdistill.interop.diffusers.caching import cache_latents
+
+        parts = load_pipeline(settings["model"])
+        parts.pipeline.to(device)
+        return cache_latents(parts, settings["images"], settings["out"], seed=settings["seed"], **options)
+    images, autoencoder = load_data(**data), load_autoencoder(settings["model"])
+    if tuple(images.shape) != autoencoder.data_shape:
+        raise ValueError(
+            f"the data has images {list(images.shape)}, but the autoencoder takes {list(autoencoder.data_shape)}"
+        )
+    out = Path(settings["out"])
+    save_autoencoder(autoencoder, out / AUTOENCODER)
+    origin = {
+        "model": settings["model"],
+        "data": data,
+        "dtype": settings["dtype"],
+        "shard_size": settings["shard_size"],
+    }
+    return cache_images(autoencoder.to(device), images, out, origin=origin, device=device, **options)
 
 
 @command("cache_latents")
 def main(config: DictConfig) -> None:
-    settings = plain(config)
-    parts = load_pipeline(settings["model"])
-    parts.pipeline.to(device_of(settings["device"]))
-    options = {name: settings[name] for name in ("batch_size", "shard_size", "dtype", "seed")}
-    print(f"the latents are {cache_latents(parts, settings['images'], settings['out'], **options)}")
+    print(f"the latents are {cache(plain(config))}")
 
 
 if __name__ == "__main__":

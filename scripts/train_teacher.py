@@ -12,7 +12,7 @@ from omegaconf import DictConfig
 from common import command, finish, plain
 from diffdistill.data import load_data
 from diffdistill.generation import preview
-from diffdistill.models import build_denoiser
+from diffdistill.models import build_denoiser, load_autoencoder
 from diffdistill.training import Run, Trainer, TrainerConfig
 from diffdistill.training.denoising import Denoising
 from diffdistill.training.noise_levels import make_noise_levels
@@ -26,8 +26,10 @@ def train(config: DictConfig) -> str:
     if run.finished:
         return str(run.path / "model.safetensors")
     data = load_data(**settings["data"])
+    made = {**settings["model"], "data_shape": data.shape, "num_classes": data.num_classes}
+    autoencoder = None if data.autoencoder is None else load_autoencoder(data.autoencoder)
     objective = Denoising(
-        build_denoiser({**settings["model"], "data_shape": data.shape, "num_classes": data.num_classes}),
+        build_denoiser(made, autoencoder=autoencoder),
         noise_levels=make_noise_levels(**settings["noise_levels"]),
         weighting=make_weighting(settings["weighting"], sigma_data=settings["model"]["preconditioning"]["sigma_data"]),
         label_dropout=settings["label_dropout"],

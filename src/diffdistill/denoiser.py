@@ -7,7 +7,7 @@ deviation of the noise in data units. There is no other time variable above a de
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -29,14 +29,26 @@ def per_sample(values: Tensor, like: Tensor) -> Tensor:
 
 @dataclass(frozen=True)
 class Distilled:
-    """How a student of few steps is meant to be sampled: on exactly these noise levels, by exactly this sampler."""
+    """How a student of few steps is meant to be used: on exactly these noise levels, by exactly this sampler.
+
+    The sampler "encoder" is the deterministic one with sigma increasing: it carries images to noise.
+    """
 
     sigmas: tuple[float, ...]
-    sampler: Literal["deterministic", "stochastic"] = "deterministic"
+    sampler: Literal["deterministic", "stochastic", "encoder"] = "deterministic"
 
     @property
     def num_steps(self) -> int:
         return len(self.sigmas) - 1
+
+
+class Codec(Protocol):
+    """What turns images into latents and back; `factor` pixels make one latent along a side."""
+
+    @property
+    def factor(self) -> int: ...
+    def encode(self, images: Tensor, generator: torch.Generator | None = None) -> Tensor: ...
+    def decode(self, latents: Tensor) -> Tensor: ...
 
 
 class Denoiser(nn.Module):
@@ -54,6 +66,7 @@ class Denoiser(nn.Module):
         w_range: guidance weights that the denoiser was trained to take as an input, or None if it takes none.
         distilled: how a few-step student is to be sampled, or None.
         bottleneck: the module whose output learned solvers read, or None.
+        codec: the autoencoder of a denoiser of latents, or None where images themselves are denoised.
         source: the name or file that it was loaded from, or None.
     """
 
@@ -69,6 +82,10 @@ class Denoiser(nn.Module):
 
     @property
     def bottleneck(self) -> nn.Module | None:
+        return None
+
+    @property
+    def codec(self) -> Codec | None:
         return None
 
     @property

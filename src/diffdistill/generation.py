@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from diffdistill.denoiser import Denoiser
-from diffdistill.devices import device_of
+from diffdistill.devices import device_of, tuned_convolutions
 from diffdistill.learned.files import load_predictor
 from diffdistill.models import guided
 from diffdistill.progressive.stochastic import StochasticEuler
@@ -58,6 +58,11 @@ class Plan:
     def device(self) -> torch.device:
         return device_of(self.denoiser)
 
+    def pictures(self, x: Tensor) -> Tensor:
+        """What was sampled, `[B, ...]`, as images: the latents of a latent model are decoded."""
+        codec = getattr(self.denoiser, "codec", None)
+        return x if codec is None else codec.decode(x)
+
 
 def schedule_for(denoiser: Denoiser, options: Mapping[str, Any]) -> Tensor:
     """The schedule of `options` (of `make_schedule`) between the ends of a denoiser, where they do not say others.
@@ -102,6 +107,8 @@ def plan(
     denoiser = model if w is None else guided(model, w)
     own = model.distilled
     if own is not None:
+        if own.sampler == "encoder":
+            raise ValueError("this student carries images to noise, not noise to images: editing encodes with it")
         if num_steps not in (None, own.num_steps):
             raise ValueError(f"num_steps={num_steps}: this student was distilled for {own.num_steps} steps only")
         if solver is not None or schedule is not None or start is not None:
@@ -187,11 +194,11 @@ def generate(
         chunk = seeds[first : first + batch_size]
         cond = None if labels is None else labels[first : first + batch_size].to(device)
         noise = seeded_noise(chunk, plan.denoiser.data_shape, device=device)
-        with torch.autocast(device.type, torch.bfloat16, enabled=plan.bf16):
+        with torch.autocast(device.type, torch.bfloat16, enabled=plan.bf16), tuned_convolutions():
             x = sample(
                 plan.denoiser, noise, solver=plan.solver, sigmas=plan.sigmas, cond=cond, seeds=chunk, start=plan.start
             )
-        yield x
+        yield plan.pictures(x)
 
 
 def count_nfe(plan: Plan) -> int:

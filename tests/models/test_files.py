@@ -153,7 +153,7 @@ def test_a_failed_write_leaves_the_old_file(tmp_path, monkeypatch):
         file.write_bytes(b"half")
         raise OSError("no space left on device")
 
-    monkeypatch.setattr("diffdistill.models.files.save_file", full_disk)
+    monkeypatch.setattr("diffdistill.models.storage.save_file", full_disk)
     with pytest.raises(OSError, match="no space"):
         save_denoiser(tiny_denoiser(seed=1), path)
     assert path.read_bytes() == before and len(list(tmp_path.iterdir())) == 1

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import numpy as np
 import torch
 from torch import Tensor
@@ -16,10 +18,12 @@ class ImageData(Dataset[dict[str, Tensor]]):
     Attributes:
         shape: `(C, H, W)` of every image.
         num_classes: number of class labels, 0 for a set without labels (then y is -1).
+        autoencoder: for latents, the file of what turns them into images, if it is known.
     """
 
     shape: tuple[int, int, int]
     num_classes: int = 0
+    autoencoder: Path | None = None
 
     def __len__(self) -> int:
         raise NotImplementedError(f"{type(self).__name__} defines no __len__")

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import bisect
 import json
-from collections.abc import Mapping
-from itertools import accumulate
+from collections.abc import Callable, Iterable, Mapping
+from itertools import accumulate, islice
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -16,15 +16,20 @@ from torch import Tensor
 
 from diffdistill.atomic import replacing, write_text
 from diffdistill.data.base import ImageData, checked_index
+from diffdistill.denoiser import Codec
+from diffdistill.registry import choose
 
 INDEX = "index.json"
+AUTOENCODER = "autoencoder.safetensors"
+DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
+Item = TypeVar("Item")
 
 
 class LatentData(ImageData):
-    """Latents with their conditions: item i is `{"x": [C, h, w], "y.NAME": [...]}`, in float32.
+    """Latents with their conditions: item i is `{"x": [C, h, w], ...}` in float32, with a label `y` or parts `y.NAME`.
 
     Args:
-        path: a folder that `write_shard` and `write_index` filled, such as `scripts/cache_latents.py` does.
+        path: a folder that `write_shards` and `write_index` filled, such as `scripts/cache_latents.py` does.
 
     Raises:
         FileNotFoundError: no such folder, or no index in it.
@@ -37,6 +42,9 @@ class LatentData(ImageData):
             raise FileNotFoundError(f"no cached latents at {str(path)!r}: make them with scripts/cache_latents.py")
         index = json.loads((self.path / INDEX).read_text())
         self.shape = tuple(index["shape"])
+        self.num_classes = index.get("num_classes", 0)
+        name = index.get("autoencoder")
+        self.autoencoder = None if name is None else self.path / name
         self._shards: list[str] = [name for name, _ in index["shards"]]
         self._ends = list(accumulate(count for _, count in index["shards"]))
         for name in self._shards:
@@ -52,13 +60,18 @@ class LatentData(ImageData):
         row = index - (self._ends[shard - 1] if shard else 0)
         try:
             with safe_open(self.path / self._shards[shard], framework="pt") as file:
-                return {name: file.get_slice(name)[row].float() for name in file.keys()}  # noqa: SIM118 (not a dict)
+                return {name: _wide(file.get_slice(name)[row]) for name in file.keys()}  # noqa: SIM118 (not a dict)
         except (SafetensorError, OSError) as error:
             raise ValueError(f"the shard {self.path / self._shards[shard]} is damaged: {error}") from None
 
     def tensors(self) -> dict[str, Tensor]:
         shards = [load_file(self.path / name) for name in self._shards]
-        return {name: torch.cat([shard[name] for shard in shards]).float() for name in shards[0]}
+        return {name: _wide(torch.cat([shard[name] for shard in shards])) for name in shards[0]}
+
+
+def _wide(tensor: Tensor) -> Tensor:
+    """Numbers in float32, labels as they are."""
+    return tensor.float() if tensor.is_floating_point() else tensor
 
 
 def write_shard(folder: Path, number: int, items: Mapping[str, Tensor]) -> tuple[str, int]:
@@ -69,7 +82,88 @@ def write_shard(folder: Path, number: int, items: Mapping[str, Tensor]) -> tuple
     return name, len(items["x"])
 
 
-def write_index(folder: Path, shards: list[tuple[str, int]], shape: tuple[int, ...], origin: Mapping[str, Any]) -> None:
-    """Write what makes the shards a data set, last."""
-    index = {"shape": list(shape), "shards": shards, "origin": dict(origin)}
-    write_text(folder / INDEX, json.dumps(index, indent=1))
+def write_shards(
+    folder: Path,
+    items: Iterable[Item],
+    encode: Callable[[list[Item]], Mapping[str, Tensor]],
+    *,
+    shard_size: int,
+    origin: Mapping[str, Any],
+) -> list[tuple[str, int]]:
+    """Encode items and write them, `shard_size` in a file; returns names and sizes, for `write_index`.
+
+    A shard that is there already is kept, so that a run can go on.
+
+    Raises:
+        ValueError: the folder was made from another origin.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    if (folder / INDEX).is_file() and json.loads((folder / INDEX).read_text())["origin"] != origin:
+        raise ValueError(f"{folder} holds latents of another source or with other settings: choose a new folder")
+    shards: list[tuple[str, int]] = []
+    stream = iter(items)
+    while batch := list(islice(stream, shard_size)):
+        path = folder / f"{len(shards):06d}.safetensors"
+        whole = path.is_file() and _length(path) == len(batch)
+        shards.append((path.name, len(batch)) if whole else write_shard(folder, len(shards), encode(batch)))
+    return shards
+
+
+def _length(shard: Path) -> int:
+    with safe_open(shard, framework="pt") as file:
+        return file.get_slice("x").get_shape()[0]
+
+
+def write_index(
+    folder: Path,
+    shards: list[tuple[str, int]],
+    shape: tuple[int, ...],
+    origin: Mapping[str, Any],
+    *,
+    num_classes: int = 0,
+    autoencoder: str | None = None,
+) -> None:
+    """Write what makes the shards a data set, last; `autoencoder` is a file in the folder."""
+    index = {"shape": list(shape), "num_classes": num_classes, "autoencoder": autoencoder, "shards": shards}
+    write_text(folder / INDEX, json.dumps({**index, "origin": dict(origin)}, indent=1))
+
+
+def cache_images(
+    codec: Codec,
+    data: ImageData,
+    out: str | Path,
+    *,
+    origin: Mapping[str, Any],
+    batch_size: int = 256,
+    shard_size: int = 8192,
+    dtype: str = "float16",
+    device: torch.device | str = "cpu",
+) -> Path:
+    """Encode a set of images with labels for training; a shard that is there already is kept.
+
+    Args:
+        codec: the autoencoder. Its file belongs beside the shards, named `AUTOENCODER`.
+        data: the images.
+        out: the folder to write to; `LatentData` reads it.
+        origin: what the latents are made from and how.
+        batch_size: images encoded at once.
+        shard_size: items of a file.
+        dtype: of what is stored: float32, float16 or bfloat16.
+        device: where the codec is.
+
+    Raises:
+        ValueError: a folder that was made from another origin, or an unknown dtype.
+    """
+    kind, out = choose("dtype", dtype, DTYPES), Path(out)
+
+    def encoded(indices: list[int]) -> dict[str, Tensor]:
+        items = [data[i] for i in indices]
+        images = torch.stack([item["x"] for item in items]).split(batch_size)
+        x = torch.cat([codec.encode(part.to(device)).cpu() for part in images])
+        return {"x": x.to(kind), "y": torch.stack([item["y"] for item in items])}
+
+    shards = write_shards(out, range(len(data)), encoded, shard_size=shard_size, origin=origin)
+    channels, height, width = data.shape
+    example = codec.encode(torch.zeros(1, channels, height, width, device=device))
+    write_index(out, shards, example.shape[1:], origin, num_classes=data.num_classes, autoencoder=AUTOENCODER)
+    return out

@@ -7,26 +7,22 @@ import hashlib
 import json
 import os
 from collections.abc import Callable, Mapping
-from importlib import resources
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from diffdistill.atomic import replacing
 from diffdistill.denoiser import Denoiser, Distilled
 from diffdistill.models.adm_unet import OpenAIUNet
+from diffdistill.models.autoencoder import Autoencoder, build_autoencoder, freeze
 from diffdistill.models.dhariwal_unet import DhariwalUNet
 from diffdistill.models.network import NetworkDenoiser
 from diffdistill.models.preconditioning import make_preconditioning
 from diffdistill.models.song_unet import SongUNet
+from diffdistill.models.storage import FORMAT, load_state, read_model, shipped_models, write_model
 from diffdistill.registry import construct
 
-FORMAT = 1
-METADATA_KEY = "diffdistill"
 W_CHANNELS = 64
 """Width of the embedding of a guidance weight, and its parameters, for networks that do not state their own."""
 W_PARAMETERS = ("map_w.weight",)
@@ -38,10 +34,12 @@ NETWORKS: dict[str, Callable[..., nn.Module]] = {
 }
 
 _REQUIRED = ("network", "preconditioning", "data_shape", "sigma_min", "sigma_max")
-_OPTIONAL = ("format", "num_classes", "w_range", "distilled", "provenance")
+_OPTIONAL = ("format", "num_classes", "w_range", "distilled", "autoencoder", "provenance")
 
 
-def build_denoiser(config: Mapping[str, Any], *, network: nn.Module | None = None) -> NetworkDenoiser:
+def build_denoiser(
+    config: Mapping[str, Any], *, network: nn.Module | None = None, autoencoder: Autoencoder | None = None
+) -> NetworkDenoiser:
     """Build a denoiser with fresh weights.
 
     Args:
@@ -50,8 +48,10 @@ def build_denoiser(config: Mapping[str, Any], *, network: nn.Module | None = Non
             taken from the rest of the config unless given;
             `preconditioning`: `name`, one of `PRECONDITIONINGS`, and its options;
             `data_shape`, `sigma_min`, `sigma_max`; and optionally `num_classes` (0), `w_range`, `distilled`
-            (`sigmas` and `sampler`), `provenance` (anything that JSON holds).
+            (`sigmas` and `sampler`), `autoencoder` (options of `Autoencoder`, for a denoiser of its latents),
+            `provenance` (anything that JSON holds).
         network: a network that was built as the config says, to take in place of a fresh one.
+        autoencoder: what made the latents that are denoised; it becomes part of the denoiser and of its file, frozen.
 
     Returns:
         The denoiser, whose attribute `config` is the config with every default of this function filled in.
@@ -60,8 +60,10 @@ def build_denoiser(config: Mapping[str, Any], *, network: nn.Module | None = Non
         ValueError: an unknown name, a key that is missing or unknown, an option out of range.
         TypeError: an option that the network or the preconditioning does not have.
     """
-    config = _resolve(config)
+    config = _resolve(config if autoencoder is None else {**config, "autoencoder": autoencoder.config})
     preconditioning, distilled = config["preconditioning"], config["distilled"]
+    if autoencoder is None and "autoencoder" in config:
+        autoencoder = build_autoencoder(config["autoencoder"])
     if network is None:
         network = construct("network", config["network"]["name"], NETWORKS, **_options(config["network"]))
     denoiser = NetworkDenoiser(
@@ -73,6 +75,7 @@ def build_denoiser(config: Mapping[str, Any], *, network: nn.Module | None = Non
         sigma_max=config["sigma_max"],
         w_range=None if config["w_range"] is None else tuple(config["w_range"]),
         distilled=None if distilled is None else Distilled(tuple(distilled["sigmas"]), distilled["sampler"]),
+        autoencoder=None if autoencoder is None else freeze(autoencoder),
     )
     denoiser.config = config
     return denoiser
@@ -101,6 +104,8 @@ def _resolve(config: Mapping[str, Any]) -> dict[str, Any]:
     resolved.setdefault("num_classes", 0)
     resolved.setdefault("w_range", None)
     resolved.setdefault("distilled", None)
+    if resolved.get("autoencoder") is None:
+        resolved.pop("autoencoder", None)  # so that a denoiser of images has the fingerprint that it always had
     resolved.setdefault("provenance", None)
     resolved["network"].setdefault("img_channels", resolved["data_shape"][0])
     resolved["network"].setdefault("img_resolution", resolved["data_shape"][-1])
@@ -189,12 +194,7 @@ def save_denoiser(
     config = _config(denoiser)
     if provenance is not None:
         config["provenance"] = dict(provenance)
-    path = Path(path)
-    if path.suffix != ".safetensors":
-        path = path / "model.safetensors"
-    state = {name: value.detach().cpu().contiguous() for name, value in denoiser.state_dict().items()}
-    with replacing(path) as temporary:
-        save_file(state, temporary, metadata={METADATA_KEY: json.dumps(_resolve(config))})
+    write_model(path, denoiser, _resolve(config))
 
 
 def load_denoiser(name_or_path: str | os.PathLike[str], *, device: torch.device | str = "cpu") -> Denoiser:
@@ -235,33 +235,15 @@ def _keys(*, folder: bool) -> list[str]:
     return [key for key in READERS if key.startswith(".") != folder]
 
 
-def shipped_models() -> dict[str, Path]:
-    """The models that come with the package, by name."""
-    assets = Path(str(resources.files("diffdistill"))) / "assets" / "models"
-    return {path.stem: path for path in sorted(assets.glob("*.safetensors"))}
-
-
 def read_safetensors(path: Path) -> NetworkDenoiser:
     """Read a file that `save_denoiser` wrote, strictly.
 
     Raises:
         ValueError: as `load_denoiser`.
     """
-    try:
-        with safe_open(path, framework="pt") as file:
-            metadata = file.metadata() or {}
-            state = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a dict)
-    except (SafetensorError, OSError) as error:
-        raise ValueError(f"{path} is not a whole safetensors file: {error}") from None
-    if METADATA_KEY not in metadata:
-        raise ValueError(f"{path} holds tensors, but no config of a diffdistill model")
-    try:
-        config = json.loads(metadata[METADATA_KEY])
-    except json.JSONDecodeError as error:
-        raise ValueError(f"the config in {path} is not valid JSON: {error}") from None
-    if not isinstance(config, dict) or config.get("format") != FORMAT:
-        version = config.get("format") if isinstance(config, dict) else None
-        raise ValueError(f"{path} has model format {version}: this version reads format {FORMAT}")
+    config, state = read_model(path)
+    if "network" not in config and config.get("autoencoder") is not None:
+        raise ValueError(f"{path} holds an autoencoder, not a denoiser")
     try:
         denoiser = build_denoiser(config)
     except (TypeError, ValueError) as error:
@@ -275,26 +257,6 @@ READERS: dict[str, Callable[[Path], Denoiser]] = {
     "model.safetensors": read_safetensors,
 }
 """How to read a model: by the suffix of a file, or by the name of a file that a folder holds. Given that file."""
-
-
-def load_state(module: nn.Module, state: Mapping[str, Tensor], *, source: str) -> None:
-    """Copy `state` into `module`, strictly, with an error of one line.
-
-    Raises:
-        ValueError: `state` belongs to another architecture; `source` names where it comes from.
-    """
-    expected = module.state_dict()
-    missing = [name for name in expected if name not in state]
-    unexpected = [name for name in state if name not in expected]
-    shapes = [
-        f"{name} is {list(state[name].shape)} instead of {list(value.shape)}"
-        for name, value in expected.items()
-        if name in state and state[name].shape != value.shape
-    ]
-    for problem, names in (("missing", missing), ("unexpected", unexpected), ("of another shape", shapes)):
-        if names:
-            raise ValueError(f"{source} holds another architecture: {len(names)} tensors {problem}, first {names[0]}")
-    module.load_state_dict(dict(state))
 
 
 def fingerprint(denoiser: nn.Module) -> str:

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from diffdistill.denoiser import Denoiser, Distilled, per_sample
+from diffdistill.denoiser import Codec, Denoiser, Distilled, per_sample
 from diffdistill.models.preconditioning import Preconditioning
 
 
@@ -25,13 +25,15 @@ class NetworkDenoiser(Denoiser):
         sigma_min, sigma_max: the noise levels that the network was trained on.
         w_range: the guidance weights that the network was trained to take as an input, None if it takes none.
         distilled: how a few-step student is to be sampled.
+        autoencoder: between images and the latents that are denoised, or None for a denoiser of images.
 
     Attributes:
         model: the network.
         config: what `build_denoiser` made this from, or None.
 
     Raises:
-        ValueError: the network takes other class labels than `num_classes`, or takes w without `w_range`.
+        ValueError: the network takes other class labels than `num_classes`, or takes w without `w_range`; an
+            autoencoder of latents of another shape.
     """
 
     def __init__(
@@ -45,6 +47,7 @@ class NetworkDenoiser(Denoiser):
         sigma_max: float,
         w_range: tuple[float, float] | None = None,
         distilled: Distilled | None = None,
+        autoencoder: Any = None,
     ) -> None:
         super().__init__()
         label_dim = getattr(network, "label_dim", num_classes)
@@ -52,7 +55,11 @@ class NetworkDenoiser(Denoiser):
             raise ValueError(f"the network takes {label_dim} class labels, but num_classes is {num_classes}")
         if (w_range is not None) != bool(getattr(network, "w_channels", w_range)):
             raise ValueError(f"w_range {w_range}: a network with w_channels > 0 needs one, any other takes none")
+        latents = tuple(getattr(autoencoder, "latent_shape", data_shape))
+        if latents != tuple(data_shape):
+            raise ValueError(f"the autoencoder makes latents {list(latents)}, but data_shape is {list(data_shape)}")
         self.model = network
+        self.autoencoder = autoencoder
         self.preconditioning = preconditioning
         self.data_shape = tuple(data_shape)
         self.num_classes = num_classes
@@ -67,6 +74,10 @@ class NetworkDenoiser(Denoiser):
     @property
     def bottleneck(self) -> nn.Module | None:
         return getattr(self.model, "bottleneck", None)
+
+    @property
+    def codec(self) -> Codec | None:
+        return self.autoencoder
 
     @property
     def conditional(self) -> bool:

@@ -4,23 +4,19 @@ from __future__ import annotations
 
 import hashlib
 import io
-import json
 import os
 import tarfile
 from collections.abc import Iterator
 from pathlib import Path
 
 import torch
-from safetensors import safe_open
 from torch import Tensor
 from tqdm import tqdm
 
 from diffdistill.data.files import IMAGE_SUFFIXES
-from diffdistill.data.latents import INDEX, write_index, write_shard
+from diffdistill.data.latents import DTYPES, write_index, write_shards
 from diffdistill.interop.diffusers.parts import Parts
 from diffdistill.registry import choose
-
-DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 
 
 def captioned(source: str | os.PathLike[str]) -> Iterator[tuple[str, bytes, str]]:
@@ -117,30 +113,15 @@ def cache_latents(
     if parts.codec is None or parts.prompts is None:
         raise ValueError(f"{type(parts.pipeline).__name__} has no autoencoder and text encoder to make latents with")
     kind, out = choose("dtype", dtype, DTYPES), Path(out)
-    out.mkdir(parents=True, exist_ok=True)
     origin = {"source": os.fspath(source), "dtype": dtype, "seed": seed, "shard_size": shard_size}
-    if (out / INDEX).is_file() and json.loads((out / INDEX).read_text())["origin"] != origin:
-        raise ValueError(f"{out} holds latents of another source or with other settings: choose a new folder")
     resolution = parts.denoiser.data_shape[-1] * parts.codec.factor
-    shards: list[tuple[str, int]] = []
-    batch: list[tuple[str, bytes, str]] = []
 
-    def close() -> None:
-        number = len(shards)
-        path = out / f"{number:06d}.safetensors"
-        shards.append((path.name, len(batch)) if _whole(path, len(batch)) else write_shard(out, number, encoded()))
-        batch.clear()
-
-    def encoded() -> dict[str, Tensor]:
-        pieces = [_encode(parts, batch[i : i + batch_size], resolution, seed) for i in range(0, len(batch), batch_size)]
+    def encoded(items: list[tuple[str, bytes, str]]) -> dict[str, Tensor]:
+        pieces = [_encode(parts, items[i : i + batch_size], resolution, seed) for i in range(0, len(items), batch_size)]
         return {name: torch.cat([piece[name] for piece in pieces]).to(kind) for name in pieces[0]}
 
-    for item in tqdm(captioned(source), desc="encoding", unit="image", disable=None):
-        batch.append(item)
-        if len(batch) == shard_size:
-            close()
-    if batch:
-        close()
+    images = tqdm(captioned(source), desc="encoding", unit="image", disable=None)
+    shards = write_shards(out, images, encoded, shard_size=shard_size, origin=origin)
     write_index(out, shards, parts.denoiser.data_shape, origin)
     return out
 
@@ -155,11 +136,3 @@ def _encode(parts: Parts, items: list[tuple[str, bytes, str]], resolution: int, 
     latents = parts.codec.encode(images.to(device), generator)
     cond = parts.prompts([caption for _, _, caption in items])
     return {"x": latents.cpu(), **{f"y.{name}": value.cpu().contiguous() for name, value in cond.items()}}
-
-
-def _whole(path: Path, count: int) -> bool:
-    """Whether a shard with so many items is there."""
-    if not path.is_file():
-        return False
-    with safe_open(path, framework="pt") as file:
-        return file.get_slice("x").get_shape()[0] == count

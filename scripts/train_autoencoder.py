@@ -1,0 +1,59 @@
+"""Train the autoencoder of a latent model.
+
+    python scripts/train_autoencoder.py experiment=shapes/autoencoder out=runs/autoencoder
+
+Running the same command again continues the run. scripts/cache_latents.py then encodes data with the result.
+"""
+
+from __future__ import annotations
+
+import torch
+from omegaconf import DictConfig
+
+from common import command, finish, plain
+from diffdistill.data import load_data
+from diffdistill.models import build_autoencoder, save_autoencoder
+from diffdistill.training import Run, Trainer, TrainerConfig
+from diffdistill.training.reconstruction import Reconstruction
+
+SCALE_IMAGES = 5000
+
+
+def train(config: DictConfig) -> str:
+    """Train an autoencoder and return its path."""
+    settings = plain(config)
+    run = Run(settings["out"], settings)
+    if run.finished:
+        return str(run.path / "model.safetensors")
+    data = load_data(**settings["data"])
+    objective = Reconstruction(
+        build_autoencoder({**settings["model"], "data_shape": data.shape}),
+        noise=settings["noise"],
+        prior=settings["prior"],
+    )
+    shown = torch.stack([data[i]["x"] for i in range(settings["preview"]["num_samples"])])
+
+    def on_samples(model: torch.nn.Module) -> torch.Tensor:
+        images = shown.to(next(model.parameters()).device)
+        return torch.cat([images, model.decode(model.encode(images)).cpu().to(images)])
+
+    trainer = Trainer(
+        objective,
+        data,
+        TrainerConfig.from_dict(settings["trainer"]),
+        run,
+        on_samples=on_samples,
+        name="autoencoder",
+    )
+    model = trainer.train()
+    model.fit_scale(torch.stack([data[i]["x"] for i in range(min(SCALE_IMAGES, len(data)))]).to(trainer.device))
+    return finish(model, run, config, save=save_autoencoder)
+
+
+@command("train_autoencoder")
+def main(config: DictConfig) -> None:
+    print(f"the autoencoder is {train(config)}")
+
+
+if __name__ == "__main__":
+    main()
