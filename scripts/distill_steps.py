@@ -1,7 +1,9 @@
 """Stage 2: halve the number of sampling steps again and again, each student the next teacher.
 
     python scripts/distill_steps.py experiment=digits/stage2 teacher=runs/stage1 out=runs/stage2
+    python scripts/distill_steps.py experiment=digits/encoder out=runs/encoder
 
+The second distils encoders, which carry images to the noise that leads to them.
 Running the same command again continues the run, inside the stage where it stopped.
 """
 
@@ -31,13 +33,15 @@ def distill(config: DictConfig) -> dict[int, Path]:
         weighting=make_weighting(settings["weighting"], sigma_data=teacher.sigma_data),
         trainer=settings["trainer"],
         stages=settings["stages"] or {},
+        last=settings["last_steps"],
     )
+    encoder = settings["sampler"] == "encoder"  # which makes no pictures
     return halve_steps(
         teacher,
         data,
         halving,
         Run(settings["out"], settings),
-        on_samples=preview(**settings["preview"]),
+        on_samples=None if encoder else preview(**settings["preview"]),
         provenance=lambda stage: provenance(config, stage),
     )
 

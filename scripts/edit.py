@@ -2,6 +2,7 @@
 
 python scripts/edit.py task=inpaint model=digits-student-4 num_steps=null out=runs/inpainted
 python scripts/edit.py task=style_transfer label=7 num_steps=64 out=runs/sevens
+python scripts/edit.py task=style_transfer label=7 model=digits-student-4 num_steps=null encoder.model=digits-encoder-4
 python scripts/edit.py task=image_to_image model=models/four-steps prompt="a fox" images=cat.png num_steps=null w=6.5
 """
 
@@ -18,7 +19,7 @@ from diffdistill import load_denoiser
 from diffdistill.data import load_data
 from diffdistill.devices import device_of
 from diffdistill.editing.inputs import read_images, read_mask
-from diffdistill.editing.session import TASKS, Edit
+from diffdistill.editing.session import TASKS, Edit, encoding_plan
 from diffdistill.generation import plan
 from diffdistill.pictures import save_grid
 from diffdistill.registry import choose
@@ -46,7 +47,7 @@ def edit(settings: dict[str, Any]) -> tuple[torch.Tensor, torch.Tensor]:
         parts = load_pipeline(folder)
         parts.pipeline.to(device)
     model = load_denoiser(settings["model"], device=device)
-    codec = None if parts is None else parts.codec
+    codec = model.codec if parts is None else parts.codec
     shape, labels = tuple(model.data_shape), None
     if codec is not None:
         shape = (3, shape[1] * codec.factor, shape[2] * codec.factor)
@@ -54,11 +55,14 @@ def edit(settings: dict[str, Any]) -> tuple[torch.Tensor, torch.Tensor]:
         images = read_images(settings["images"], shape)
     else:
         data = load_data(**settings["data"])
+        if tuple(data.shape) != shape:
+            raise ValueError(f"the model takes images {list(shape)}, but the data has {list(data.shape)}: choose data=")
         images = torch.stack([data[i]["x"] for i in range(settings["num_images"])])
         labels = torch.stack([data[i]["y"] for i in range(settings["num_images"])]) if model.num_classes else None
     scheme = {"w": settings["w"], "solver": settings.get("solver"), "schedule": settings.get("schedule")}
     encoder = dict(settings["encoder"])
     name, needed = encoder.pop("model"), settings["task"] in ("reconstruct", "style_transfer")
+    source = (load_denoiser(name, device=device) if name else model) if needed else None
     before, after = conditions(settings, None if labels is None else labels.to(device), len(images), parts)
     made = task(
         Edit(
@@ -68,7 +72,7 @@ def edit(settings: dict[str, Any]) -> tuple[torch.Tensor, torch.Tensor]:
             codec=codec,
             strength=settings["strength"],
             known=read_mask(settings["mask"], shape[1:]).to(device),
-            source=plan(load_denoiser(name, device=device) if name else model, **encoder) if needed else None,
+            source=None if source is None else encoding_plan(source, **encoder),
             source_cond=before,
             seed=settings["seed"],
         )

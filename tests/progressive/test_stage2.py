@@ -6,11 +6,13 @@ import pytest
 import torch
 
 from diffdistill.denoiser import Denoiser, per_sample
+from diffdistill.editing import encode
 from diffdistill.models import GaussianMixture
 from diffdistill.progressive.stage2 import (
     STEPS,
     StepDistillation,
     deterministic_steps,
+    encoder_steps,
     stochastic_steps,
     two_step_target,
 )
@@ -47,7 +49,8 @@ class TwoSteps(Denoiser):
 @pytest.mark.parametrize("sampler", STEPS)
 def test_the_exact_two_step_map_has_zero_loss(sampler):
     teacher = mixture()
-    steps = STEPS[sampler](make_schedule("cosine", num_steps=8, sigma_min=0, sigma_max=80))
+    sigma_min = 0.002 if sampler == "encoder" else 0
+    steps = STEPS[sampler](make_schedule("cosine", num_steps=8, sigma_min=sigma_min, sigma_max=80))
     batch = {"x": torch.randn(3, 2, 5, 7).double()}
     loss = StepDistillation(teacher, TwoSteps(teacher, steps), steps=steps, weighting=make_weighting("truncated_snr"))
     value = loss.loss(batch, torch.Generator().manual_seed(0)).value
@@ -56,13 +59,16 @@ def test_the_exact_two_step_map_has_zero_loss(sampler):
     assert loss.loss(batch, torch.Generator().manual_seed(0)).value.item() > 1e-6
 
 
-def test_steps_of_both_samplers():
+def test_steps_of_all_samplers():
     sigmas = torch.arange(8, -1, -1).double()
     assert deterministic_steps(sigmas).tolist() == [[8, 7, 6], [6, 5, 4], [4, 3, 2], [2, 1, 0]]
     assert stochastic_steps(sigmas).tolist() == [[8, 6, 4], [6, 4, 2], [4, 2, 0], [2, 1, 0]]
     assert stochastic_steps(sigmas[:3]).tolist() == [[8, 7, 6]]
+    assert encoder_steps(1 + sigmas).tolist() == [[1, 2, 3], [3, 4, 5], [5, 6, 7], [7, 8, 9]]
     with pytest.raises(ValueError, match="even"):
         deterministic_steps(sigmas[:-1])
+    with pytest.raises(ValueError, match="positive"):
+        encoder_steps(sigmas)
 
 
 def test_an_ideal_chain_of_halvings_samples_like_its_first_teacher():
@@ -75,6 +81,15 @@ def test_an_ideal_chain_of_halvings_samples_like_its_first_teacher():
     end_teacher = sample(teacher, noise, solver=Euler(), sigmas=sigmas)
     end_student = sample(student, noise, solver=Euler(), sigmas=sigmas[::2])
     torch.testing.assert_close(end_student, end_teacher, rtol=1e-10, atol=1e-10)
+
+
+def test_an_ideal_chain_of_halvings_encodes_like_its_first_teacher():
+    teacher, sigmas = mixture(), make_schedule("cosine", num_steps=8, sigma_min=0.002, sigma_max=80)
+    student = TwoSteps(teacher, encoder_steps(sigmas))
+    x0 = torch.randn(3, 2, 5, 7).double()
+    expected, found = encode(teacher, x0, sigmas=sigmas), encode(student, x0, sigmas=sigmas[::2])
+    torch.testing.assert_close(found, expected, rtol=1e-9, atol=1e-9)
+    assert (encode(teacher, x0, sigmas=sigmas[::2]) - expected).abs().max() > 1e-3
 
 
 def test_the_target_of_a_step_to_zero_is_where_the_teacher_ends():

@@ -1,4 +1,4 @@
-"""Encoding by the reversed ODE, and style transfer with it (Meng et al. 2023, Section 3.4; Su et al. 2023)."""
+"""Encoding by the reversed ODE, and style transfer with it (Meng et al. 2023, Section 4; Su et al. 2023)."""
 
 from __future__ import annotations
 
@@ -8,8 +8,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from diffdistill.editing.image_to_image import levels_left
 from diffdistill.solvers import Euler, ProbabilityFlow, Solver, integrate, intervals, sample
 from diffdistill.solvers.schedules import check_sigmas
+
+LEVEL_TOLERANCE = 1e-6
+"""Levels that are closer than this, relatively, are the same."""
 
 
 def _reversible(solver: Solver, sigmas: Tensor) -> Tensor:
@@ -20,6 +24,21 @@ def _reversible(solver: Solver, sigmas: Tensor) -> Tensor:
     if solver.stochastic:
         raise ValueError(f"{type(solver).__name__} is stochastic: encoding needs a solver of the ODE")
     return sigmas
+
+
+def levels_up_to(sigmas: Tensor, top: float) -> Tensor:
+    """The levels at which to encode up to `top`: `top` itself, and those of a schedule that lie below it.
+
+    Raises:
+        ValueError: the schedule has no level below `top`, or ends before it.
+    """
+    below = sigmas[sigmas < top * (1 - LEVEL_TOLERANCE)]
+    if not len(below) or top > float(sigmas[0]) * (1 + LEVEL_TOLERANCE):
+        raise ValueError(
+            f"cannot encode up to sigma = {top:g}: the levels of the encoder are {float(sigmas[-1]):g} to "
+            f"{float(sigmas[0]):g}"
+        )
+    return torch.cat([sigmas.new_tensor([top]), below])
 
 
 @torch.no_grad()
@@ -65,10 +84,13 @@ def style_transfer(
     solver: Solver | None = None,
     source_cond: Any = None,
     target_cond: Any = None,
+    strength: float = 1.0,
 ) -> Tensor:
     """Encode images with the denoiser of one domain and decode with that of another.
 
     Two classes or prompts of one model are two domains: give the same denoiser twice, `target` guided if wanted.
+    A low strength keeps the layout: what an image shares with others of its size is only lost in the noise of high
+    levels, and an image that is encoded up to a middle level keeps it as it is.
 
     Args:
         source: encodes.
@@ -78,13 +100,16 @@ def style_transfer(
         solver: as in `encode`.
         source_cond: the condition of the images as they are.
         target_cond: the condition that they shall have.
+        strength: the share of the levels to encode through, from the last; 0 returns the images.
 
     Returns:
         Images or latents `[B, ...]`.
 
     Raises:
-        ValueError: as `encode`.
+        ValueError: as `encode`, or a strength outside [0, 1].
     """
-    solver = solver or Euler()
+    solver, sigmas = solver or Euler(), levels_left(sigmas, strength)
+    if len(sigmas) == 1:
+        return x0
     noise = encode(source, x0, sigmas=sigmas, solver=solver, cond=source_cond)
     return sample(target, noise, solver=solver, sigmas=sigmas, cond=target_cond)

@@ -22,22 +22,31 @@ class Start:
     sigmas: Tensor
 
 
-def noised(x0: Tensor, sigmas: Tensor, strength: float, noise: Tensor) -> Start:
-    """`x0 + sigma noise` at the level that `strength` says: 1 is the first of the schedule, 0 the last.
+def levels_left(sigmas: Tensor, strength: float) -> Tensor:
+    """The end of a schedule `[num_steps + 1]` that an edit of this strength goes through: 1 is all of it, 0 none.
 
-    As in the pipelines of diffusers, `int(strength * num_steps)` steps are left to do.
+    As in the pipelines of diffusers, `int(strength * num_steps)` steps are left to do; for 0 only the last level is.
 
     Raises:
-        ValueError: a strength outside [0, 1], or noise of another shape.
+        ValueError: a strength outside [0, 1], or levels that do not decrease.
     """
     if not 0 <= strength <= 1:
         raise ValueError(f"strength must lie in [0, 1], but is {strength}")
+    sigmas = check_sigmas(torch.as_tensor(sigmas, dtype=torch.float64).cpu())
+    num_steps = len(sigmas) - 1
+    return sigmas[num_steps - int(num_steps * strength) :]
+
+
+def noised(x0: Tensor, sigmas: Tensor, strength: float, noise: Tensor) -> Start:
+    """`x0 + sigma noise` at the first of the levels that `strength` leaves; for no steps, `x0` itself.
+
+    Raises:
+        ValueError: as `levels_left`, or noise of another shape.
+    """
+    levels = levels_left(sigmas, strength)
     if noise.shape != x0.shape:
         raise ValueError(f"the noise has shape {list(noise.shape)}, but the image {list(x0.shape)}")
-    sigmas = check_sigmas(torch.as_tensor(sigmas, dtype=torch.float64).cpu())
-    left = int((len(sigmas) - 1) * strength)
-    levels = sigmas[len(sigmas) - 1 - left :]
-    return Start(x0 + float(levels[0]) * noise if left else x0, levels)
+    return Start(x0 + float(levels[0]) * noise if len(levels) > 1 else x0, levels)
 
 
 @torch.no_grad()

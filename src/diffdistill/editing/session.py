@@ -2,26 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn.functional import interpolate
 
-from diffdistill.editing.encoding import encode
-from diffdistill.editing.image_to_image import image_to_image
+from diffdistill.denoiser import Codec, Denoiser
+from diffdistill.editing.encoding import LEVEL_TOLERANCE, encode, levels_up_to
+from diffdistill.editing.image_to_image import image_to_image, levels_left
 from diffdistill.editing.inpainting import Known, inpaint
-from diffdistill.generation import Plan
-from diffdistill.solvers import sample, seeded_noise
-
-
-class Codec(Protocol):
-    """What turns pictures into latents and back."""
-
-    def encode(self, images: Tensor) -> Tensor: ...
-    def decode(self, latents: Tensor) -> Tensor: ...
+from diffdistill.generation import Plan, plan
+from diffdistill.solvers import Euler, sample, seeded_noise
 
 
 @dataclass(frozen=True, eq=False)
@@ -33,7 +27,7 @@ class Edit:
         plan: the denoiser that makes the result, with its solver and levels.
         cond: the condition that the result shall have.
         codec: the autoencoder of a latent model, or None.
-        strength: of image-to-image, in [0, 1].
+        strength: of image-to-image and style transfer, in [0, 1]: the share of the plan's steps to go through.
         known: for inpainting, 1 where the image is known, `[1 or B, 1, H, W]`.
         source: how to encode: a denoiser with its solver and levels, which end above 0.
         source_cond: the condition of the images as they are.
@@ -121,23 +115,65 @@ def mask_channels(edit: Edit, known: Known) -> Tensor:
     return torch.cat([mask, masked], dim=1)
 
 
-def _codes(edit: Edit) -> Tensor:
-    if edit.source is None:
-        raise ValueError("encoding needs a denoiser to encode with")
+def encoding_plan(
+    model: Denoiser,
+    *,
+    num_steps: int | None = None,
+    solver: Mapping[str, Any] | None = None,
+    schedule: Mapping[str, Any] | None = None,
+) -> Plan:
+    """Say how to encode with `model`: a distilled encoder on its own levels, another model by a solver of the ODE.
+
+    Args:
+        model: from `load_denoiser`.
+        num_steps: as in `generation.plan`; a distilled encoder has its own.
+        solver: as in `generation.plan`; a distilled encoder brings its own.
+        schedule: as in `generation.plan`; it must end above 0, as by default "polynomial" does.
+
+    Raises:
+        ValueError: as `generation.plan`, or a student for sampling.
+    """
+    own = model.distilled
+    if own is None:
+        return plan(model, num_steps=num_steps, solver=solver, schedule=schedule or {"name": "polynomial"})
+    if own.sampler != "encoder":
+        raise ValueError(
+            "a student for sampling cannot encode: encode with its teacher, or with a student of sampler=encoder"
+        )
+    return Plan(model, Euler(), torch.tensor(own.sigmas, dtype=torch.float64))
+
+
+def _codes(edit: Edit, top: float) -> Tensor:
+    """The images carried to the level `top`, over that level."""
     source = edit.source
-    return encode(source.denoiser, edit.x0, sigmas=source.sigmas, solver=source.solver, cond=edit.source_cond)
+    if source is None:
+        raise ValueError("encoding needs a denoiser to encode with")
+    distilled = source.denoiser.distilled
+    if distilled is not None and all(abs(top / level - 1) > LEVEL_TOLERANCE for level in distilled.sigmas):
+        raise ValueError(
+            f"this encoder stops at the levels {', '.join(f'{level:g}' for level in distilled.sigmas[:-1])}, but the "
+            f"result begins at {top:g}: choose a strength, or steps, that begin at one of them"
+        )
+    levels = levels_up_to(source.sigmas, top)
+    return encode(source.denoiser, edit.x0, sigmas=levels, solver=source.solver, cond=edit.source_cond)
 
 
 def _reconstruct(edit: Edit) -> Tensor:
-    assert edit.source is not None
-    source = edit.source
-    x = sample(source.denoiser, _codes(edit), solver=source.solver, sigmas=source.sigmas, cond=edit.source_cond)
+    way = edit.source
+    if way is None or way.denoiser.distilled is not None:
+        way = edit.plan  # a distilled encoder cannot decode
+    x = sample(
+        way.denoiser, _codes(edit, float(way.sigmas[0])), solver=way.solver, sigmas=way.sigmas, cond=edit.source_cond
+    )
     return edit.pictures(x)
 
 
 def _transfer(edit: Edit) -> Tensor:
-    plan = edit.plan
-    x = sample(plan.denoiser, _codes(edit), solver=plan.solver, sigmas=plan.sigmas, cond=edit.cond, seeds=edit.seeds)
+    plan, levels = edit.plan, levels_left(edit.plan.sigmas, edit.strength)
+    x = edit.x0
+    if len(levels) > 1:
+        codes = _codes(edit, float(levels[0]))
+        x = sample(plan.denoiser, codes, solver=plan.solver, sigmas=levels, cond=edit.cond, seeds=edit.seeds)
     return edit.pictures(x)
 
 

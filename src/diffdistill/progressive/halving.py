@@ -24,8 +24,9 @@ class Halving:
     """Settings of stage 2.
 
     Attributes:
-        sigmas: the first teacher's grid, `[2**k + 1]` levels down to 0; each student keeps every second one of it.
-        sampler: what the students are for: the deterministic N-step sampler, or the stochastic one.
+        sigmas: the first teacher's grid, `[2**k + 1]` levels, down to 0 for samplers and to a positive level for
+            encoders; each student keeps every second one of it.
+        sampler: what the students are for: the deterministic N-step sampler, the stochastic one, or encoding.
         weighting: weight of the error on x0.
         trainer: settings of `TrainerConfig` for all stages.
         stages: settings that replace them in the stage of the student of so many steps, if there is one.
@@ -33,17 +34,19 @@ class Halving:
     """
 
     sigmas: Tensor
-    sampler: Literal["deterministic", "stochastic"]
+    sampler: Literal["deterministic", "stochastic", "encoder"]
     weighting: Callable[[Tensor], Tensor]
     trainer: Mapping[str, Any]
     stages: Mapping[Any, Mapping[str, Any]] = field(default_factory=dict)
     last: int = 1
 
     def __post_init__(self) -> None:
-        choose("sampler", self.sampler, STEPS)
         start = len(self.sigmas) - 1
         if start < 2 or start & (start - 1):
             raise ValueError(f"start_steps must be a power of two and at least 2, but is {start}")
+        if not 1 <= self.last <= start // 2:
+            raise ValueError(f"last_steps must lie between 1 and {start // 2}, half of start_steps, but is {self.last}")
+        choose("sampler", self.sampler, STEPS)(self.sigmas)
         for num_steps in map(int, self.stages):
             if num_steps < 1 or num_steps & (num_steps - 1):
                 stages = ", ".join(map(str, self.students()))
@@ -92,7 +95,9 @@ def halve_steps(
         sigmas = sigmas[::2]
         paths[num_steps] = stage.path / "model.safetensors"
         if not stage.finished:
-            student = copy.deepcopy(teacher).requires_grad_(True)
+            student = copy.deepcopy(teacher)
+            # All parameters are trained, but for a network that says otherwise, such as one with adapters.
+            getattr(getattr(student, "model", None), "unfreeze", student.requires_grad_)()
             student.distilled = Distilled(tuple(sigmas.tolist()), halving.sampler)
             objective = StepDistillation(
                 teacher, student, steps=steps, weighting=halving.weighting, w_range=teacher.w_range

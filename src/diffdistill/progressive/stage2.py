@@ -41,9 +41,20 @@ def stochastic_steps(sigmas: Tensor) -> Tensor:
     return torch.cat([torch.stack([grid[:-2], grid[1:-1], grid[2:]], dim=1), halves[-1:]])
 
 
+def encoder_steps(sigmas: Tensor) -> Tensor:
+    """The steps that the deterministic sampler takes from data to noise (Meng et al. 2023, Section 4).
+
+    Arguments and result are those of `deterministic_steps`; the levels of each step increase.
+    """
+    if sigmas[-1] <= 0:
+        raise ValueError("an encoder begins at the last level of its grid, which must be positive: set sigma_min")
+    return deterministic_steps(sigmas.flip(0))
+
+
 STEPS: dict[str, Callable[[Tensor], Tensor]] = {
     "deterministic": deterministic_steps,
     "stochastic": stochastic_steps,
+    "encoder": encoder_steps,
 }
 """The steps a student is distilled at, by the sampler that it is meant for."""
 
