@@ -60,7 +60,7 @@ def command(config_name: str) -> Callable[[Callable[[DictConfig], Any]], Callabl
 
         @wraps(main)
         def program() -> None:
-            with errors_in_one_line(), hydra_errors_passed_on():
+            with errors_in_one_line(), hydra_environment():
                 hydra.main(version_base="1.3", config_path=CONFIGS, config_name=config_name)(task)()
 
         return program
@@ -69,16 +69,22 @@ def command(config_name: str) -> Callable[[Callable[[DictConfig], Any]], Callabl
 
 
 @contextmanager
-def hydra_errors_passed_on() -> Iterator[None]:
-    """Make Hydra pass its own errors on; the environment of later programs stays as it was."""
-    before = os.environ.get("HYDRA_FULL_ERROR")
-    os.environ["HYDRA_FULL_ERROR"] = "1"
+def hydra_environment() -> Iterator[None]:
+    """Make Hydra pass its own errors on, and jobs that it submits find this file and pass on theirs.
+
+    Later programs see no change.
+    """
+    path = os.pathsep.join([str(Path(__file__).parent), *filter(None, [os.environ.get("PYTHONPATH")])])
+    changes = {"HYDRA_FULL_ERROR": "1", "PYTHONPATH": path}
+    before = {name: os.environ.get(name) for name in changes}
+    os.environ.update(changes)
     try:
         yield
     finally:
-        del os.environ["HYDRA_FULL_ERROR"]
-        if before is not None:
-            os.environ["HYDRA_FULL_ERROR"] = before
+        for name, value in before.items():
+            del os.environ[name]
+            if value is not None:
+                os.environ[name] = value
 
 
 def quiet_unless_first() -> AbstractContextManager[Any]:
@@ -98,6 +104,11 @@ def errors_in_one_line() -> Iterator[None]:
         if here:
             time.sleep(SAME_ERROR_SECONDS)  # an error of all is shown by the first; torchrun then ends the rest
         print(f"error{f' in process {here}' if here else ''}: {one_line(error)}", file=sys.stderr)
+        sys.exit(2)
+    except Exception as error:
+        if TRACEBACK or not type(error).__module__.startswith("submitit"):
+            raise
+        print(f"error: a submitted job ended early ({one_line(error)})", file=sys.stderr)
         sys.exit(2)
 
 

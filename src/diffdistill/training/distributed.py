@@ -1,13 +1,14 @@
 """What the trainer needs of several processes; every function is trivial when there is one.
 
-Processes are those of torch.distributed, once it is initialised (by `torchrun` and the script).
+Processes are those of torch.distributed, once it is initialised (by `torchrun` or Slurm, and the script).
 """
 
 from __future__ import annotations
 
 import contextlib
 import os
-from collections.abc import Iterator, Sequence
+import re
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, TypeVar, cast
 
 import torch
@@ -21,17 +22,45 @@ T = TypeVar("T")
 
 @contextlib.contextmanager
 def processes() -> Iterator[None]:
-    """Join the processes that `torchrun` started, each on its own GPU where there are any; do nothing when alone."""
+    """Join the processes that `torchrun`, or Slurm, started, each on its own GPU where there are any.
+
+    Nothing is done when alone.
+    """
+    if world_size() == 1:
+        os.environ.update(slurm_place(os.environ))
     if int(os.environ.get("WORLD_SIZE", "1")) == 1 or world_size() > 1:
         yield
         return
     if torch.cuda.is_available():
-        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+        # Slurm may show each task its own GPU alone, which is then number 0.
+        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]) % torch.cuda.device_count())
     dist.init_process_group("cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo")
     try:
         yield
     finally:
         dist.destroy_process_group()
+
+
+def slurm_place(environment: Mapping[str, str]) -> dict[str, str]:
+    """What `torchrun` would set for a task of a Slurm step of several; nothing for one task, or under `torchrun`."""
+    count = environment.get("SLURM_STEP_NUM_TASKS", "1")
+    if count == "1" or "RANK" in environment:
+        return {}
+    return {
+        "RANK": environment["SLURM_PROCID"],
+        "LOCAL_RANK": environment["SLURM_LOCALID"],
+        "WORLD_SIZE": count,
+        "MASTER_ADDR": first_host(environment["SLURM_STEP_NODELIST"]),
+        "MASTER_PORT": str(20_000 + int(environment["SLURM_JOB_ID"]) % 20_000),
+    }
+
+
+def first_host(nodes: str) -> str:
+    """The first host of a list in Slurm's form, such as `gpu[003-007,012],login`."""
+    found = re.match(r"([^,\[]+)(?:\[([^\],-]+)[^\]]*\]([^,\[]*))?", nodes)
+    if found is None:
+        raise ValueError(f"{nodes!r} is no list of hosts")
+    return "".join(part or "" for part in found.groups())
 
 
 def world_size() -> int:

@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+import os
 import signal
 import threading
+from collections.abc import Sequence
 from types import FrameType, TracebackType
+
+REQUEUE = signal.SIGUSR2
+"""What Slurm sends before the time limit of a job of submitit, whose handler puts the job back into the queue."""
 
 
 class Interrupted(SystemExit):
@@ -17,7 +22,8 @@ class Interrupted(SystemExit):
 class StopRequest:
     """Inside the context, the first SIGTERM or SIGINT only sets `signum`; a second one acts as usual.
 
-    Outside the main thread, where Python handles no signals, nothing changes.
+    SIGUSR2 does the same where a handler waits for it, which is called after the stop. Outside the main thread, where
+    Python handles no signals, nothing changes.
     """
 
     def __init__(self) -> None:
@@ -26,20 +32,22 @@ class StopRequest:
 
     def __enter__(self) -> StopRequest:
         if threading.current_thread() is threading.main_thread():
-            for signum in (signal.SIGTERM, signal.SIGINT):
+            waiting = [REQUEUE] if callable(signal.getsignal(REQUEUE)) else []
+            for signum in (signal.SIGTERM, signal.SIGINT, *waiting):
                 self._previous[signum] = signal.signal(signum, self._request)
         return self
 
     def _request(self, signum: int, frame: FrameType | None) -> None:
         self.signum = signum
-        self._restore()
+        self._restore((signal.SIGTERM, signal.SIGINT))  # SIGUSR2 follows SIGTERM when a job is preempted
 
-    def _restore(self) -> None:
-        while self._previous:
-            signum, handler = self._previous.popitem()
-            signal.signal(signum, handler)  # pyright: ignore[reportArgumentType]
+    def _restore(self, signums: Sequence[int]) -> None:
+        for signum in set(signums) & set(self._previous):
+            signal.signal(signum, self._previous.pop(signum))  # pyright: ignore[reportArgumentType]
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        self._restore()
+        self._restore(tuple(self._previous))
+        if isinstance(error, Interrupted) and self.signum == REQUEUE:
+            os.kill(os.getpid(), REQUEUE)
