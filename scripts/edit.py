@@ -23,9 +23,10 @@ from diffdistill.editing.session import TASKS, Edit, encoding_plan
 from diffdistill.generation import plan
 from diffdistill.pictures import save_grid
 from diffdistill.registry import choose
+from diffdistill.samples import chosen_labels
 
 
-def conditions(settings: dict[str, Any], labels: torch.Tensor | None, count: int, parts: Any) -> tuple[Any, Any]:
+def conditions(settings: dict[str, Any], labels: torch.Tensor | None, count: int, model: Any, parts: Any) -> Any:
     """What the images show, and what the result shall show."""
     if parts is not None and parts.prompts is not None:
         if settings["prompt"] is None:
@@ -33,7 +34,7 @@ def conditions(settings: dict[str, Any], labels: torch.Tensor | None, count: int
         return parts.prompts([settings["source_prompt"]] * count), parts.prompts([settings["prompt"]] * count)
     if settings["label"] is None:
         return labels, labels
-    return labels, torch.full((count,), int(settings["label"]))
+    return labels, chosen_labels(settings["label"], count, model)
 
 
 def edit(settings: dict[str, Any]) -> tuple[torch.Tensor, torch.Tensor]:
@@ -63,7 +64,7 @@ def edit(settings: dict[str, Any]) -> tuple[torch.Tensor, torch.Tensor]:
     encoder = dict(settings["encoder"])
     name, needed = encoder.pop("model"), settings["task"] in ("reconstruct", "style_transfer")
     source = (load_denoiser(name, device=device) if name else model) if needed else None
-    before, after = conditions(settings, None if labels is None else labels.to(device), len(images), parts)
+    before, after = conditions(settings, None if labels is None else labels.to(device), len(images), model, parts)
     made = task(
         Edit(
             images=images.to(device),
