@@ -18,6 +18,7 @@ sys.path.insert(0, str(ROOT / "scripts"))
 import common  # noqa: E402
 import distill_guidance  # noqa: E402
 import distill_steps  # noqa: E402
+import train_autoencoder  # noqa: E402
 import train_teacher  # noqa: E402
 
 SMALL = {"updates": 2, "batch_size": 8, "accumulation": 2, "sample_every": None, "log_every": 1, "precision": "fp32"}
@@ -38,7 +39,7 @@ def small(config, out, resolution, channels=3):
     data = {"name": "shapes", "resolution": resolution, "size": 16} if channels == 3 else {"name": "digits"}
     config = OmegaConf.merge(config, {"out": str(out), "trainer": SMALL, "preview": {"num_samples": 2}})
     OmegaConf.update(config, "data", data, merge=False)
-    if "model" in config:
+    if "network" in config.get("model", {}):
         blocks = {"model_channels": 8, "num_blocks": 1, "channel_mult": [1, 2], "attn_resolutions": [4]}
         config = OmegaConf.merge(config, {"model": {"network": blocks}})
     return config
@@ -52,6 +53,13 @@ def test_teacher_presets(experiment, tmp_path):
     assert (tmp_path / "run/model.safetensors").exists()
 
 
+@pytest.mark.parametrize("experiment", of_kind("/autoencoder"))
+def test_autoencoder_presets(experiment, tmp_path):
+    config = common.compose("train_autoencoder", [f"experiment={experiment}"])
+    train_autoencoder.train(small(config, tmp_path / "run", 8))
+    assert (tmp_path / "run/model.safetensors").exists()
+
+
 @pytest.mark.parametrize("experiment", of_kind("stage1"))
 def test_stage1_presets(experiment, tmp_path):
     channels, config = prepared(experiment, "distill_guidance", tmp_path)
@@ -59,10 +67,10 @@ def test_stage1_presets(experiment, tmp_path):
     assert Path(path).exists()
 
 
-@pytest.mark.parametrize("experiment", of_kind("stage2"))
+@pytest.mark.parametrize("experiment", of_kind("stage2") + of_kind("/encoder"))
 def test_stage2_presets(experiment, tmp_path):
     channels, config = prepared(experiment, "distill_steps", tmp_path)
-    config = OmegaConf.merge(small(config, tmp_path / "run", 8, channels), {"start_steps": 4})
+    config = OmegaConf.merge(small(config, tmp_path / "run", 8, channels), {"start_steps": 4, "last_steps": 1})
     OmegaConf.update(config, "stages", {}, merge=False)
     assert list(distill_steps.distill(config)) == [2, 1]
 
@@ -111,6 +119,6 @@ def test_schedule_configs(name):
 
 
 def test_every_preset_belongs_to_a_script():
-    known = ("teacher", "stage1", "stage2", "nfe", "none")
+    known = ("teacher", "stage1", "stage2", "encoder", "nfe", "none")
     others = [name for name in names("experiment") if not name.endswith(known) and not name.startswith("zhou2024/")]
     assert not others
