@@ -42,7 +42,7 @@ def problem_of(settings: dict[str, Any], run: Run) -> Problem:
     seeds = range(settings["seed"], settings["seed"] + settings["num_samples"])
     labels, size = spread_labels(len(seeds), denoiser.num_classes), settings["batch_size"]
     fine = settings["reference"]
-    same = {name: settings[name] for name in ("model", "w", "num_samples", "seed", "batch_size")}
+    same = {name: settings[name] for name in ("model", "w", "seed", "batch_size")}
     truth = Run(fine["out"] or run.path / "reference", {**same, "reference": fine}, harmless=("out",))
     endpoints = comparison.reference_endpoints(
         denoiser,

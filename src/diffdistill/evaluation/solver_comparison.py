@@ -140,7 +140,10 @@ def reference_endpoints(
     folder: Path,
     batch_size: int = 250,
 ) -> Tensor:
-    """End points `[2, N, ...]` at sigma_min and at 0 of a fine run; batches that lie in `folder` are not run again."""
+    """End points `[2, N, ...]` at sigma_min and at 0 of a fine run.
+
+    Batches that lie in `folder` are not run again, nor where `seeds` are fewer than those that they were made for.
+    """
     levels = make_schedule(
         "polynomial", num_steps=num_steps, sigma_min=denoiser.sigma_min, sigma_max=denoiser.sigma_max
     )
@@ -148,7 +151,8 @@ def reference_endpoints(
     todo = batches(denoiser, seeds, labels, batch_size)
     for index, (noise, cond) in enumerate(tqdm(todo, desc="reference", unit="batch", disable=None)):
         path = folder / f"{index:05d}.safetensors"
-        if not path.exists():
+        known = load_file(path)["endpoints"] if path.exists() else noise[:0].expand(2, *noise[:0].shape)
+        if known.shape[1] < len(noise):
             run = sample(
                 denoiser,
                 noise,
@@ -158,9 +162,10 @@ def reference_endpoints(
                 denoise_to_zero=True,
                 return_trajectory=True,
             )
+            known = run.x[-2:].cpu().contiguous()
             with replacing(path) as temporary:
-                save_file({"endpoints": run.x[-2:].cpu().contiguous()}, temporary)
-        parts.append(load_file(path)["endpoints"])
+                save_file({"endpoints": known}, temporary)
+        parts.append(known[:, : len(noise)])
     return torch.cat(parts, dim=1)
 
 
@@ -207,7 +212,7 @@ class Grid:
             problem: its denoiser and a few seeds.
             started: with analytic start.
         """
-        first_steps = {"": False}
+        first_steps: dict[str, Any] = {"": False}
         if self.analytic_first_step and "afs" not in options:
             first_steps[", afs"] = "gaussian" if started else True
         found = []
@@ -217,7 +222,7 @@ class Grid:
                 assert self.statistics is not None
                 begin = GaussianStart(self.statistics, start)
             for suffix, afs in first_steps.items():
-                solver = make_solver(**({"afs": afs} | options))
+                solver = make_solver(**{"afs": afs, **options})
                 for name, schedule in self.schedules.items():
                     sigmas = self._levels(schedule, solver, evaluations, problem, start)
                     if sigmas is not None:
