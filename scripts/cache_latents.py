@@ -9,6 +9,7 @@ their captions. Running the same command again continues an interrupted run.
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,7 @@ from omegaconf import DictConfig
 
 from common import command, plain
 from diffdistill.data import load_data
-from diffdistill.data.latents import AUTOENCODER, cache_images
+from diffdistill.data.latents import cache_images
 from diffdistill.devices import device_of
 from diffdistill.models import load_autoencoder, save_autoencoder
 
@@ -42,15 +43,10 @@ def cache(settings: dict[str, Any]) -> Path:
         raise ValueError(
             f"the data has images {list(images.shape)}, but the autoencoder takes {list(autoencoder.data_shape)}"
         )
-    out = Path(settings["out"])
-    save_autoencoder(autoencoder, out / AUTOENCODER)
-    origin = {
-        "model": settings["model"],
-        "data": data,
-        "dtype": settings["dtype"],
-        "shard_size": settings["shard_size"],
-    }
-    return cache_images(autoencoder.to(device), images, out, origin=origin, device=device, **options)
+    origin = {name: settings[name] for name in ("model", "data", "dtype", "shard_size")}
+    save = partial(save_autoencoder, autoencoder)
+    codec = autoencoder.to(device)
+    return cache_images(codec, images, settings["out"], save_codec=save, origin=origin, device=device, **options)
 
 
 @command("cache_latents")

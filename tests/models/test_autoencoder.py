@@ -1,11 +1,13 @@
 """The autoencoder, and latent denoisers that carry one."""
 
+from functools import partial
+
 import pytest
 import torch
 
 from diffdistill import load_denoiser
 from diffdistill.data import LatentData, Shapes, TensorData, load_data
-from diffdistill.data.latents import AUTOENCODER, cache_images
+from diffdistill.data.latents import cache_images
 from diffdistill.generation import generate, plan
 from diffdistill.models import (
     Autoencoder,
@@ -143,7 +145,7 @@ def test_cached_latents(tmp_path):
     data, made = Shapes(size=25, resolution=32), autoencoder((3, 32, 32))
     origin = {"model": "here"}
     options = {"origin": origin, "shard_size": 10, "batch_size": 4, "dtype": "float32"}
-    save_autoencoder(made, tmp_path / AUTOENCODER)
+    options["save_codec"] = partial(save_autoencoder, made)
     cache_images(made, data, tmp_path, **options)
     kept = (tmp_path / "000001.safetensors").stat().st_mtime_ns
     (tmp_path / "000002.safetensors").unlink()

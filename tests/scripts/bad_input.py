@@ -63,6 +63,16 @@ CASES = {
         ["teacher=STUDENT", "start_steps=8", "experiment=none", "trainer.batch_size=8", "+stages.5.updates=3"],
         ["5", "4, 2, 1"],
     ),
+    "last_steps": ("distill_steps", ["teacher=STUDENT", "start_steps=8", "last_steps=8"], ["last_steps", "8", "4"]),
+    "an encoder that begins at 0": (
+        "distill_steps",
+        ["experiment=digits/encoder", "schedule.sigma_min=0"],
+        ["positive", "sigma_min"],
+    ),
+    "noise of an autoencoder": ("train_autoencoder", ["noise=-1", "data.size=10"], ["noise", "-1"]),
+    "sides of an autoencoder": ("train_autoencoder", ["data.resolution=30", "data.size=10"], ["multiples of 4", "30"]),
+    "nothing to encode": ("cache_latents", ["model=TEACHER"], ["data=shapes", "images=FOLDER"]),
+    "no autoencoder to encode with": ("cache_latents", ["model=TEACHER", "data=shapes"], ["holds no autoencoder"]),
     "form of a learned solver": ("train_amed", ["form=nope"], ["nope", "plugin"]),
     "objective of a learned solver": ("train_amed", ["objective.name=nope"], ["nope", "stepwise"]),
     # runs
@@ -96,6 +106,15 @@ CASES = {
     ),
     "entry of a start": ("sample", ["model=TEACHER", "num_steps=3", "start={level:3}"], ["sigma and statistics"]),
     "statistics of a shipped model": ("gaussian_stats", ["beside=true"], ["digits-teacher", "leave out beside"]),
+    # editing
+    "task": ("edit", ["task=colourise"], ["colourise", "style_transfer"]),
+    "strength": ("edit", ["task=style_transfer", "strength=2", "encoder.num_steps=1"], ["strength", "2", "[0, 1]"]),
+    "a student that shall encode": (
+        "edit",
+        ["task=style_transfer", "encoder.model=STUDENT"],
+        ["cannot encode", "sampler=encoder"],
+    ),
+    "data of an edit": ("edit", ["data=shapes"], ["[3, 32, 32]", "[1, 8, 8]"]),
     # evaluation, conversion
     "nothing to measure": ("evaluate", [], ["samples=PATH", "model=NAME"]),
     "samples that are not there": ("evaluate", ["samples=/nowhere.npz"], ["/nowhere.npz"]),
