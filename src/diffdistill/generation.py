@@ -135,7 +135,7 @@ def plan(
 
 def start_for(model: Denoiser, start: float | Mapping[str, Any]) -> GaussianStart:
     """The analytic start of `plan` for a model, checked."""
-    options = dict(start) if isinstance(start, Mapping) else {"sigma": start}
+    options: dict[str, Any] = dict(start) if isinstance(start, Mapping) else {"sigma": start}
     wrong = next((name for name in options if name not in ("sigma", "statistics")), None)
     if wrong is not None or "sigma" not in options:
         raise TypeError(f"a start is a noise level, or sigma and statistics, but is {start!r}")

@@ -8,8 +8,11 @@ import torch
 
 from diffdistill.models import GaussianMixture
 from diffdistill.solvers import (
+    SOLVERS,
     ProbabilityFlow,
+    SampleNoise,
     dynamic_thresholding,
+    integrate,
     intervals,
     make_schedule,
     make_solver,
@@ -50,6 +53,32 @@ def test_stochastic_steps_need_noise(name):
     flow = ProbabilityFlow(lambda x, sigma, cond: x)
     with pytest.raises(ValueError, match="pass noise"):
         make_solver(name).step(flow, torch.zeros(1, 2), intervals(torch.tensor([2.0, 1.0]), 1)[0])
+
+
+@pytest.mark.parametrize("name", [name for name in SOLVERS if name != "amed"])
+@pytest.mark.parametrize("zero", [False, True])
+def test_levels_as_numbers_and_as_tensors_give_the_same(name, zero):
+    """A run computes its coefficients on numbers; steps of a tensor of levels compute them on [B]."""
+    mixture = GaussianMixture([0.5, 0.5], torch.randn(2, 2, 5), [0.1, 0.2])
+    sigmas = make_schedule("polynomial", num_steps=7, sigma_min=0.0 if zero else 0.05, sigma_max=40.0)
+    solver, noise = make_solver(name), seeded_noise([3, 11, 4], (2, 5), dtype=torch.float64)
+    stream = SampleNoise([3, 11, 4], (2, 5)) if solver.stochastic else None
+    if stream is not None:
+        stream.draw()
+    *_, expected = integrate(ProbabilityFlow(mixture), 40 * noise, solver, intervals(sigmas, 3), stream)
+    found = sample(mixture, noise, solver=solver, sigmas=sigmas, seeds=[3, 11, 4])
+    torch.testing.assert_close(found, expected, rtol=1e-11, atol=1e-12)
+
+
+def test_steps_of_a_tensor_are_differentiable():
+    mixture = GaussianMixture([0.5, 0.5], torch.randn(2, 2, 5), [0.1, 0.2])
+    sigmas = torch.tensor([5.0, 2.0, 1.0, 0.3], dtype=torch.float64, requires_grad=True)
+    x = torch.randn(3, 2, 5, dtype=torch.float64)
+
+    def end(levels):
+        return list(integrate(ProbabilityFlow(mixture), x, make_solver("unipc"), intervals(levels, 3)))[-1]
+
+    assert torch.autograd.gradcheck(end, (sigmas,))
 
 
 def test_analytical_first_step():

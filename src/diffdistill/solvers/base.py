@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from diffdistill.denoiser import per_sample
+from diffdistill.solvers.levels import Level, log, plain
 
 if TYPE_CHECKING:
     from diffdistill.solvers.flow import ProbabilityFlow
@@ -37,17 +38,17 @@ class Evaluation:
     @cached_property
     def eps(self) -> Tensor:
         """The noise that the denoiser sees in `x`: the slope of the ODE."""
-        return (self.x - self.denoised) / per_sample(self.sigma, self.x)
+        return (self.x - self.denoised) / factor(plain(self.sigma), self.x)
 
     @cached_property
-    def log_sigma(self) -> Tensor:
-        return self.sigma.log()
+    def log_sigma(self) -> Level:
+        return log(plain(self.sigma))
 
     def moved(self, x: Tensor, keeping: Literal["denoised", "eps"]) -> Evaluation:
         """The same answer for another state `x` at the same level; `keeping` says which form of it stays as it is."""
         if keeping == "denoised":
             return Evaluation(x, self.sigma, self.denoised, self.features)
-        moved = Evaluation(x, self.sigma, x - per_sample(self.sigma, x) * self.eps, self.features)
+        moved = Evaluation(x, self.sigma, x - factor(plain(self.sigma), x) * self.eps, self.features)
         moved.__dict__["eps"] = self.eps  # fills the cache: deriving eps again would lose digits at small sigma
         return moved
 
@@ -68,6 +69,11 @@ class Interval:
     total: int = 1
     to_zero: bool = False
     sigma_after: Tensor | None = None
+
+    @property
+    def ends(self) -> tuple[Level, Level]:
+        """`sigma` and `sigma_next` for formulas: numbers where all samples share them."""
+        return plain(self.sigma), plain(self.sigma_next)
 
     def split(self, sigma_mid: Tensor) -> tuple[Interval, Interval]:
         """The two halves that meet at `sigma_mid: [B]`, as steps of a schedule with twice as many."""
@@ -97,23 +103,27 @@ History = tuple[Evaluation, ...]
 """Past evaluations, the newest last."""
 
 
+def factor(value: Level, like: Tensor) -> Level:
+    """What multiplies a state: a number as it is, `[B]` by `per_sample`."""
+    return per_sample(value, like) if isinstance(value, Tensor) else value
+
+
 def weighted_sum(
     x: Tensor,
-    keep: Tensor | None,
-    weights: Sequence[Tensor],
+    keep: Level | None,
+    weights: Sequence[Level],
     terms: Sequence[Tensor],
     *,
-    scale: Tensor | float | None = None,
+    scale: Level | None = None,
 ) -> Tensor:
-    """`keep * x + scale * sum_j weights_j * terms_j`, with factors `[B]`; None stands for 1."""
-    factors = torch.stack(tuple(weights))
-    if scale is not None:
-        factors = factors * scale
-    # per_sample for all weights at once: a cast and a view for each would cost more than the arithmetic
-    factors = factors.to(x.dtype).view(len(terms), len(x), *(1,) * (x.ndim - 1))
-    total = x if keep is None else per_sample(keep, x) * x
-    for factor, term in zip(factors.unbind(), terms, strict=True):
-        total = torch.addcmul(total, factor, term)
+    """`keep * x + scale * sum_j weights_j * terms_j`, with factors `[B]` or numbers; None stands for 1."""
+    total = x if keep is None else factor(keep, x) * x
+    for weight, term in zip(weights, terms, strict=True):
+        weight = weight if scale is None else weight * scale
+        if isinstance(weight, Tensor):
+            total = torch.addcmul(total, per_sample(weight, x), term)
+        else:
+            total = torch.add(total, term, alpha=weight)
     return total
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, lru_cache
 from typing import Literal
 
 import numpy as np
@@ -14,6 +14,7 @@ from torch import Tensor
 from diffdistill.registry import choose
 from diffdistill.solvers.base import AFS, Correction, Evaluation, History, Interval, weighted_sum
 from diffdistill.solvers.flow import ProbabilityFlow
+from diffdistill.solvers.levels import Level, plain
 from diffdistill.solvers.multistep import Multistep
 from diffdistill.solvers.schedules import vp_betas
 
@@ -27,11 +28,6 @@ def _gauss_legendre(count: int, device: torch.device) -> tuple[Tensor, Tensor]:
     rule = np.polynomial.legendre.leggauss(count)
     nodes, weights = (torch.from_numpy(values)[:, None].to(device) for values in rule)
     return nodes, weights
-
-
-@cache
-def _diagonal(count: int, device: torch.device) -> Tensor:
-    return torch.eye(count, dtype=torch.bool, device=device)[:, :, None]
 
 
 @dataclass(frozen=True)
@@ -63,26 +59,36 @@ def _vp_time(sigma: Tensor) -> Tensor:
 MODES = {"tab": Quadrature(_vp_time, 32, True), "rhoab": Quadrature(lambda sigma: sigma, 2, False)}
 
 
-def adams_weights(quadrature: Quadrature, sigma_next: Tensor, sigmas: Sequence[Tensor]) -> list[Tensor]:
-    """Weights `[B]` that integrate over sigma the polynomial through values at `sigmas`, the newest first.
+def adams_weights(quadrature: Quadrature, sigma_next: Level, sigmas: Sequence[Level]) -> list[Level]:
+    """Weights, `[B]` or numbers, that integrate over sigma the polynomial through values at `sigmas`, newest first.
 
     They are the integrals of Lagrange's basis polynomials (Zhang and Chen 2023, Eq. 15).
     """
-    count, batch = len(sigmas), len(sigma_next)
-    if count == 1:
+    if len(sigmas) == 1:
         return [sigma_next - sigmas[0]]
-    if all(level.stride() == (0,) for level in (sigma_next, *sigmas)):  # one level for the whole batch
-        sigma_next, sigmas = sigma_next[:1], [level[:1] for level in sigmas]
+    some = next((level for level in (sigma_next, *sigmas) if isinstance(level, Tensor)), None)
+    if some is None:
+        return list(_of_numbers(quadrature, (sigma_next, *sigmas)))
+    return list(_of_tensors(quadrature, *(level + torch.zeros_like(some) for level in (sigma_next, *sigmas))).unbind())
+
+
+@lru_cache(maxsize=1024)  # the batches of a run, and its repetitions, share their levels
+def _of_numbers(quadrature: Quadrature, levels: tuple[float, ...]) -> list[float]:
+    return _of_tensors(quadrature, *torch.tensor(levels, dtype=torch.float64)[:, None].unbind())[:, 0].tolist()
+
+
+def _of_tensors(quadrature: Quadrature, sigma_next: Tensor, *sigmas: Tensor) -> Tensor:
+    """The weights `[len(sigmas), B]`."""
     levels, weights = quadrature.rule(sigmas[0], sigma_next)
-    nodes = quadrature.variable(torch.stack(tuple(sigmas)))
+    nodes = quadrature.variable(torch.stack(sigmas))
     gaps = quadrature.variable(levels) - nodes[:, None]  # [nodes, points, B]
-    diagonal = _diagonal(count, nodes.device)
+    diagonal = torch.eye(len(sigmas), dtype=torch.bool, device=nodes.device)[:, :, None]
     between = (nodes[:, None] - nodes).masked_fill(diagonal, 1.0)
     factors = (gaps / between[:, :, None]).masked_fill(diagonal[:, :, None], 1.0)  # [basis, nodes, points, B]
     basis = weights
     for factor in factors.unbind(1):
         basis = basis * factor
-    return list(basis.sum(1).expand(count, batch).unbind())
+    return basis.sum(1)
 
 
 class DEIS(Multistep):
@@ -107,6 +113,6 @@ class DEIS(Multistep):
         correction: Correction | None,
     ) -> Tensor:
         past = self.newest(evaluation, history, self.order_at(interval, history))
-        weights = adams_weights(self.quadrature, interval.sigma_next, [e.sigma for e in past])
+        weights = adams_weights(self.quadrature, interval.ends[1], [plain(e.sigma) for e in past])
         scale = None if correction is None else correction.scale_dir
         return weighted_sum(evaluation.x, None, weights, [e.eps for e in past], scale=scale)

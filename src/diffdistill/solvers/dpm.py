@@ -9,11 +9,13 @@ from torch import Tensor
 from diffdistill.solvers.base import AFS, Correction, Evaluation, History, Interval, Solver
 from diffdistill.solvers.exponential import FORMS, Form
 from diffdistill.solvers.flow import ProbabilityFlow
+from diffdistill.solvers.levels import Level
 
 
-def _level(interval: Interval, place: float | Tensor) -> Tensor:
+def _level(interval: Interval, place: Level) -> Level:
     """The noise level at `place` in (0, 1] of the step, on a log grid."""
-    return interval.sigma_next**place * interval.sigma ** (1 - place)
+    sigma, sigma_next = interval.ends
+    return sigma_next**place * sigma ** (1 - place)
 
 
 class DPM2(Solver):
@@ -48,11 +50,12 @@ class DPM2(Solver):
         r = self.r if learned.r is None else learned.r
         x, start = evaluation.x, self.form.output(evaluation)
         sigma_mid = _level(interval, r)
-        linear = self.form.linear(interval.sigma, sigma_mid)
+        sigma, sigma_next = interval.ends
+        linear = self.form.linear(sigma, sigma_mid)
         x_mid = linear.advance(x, linear.psi(1), [start], learned.scale_first)
         middle = self.form.output(flow(x_mid, sigma_mid, scale_time=learned.scale_time))
 
-        linear = self.form.linear(interval.sigma, interval.sigma_next)
+        linear = self.form.linear(sigma, sigma_next)
         (psi,) = linear.psi(1)
         slope = psi * (0.5 / r)
         return linear.advance(x, [psi - slope, slope], [start, middle], learned.scale_dir)
@@ -83,15 +86,15 @@ class DPM3(Solver):
         history: History,
         correction: Correction | None,
     ) -> Tensor:
-        x, sigma, start = evaluation.x, interval.sigma, self.form.output(evaluation)
+        x, start, (sigma, sigma_next) = evaluation.x, self.form.output(evaluation), interval.ends
         r1, r2 = 1 / 3, 2 / 3
         sigma_1, sigma_2 = _level(interval, r1), _level(interval, r2)
 
         x_1 = self._stage(x, sigma, sigma_1, [start])
         x_2 = self._stage(x, sigma, sigma_2, [start, self.form.output(flow(x_1, sigma_1))], r2 / r1)
-        return self._stage(x, sigma, interval.sigma_next, [start, self.form.output(flow(x_2, sigma_2))], 1 / r2)
+        return self._stage(x, sigma, sigma_next, [start, self.form.output(flow(x_2, sigma_2))], 1 / r2)
 
-    def _stage(self, x: Tensor, sigma: Tensor, sigma_next: Tensor, outputs: list[Tensor], stretch: float = 1) -> Tensor:
+    def _stage(self, x: Tensor, sigma: Level, sigma_next: Level, outputs: list[Tensor], stretch: float = 1) -> Tensor:
         """The state at `sigma_next`, with the slope `stretch` times the difference of two answers if there are two."""
         linear = self.form.linear(sigma, sigma_next)
         psi = linear.psi(len(outputs))

@@ -52,7 +52,7 @@ class DPMpp(Multistep):
     ) -> Tensor:
         order = self.order_at(interval, history)
         past = self.newest(evaluation, history, order)
-        linear = self.form.linear(interval.sigma, interval.sigma_next)
+        linear = self.form.linear(*interval.ends)
         psi = linear.psi(1 if order == 2 else order)
         weights = [psi[0]]
         if order > 1:

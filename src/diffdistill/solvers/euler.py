@@ -5,7 +5,7 @@ from __future__ import annotations
 from torch import Tensor
 
 from diffdistill.denoiser import per_sample
-from diffdistill.solvers.base import Correction, Evaluation, History, Interval, Solver
+from diffdistill.solvers.base import Correction, Evaluation, History, Interval, Solver, weighted_sum
 from diffdistill.solvers.flow import ProbabilityFlow
 
 
@@ -20,10 +20,9 @@ class Euler(Solver):
         history: History,
         correction: Correction | None,
     ) -> Tensor:
-        h = interval.sigma_next - interval.sigma
-        if correction is not None and correction.scale_dir is not None:
-            h = h * correction.scale_dir
-        return evaluation.x + per_sample(h, evaluation.x) * evaluation.eps
+        sigma, sigma_next = interval.ends
+        scale = None if correction is None else correction.scale_dir
+        return weighted_sum(evaluation.x, None, [sigma_next - sigma], [evaluation.eps], scale=scale)
 
     @staticmethod
     def invert(x: Tensor, x_next: Tensor, interval: Interval) -> Tensor:

@@ -14,29 +14,29 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from math import factorial
 
-import torch
 from torch import Tensor
 
 from diffdistill.registry import choose
 from diffdistill.solvers.base import Evaluation, weighted_sum
+from diffdistill.solvers.levels import Level, expm1, log
 
 
 @dataclass(frozen=True, eq=False)
 class LinearPart:
     """`keep`, `gain` and the signed step `h`, numbers or `[B]`; a `keep` of None stands for 1."""
 
-    keep: Tensor | None
-    gain: Tensor | float
-    h: Tensor
+    keep: Level | None
+    gain: Level
+    h: Level
 
-    def psi(self, count: int) -> list[Tensor]:
+    def psi(self, count: int) -> list[Level]:
         """`psi_1 .. psi_count`."""
-        values = [torch.expm1(self.h)]
+        values = [expm1(self.h)]
         for k in range(1, count):
             values.append(values[-1] / self.h - 1 / factorial(k))
         return values
 
-    def advance(self, x: Tensor, weights: list[Tensor], outputs: list[Tensor], scale: Tensor | None = None) -> Tensor:
+    def advance(self, x: Tensor, weights: list[Level], outputs: list[Tensor], scale: Tensor | None = None) -> Tensor:
         """`keep * x + gain * scale * sum_j weights_j * outputs_j`, with a learned `scale: [B]`, or None for 1."""
         return weighted_sum(x, self.keep, weights, outputs, scale=self.gain if scale is None else self.gain * scale)
 
@@ -46,16 +46,16 @@ class Form:
     """The answer that is extrapolated, and the solution of the linear part from sigma to sigma_next."""
 
     output: Callable[[Evaluation], Tensor]
-    linear: Callable[[Tensor, Tensor], LinearPart]
+    linear: Callable[[Level, Level], LinearPart]
 
 
-def _data_form(sigma: Tensor, sigma_next: Tensor) -> LinearPart:
+def _data_form(sigma: Level, sigma_next: Level) -> LinearPart:
     ratio = sigma_next / sigma
-    return LinearPart(ratio, -1.0, ratio.log())
+    return LinearPart(ratio, -1.0, log(ratio))
 
 
-def _noise_form(sigma: Tensor, sigma_next: Tensor) -> LinearPart:
-    return LinearPart(None, -sigma_next, (sigma / sigma_next).log())
+def _noise_form(sigma: Level, sigma_next: Level) -> LinearPart:
+    return LinearPart(None, -sigma_next, log(sigma / sigma_next))
 
 
 FORMS = {

@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 
 from diffdistill.denoiser import per_sample
-from diffdistill.solvers.base import Evaluation
+from diffdistill.solvers.base import Evaluation, factor
+from diffdistill.solvers.levels import Level, on_batch, plain
 
 
 class ProbabilityFlow:
@@ -45,11 +46,12 @@ class ProbabilityFlow:
         self.cost: int = getattr(denoiser, "cost", 1)
         self.nfe = 0
 
-    def __call__(self, x: Tensor, sigma: Tensor, *, scale_time: Tensor | None = None) -> Evaluation:
-        """Evaluate at `x: [B, ...]` and `sigma: [B]`.
+    def __call__(self, x: Tensor, sigma: Level, *, scale_time: Tensor | None = None) -> Evaluation:
+        """Evaluate at `x: [B, ...]` and `sigma: [B]`, or a number for all samples.
 
         `scale_time: [B]` multiplies the sigma that the network is given; the evaluation keeps the nominal one.
         """
+        sigma = on_batch(sigma, x)
         given = sigma if scale_time is None else sigma * scale_time
         self.nfe += self.cost
         denoised = self.denoiser(x, given, self.cond).to(x.dtype)
@@ -70,8 +72,9 @@ class ProbabilityFlow:
             if self.gaussian is None:
                 raise ValueError('afs="gaussian" needs the statistics of the data: pass start=GaussianStart(...)')
             return Evaluation(x, sigma, self._threshold(self.gaussian(x, sigma, self.cond)))
-        eps = x / per_sample((1 + sigma**2).sqrt(), x)
-        return Evaluation(x, sigma, self._threshold(x - per_sample(sigma, x) * eps))
+        level = plain(sigma)
+        eps = x / factor((1 + level**2) ** 0.5, x)
+        return Evaluation(x, sigma, self._threshold(x - factor(level, x) * eps))
 
     def _threshold(self, denoised: Tensor) -> Tensor:
         return denoised if self.thresholding is None else self.thresholding(denoised)

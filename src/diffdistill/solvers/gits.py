@@ -100,7 +100,7 @@ def _teacher(
 ) -> tuple[Tensor, Tensor]:
     """Points `[len(sigmas), B, D]` of the trajectories and the slopes `[len(sigmas) - 1, B, D]` there."""
     points, slopes = [x], []
-    for interval in intervals(sigmas, len(x), x.device):
+    for interval in intervals(sigmas.tolist(), len(x), x.device):
         evaluation = solver.evaluate(flow, x, interval)
         slopes.append(evaluation.eps)
         x, history = solver.step(flow, x, interval, history, evaluation=evaluation)

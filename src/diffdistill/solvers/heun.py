@@ -4,8 +4,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from diffdistill.denoiser import per_sample
-from diffdistill.solvers.base import Correction, Evaluation, History, Interval, Solver
+from diffdistill.solvers.base import Correction, Evaluation, History, Interval, Solver, weighted_sum
 from diffdistill.solvers.flow import ProbabilityFlow
 
 
@@ -24,6 +23,7 @@ class Heun(Solver):
         correction: Correction | None,
     ) -> Tensor:
         x, d_cur = evaluation.x, evaluation.eps
-        h = per_sample(interval.sigma_next - interval.sigma, x)
-        d_next = flow(x + h * d_cur, interval.sigma_next).eps
-        return x + h * (0.5 * d_cur + 0.5 * d_next)
+        sigma, sigma_next = interval.ends
+        h = sigma_next - sigma
+        d_next = flow(weighted_sum(x, None, [h], [d_cur]), interval.sigma_next).eps
+        return weighted_sum(x, None, [0.5 * h, 0.5 * h], [d_cur, d_next])

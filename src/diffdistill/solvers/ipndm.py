@@ -13,6 +13,7 @@ from diffdistill.registry import choose
 from diffdistill.solvers.base import AFS, Correction, Evaluation, History, Interval, weighted_sum
 from diffdistill.solvers.deis import MODES, adams_weights
 from diffdistill.solvers.flow import ProbabilityFlow
+from diffdistill.solvers.levels import Level, plain
 from diffdistill.solvers.multistep import Multistep
 
 ADAMS_BASHFORTH = {
@@ -44,12 +45,11 @@ class IPNDM(Multistep):
         history: History,
         correction: Correction | None,
     ) -> Tensor:
-        h = interval.sigma_next - interval.sigma
-        if correction is not None and correction.scale_dir is not None:
-            h = h * correction.scale_dir
+        sigma, sigma_next = interval.ends
         past = self.newest(evaluation, history, self.order_at(interval, history))
-        weights = [h * coefficient for coefficient in ADAMS_BASHFORTH[len(past)]]
-        return weighted_sum(evaluation.x, None, weights, [e.eps for e in past])
+        weights = [(sigma_next - sigma) * coefficient for coefficient in ADAMS_BASHFORTH[len(past)]]
+        scale = None if correction is None else correction.scale_dir
+        return weighted_sum(evaluation.x, None, weights, [e.eps for e in past], scale=scale)
 
 
 class IPNDMV(Multistep):
@@ -77,19 +77,17 @@ class IPNDMV(Multistep):
         correction: Correction | None,
     ) -> Tensor:
         past = self.newest(evaluation, history, self.order_at(interval, history))
-        weights = self.coefficients(interval.sigma_next, [e.sigma for e in past])
+        weights = self.coefficients(interval.ends[1], [plain(e.sigma) for e in past])
         scale = None if correction is None else correction.scale_dir
         return weighted_sum(evaluation.x, None, weights, [e.eps for e in past], scale=scale)
 
 
-def _published(sigma_next: Tensor, sigmas: Sequence[Tensor]) -> list[Tensor]:
-    h = sigma_next - sigmas[0]
-    if len(sigmas) == 1:
-        return [h]
-    return [h * weight for weight in _relative(h, [new - old for new, old in pairwise(sigmas)])]
+def _published(sigma_next: Level, sigmas: Sequence[Level]) -> list[Level]:
+    h, steps = sigma_next - sigmas[0], [new - old for new, old in pairwise(sigmas)]
+    return [h * weight for weight in _relative(h, steps)] if steps else [h]
 
 
-def _relative(h: Tensor, steps: list[Tensor]) -> list[Tensor]:
+def _relative(h: Level, steps: list[Level]) -> list[Level]:
     """Published weights of the newest slopes over `h`, from the coming step `h` and the past ones, newest first."""
     h1 = steps[0]
     half = h / h1 / 2
@@ -115,7 +113,7 @@ def _relative(h: Tensor, steps: list[Tensor]) -> list[Tensor]:
     ]
 
 
-COEFFICIENTS: dict[str, Callable[[Tensor, Sequence[Tensor]], list[Tensor]]] = {
+COEFFICIENTS: dict[str, Callable[[Level, Sequence[Level]], list[Level]]] = {
     "published": _published,
     "exact": partial(adams_weights, MODES["rhoab"]),
 }

@@ -14,6 +14,7 @@ from diffdistill.registry import choose
 from diffdistill.solvers.base import History, Interval, Solver
 from diffdistill.solvers.features import feature_tap
 from diffdistill.solvers.flow import ProbabilityFlow, dynamic_thresholding
+from diffdistill.solvers.levels import shared
 from diffdistill.solvers.noise import SampleNoise
 from diffdistill.solvers.schedules import check_sigmas
 
@@ -32,11 +33,17 @@ class Trajectory:
     nfe: int
 
 
-def intervals(sigmas: Tensor, batch: int, device: torch.device | str = "cpu") -> list[Interval]:
-    """The steps of a schedule `[num_steps + 1]` for a batch; a last level of 0 makes the last step one `to_zero`."""
+def intervals(sigmas: Tensor | Sequence[float], batch: int, device: torch.device | str = "cpu") -> list[Interval]:
+    """The steps of a schedule `[num_steps + 1]` for a batch; a last level of 0 makes the last step one `to_zero`.
+
+    Steps of a tensor are differentiable with respect to it; those of numbers are cheaper, see `solvers.levels`.
+    """
     total = len(sigmas) - 1
     ends_at_zero = bool(sigmas[-1] == 0)
-    levels = [level.expand(batch) for level in sigmas.to(device=device, dtype=torch.float64, non_blocking=True)]
+    if isinstance(sigmas, Tensor):
+        levels = [level.expand(batch) for level in sigmas.to(device=device, dtype=torch.float64, non_blocking=True)]
+    else:
+        levels = [shared(level, batch, device) for level in sigmas]
     return [
         Interval(
             levels[i],
@@ -133,13 +140,11 @@ def sample(
             reads the bottleneck of a denoiser that declares none, levels that do not begin where `start` ends.
     """
     sigmas = check_sigmas(torch.as_tensor(sigmas, dtype=torch.float64).cpu())
+    steps = intervals(sigmas.tolist(), len(noise), noise.device)
     if denoise_to_zero and sigmas[-1] > 0:
-        steps = intervals(sigmas, len(noise), noise.device)
-        last, zero = steps[-1].sigma_next, torch.zeros_like(steps[-1].sigma_next)
+        last, zero = steps[-1].sigma_next, shared(0.0, len(noise), noise.device)
         steps.append(Interval(last, zero, index=len(steps), total=len(steps), to_zero=True))
         sigmas = torch.cat([sigmas, sigmas.new_zeros(1)])
-    else:
-        steps = intervals(sigmas, len(noise), noise.device)
     if isinstance(thresholding, str):
         thresholding = choose("thresholding", thresholding, THRESHOLDING)
     if isinstance(denoiser, Denoiser):

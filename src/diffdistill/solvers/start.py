@@ -16,6 +16,7 @@ from diffdistill.solvers.dpm import DPM3
 from diffdistill.solvers.flow import ProbabilityFlow
 from diffdistill.solvers.gaussian import GaussianStatistics
 from diffdistill.solvers.heun import Heun
+from diffdistill.solvers.levels import shared
 from diffdistill.solvers.sampling import intervals, sample
 from diffdistill.solvers.schedules import logsnr, polynomial
 
@@ -84,7 +85,7 @@ class GaussianStart:
         for back in range(memory, 0, -1):
             past = min(self.sigma * ratio**back, top)
             x, level = self.carry(x, level, past, cond, w), past
-            sigma = torch.full((len(x),), past, dtype=torch.float64, device=x.device)
+            sigma = shared(past, len(x), x.device)
             history.append(Evaluation(x.to(noise.dtype), sigma, gaussian(x, sigma, cond).to(noise.dtype)))
         return self.carry(x, level, self.sigma, cond, w).to(noise.dtype), tuple(history)
 
@@ -104,7 +105,7 @@ class GaussianStart:
         levels = logsnr(num_steps=num_steps, sigma_min=sigma_next, sigma_max=sigma)
         flow = ProbabilityFlow(lambda x, sigma, cond: statistics.denoise(x, sigma, cond, w), cond)
         solver, state = DPM3(), x.to(torch.float64)
-        for interval in intervals(levels, len(x), x.device):
+        for interval in intervals(levels.tolist(), len(x), x.device):
             state = solver.step(flow, state, interval)[0]
         return state.to(x.dtype)
 

@@ -5,18 +5,18 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import ClassVar, Literal
 
-import torch
 from torch import Tensor
 
 from diffdistill.registry import choose
 from diffdistill.solvers.base import AFS, Correction, Evaluation, History, Interval
 from diffdistill.solvers.exponential import LinearPart, choose_form
 from diffdistill.solvers.flow import ProbabilityFlow
+from diffdistill.solvers.levels import Level, expm1, plain
 from diffdistill.solvers.multistep import Multistep
 
 # B(h) of Section 3.1. It matters where a lone rho is set to 1/2; where several rho solve Eq. 5 it cancels. Their
 # Vandermonde matrix is inverted by hand below, with the right side c_k = k! psi_{k+1}.
-VARIANTS: dict[str, Callable[[Tensor], Tensor]] = {"bh1": lambda h: h, "bh2": torch.expm1}
+VARIANTS: dict[str, Callable[[Level], Level]] = {"bh1": lambda h: h, "bh2": expm1}
 
 
 class UniPC(Multistep):
@@ -55,7 +55,7 @@ class UniPC(Multistep):
             return evaluation
         previous = history[-1]
         past = self.newest(previous, history[:-1], self.order_at(interval, history, back=1))
-        linear = self.form.linear(previous.sigma, evaluation.sigma)
+        linear = self.form.linear(plain(previous.sigma), plain(evaluation.sigma))
         weights = self._corrector_weights(linear, self._ratios(linear, past))
         outputs = [self.form.output(e) for e in (*past, evaluation)]
         return evaluation.moved(linear.advance(previous.x, weights, outputs), self.keeping)
@@ -70,19 +70,19 @@ class UniPC(Multistep):
     ) -> Tensor:
         scale = None if correction is None else correction.scale_dir
         past = self.newest(evaluation, history, self.order_at(interval, history))
-        linear = self.form.linear(interval.sigma, interval.sigma_next)
+        linear = self.form.linear(*interval.ends)
         weights = self._predictor_weights(linear, self._ratios(linear, past))
         return linear.advance(evaluation.x, weights, [self.form.output(e) for e in past], scale)
 
     @staticmethod
-    def _ratios(linear: LinearPart, past: list[Evaluation]) -> list[Tensor]:
+    def _ratios(linear: LinearPart, past: list[Evaluation]) -> list[Level]:
         """Places of the past evaluations in steps, `(lambda_j - lambda_0) / h`, negative."""
         if len(past) == 1:
             return []
         backward = -abs(linear.h)
         return [(e.log_sigma - past[0].log_sigma) / backward for e in past[1:]]
 
-    def _predictor_weights(self, linear: LinearPart, ratios: list[Tensor]) -> list[Tensor]:
+    def _predictor_weights(self, linear: LinearPart, ratios: list[Level]) -> list[Level]:
         """Weights of `f_0, f_1, ...`: B(h) rho_j / ratio_j for all but the first (Algorithm 2, Eq. 5)."""
         if not ratios:
             return linear.psi(1)
@@ -97,7 +97,7 @@ class UniPC(Multistep):
         first, second = (c2 - b * c1) / (gap * a), (a * c1 - c2) / (gap * b)
         return [psi - first - second, first, second]
 
-    def _corrector_weights(self, linear: LinearPart, ratios: list[Tensor]) -> list[Tensor]:
+    def _corrector_weights(self, linear: LinearPart, ratios: list[Level]) -> list[Level]:
         """Weights of `f_0, f_1, ...` and of the new evaluation, whose ratio is 1 (Algorithm 1, Eq. 5)."""
         if not ratios:
             (psi,) = linear.psi(1)
