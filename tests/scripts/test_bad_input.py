@@ -1,17 +1,12 @@
 """What users do wrong ends in one line and exit code 2, and leaves no file behind."""
 
-import importlib
-import sys
-from pathlib import Path
-
 import pytest
 
 from diffdistill.denoiser import Distilled
 from diffdistill.models import guidance_student, save_denoiser
 from tests.builders import tiny_denoiser
 from tests.scripts.bad_input import CASES
-
-sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "scripts"))
+from tests.scripts.calling import call
 
 
 @pytest.fixture(scope="module")
@@ -36,19 +31,17 @@ def files(tmp_path_factory):
 
 
 @pytest.mark.parametrize("case", CASES)
-def test_bad_input_is_one_line_and_leaves_nothing(case, files, tmp_path, monkeypatch, capsys):
+def test_bad_input_is_one_line_and_leaves_nothing(case, files, tmp_path, monkeypatch):
     script, overrides, expected = CASES[case]
     for name, path in {**files, "OUT": tmp_path / "out"}.items():
         overrides = [o.removesuffix(f"={name}") + f"={path}" if o.endswith(f"={name}") else o for o in overrides]
     if not any(o.startswith(("out=", "dest=")) for o in overrides) and script != "reproduce":
         overrides = [*overrides, f"out={tmp_path / 'out'}"]
     monkeypatch.setenv("HYDRA_FULL_ERROR", "0")
-    monkeypatch.setattr(sys, "argv", [f"scripts/{script}.py", *overrides])
     monkeypatch.chdir(tmp_path)
-    with pytest.raises(SystemExit) as caught:
-        importlib.import_module(script).main()
-    errors = capsys.readouterr().err.strip()
-    assert caught.value.code == 2, errors
+    done = call(script, *overrides)
+    errors = done.stderr.strip()
+    assert done.returncode == 2, errors
     assert len(errors.splitlines()) == 1 and errors.startswith("error: "), errors
     for text in expected:
         assert text in errors

@@ -4,9 +4,7 @@ import json
 import os
 import signal
 import subprocess
-import sys
 import time
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -15,8 +13,7 @@ import torch
 from diffdistill.data import load_data
 from diffdistill.models import save_denoiser
 from tests.builders import tiny_denoiser
-
-ROOT = Path(__file__).resolve().parents[2]
+from tests.scripts.calling import ROOT, call, command
 
 TABLE = """
 title: Tiny
@@ -32,14 +29,6 @@ rows:
   - {{name: Euler, solver: {{name: euler}}}}
   - {{name: iPNDM, solver: {{name: ipndm}}}}
 """
-
-
-def command(script, *overrides):
-    return [sys.executable, str(ROOT / "scripts" / f"{script}.py"), *map(str, overrides)]
-
-
-def run(script, *overrides):
-    return subprocess.run(command(script, *overrides), capture_output=True, text=True, cwd=ROOT)
 
 
 @pytest.fixture(scope="module")
@@ -60,10 +49,8 @@ def contents(folder):
 
 
 def test_a_killed_table_continues_without_repeating_finished_cells(tables, tmp_path):
-    call = command(
-        "reproduce", "table=tiny", f"out={tmp_path}", f"hydra.searchpath=[file://{tables}]", "batch_size=500"
-    )
-    process = subprocess.Popen(call, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    given = ["reproduce", "table=tiny", f"out={tmp_path}", f"hydra.searchpath=[file://{tables}]", "batch_size=500"]
+    process = subprocess.Popen(command(*given), cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     deadline = time.monotonic() + 180
     while len(contents(tmp_path / "cells")) < 2:
         assert process.poll() is None and time.monotonic() < deadline
@@ -72,7 +59,7 @@ def test_a_killed_table_continues_without_repeating_finished_cells(tables, tmp_p
     process.wait()
     finished = contents(tmp_path / "cells")
     assert 2 <= len(finished) < 12 and not (tmp_path / "index.html").exists()
-    done = subprocess.run(call, cwd=ROOT, capture_output=True, text=True)
+    done = call(*given)
     assert done.returncode == 0, done.stderr
     everything = contents(tmp_path / "cells")
     assert len(everything) == 12 and {name: everything[name] for name in finished} == finished
@@ -88,17 +75,17 @@ def test_a_killed_table_continues_without_repeating_finished_cells(tables, tmp_p
 
 
 def test_mistakes_with_tables_are_one_line(tables, tmp_path):
-    done = run("reproduce", "table=tinny", f"hydra.searchpath=[file://{tables}]")
+    done = call("reproduce", "table=tinny", f"hydra.searchpath=[file://{tables}]")
     assert done.returncode == 2 and done.stderr.count("\n") == 1
     assert "tinny" in done.stderr and "digits_students" in done.stderr
-    done = run("reproduce", "table=absent", f"hydra.searchpath=[file://{tables}]", f"out={tmp_path}")
+    done = call("reproduce", "table=absent", f"hydra.searchpath=[file://{tables}]", f"out={tmp_path}")
     assert done.returncode == 2 and done.stderr.count("\n") == 1
     assert "error: nothing could be measured. Missing: checkpoints/nowhere.pkl" in done.stderr
     assert "0 of 12 cells" in (tmp_path / "table.md").read_text()
 
 
 def test_a_dry_run_of_a_papers_table_names_what_it_needs():
-    done = run("reproduce", "table=amed_cifar10", "dry_run=true")
+    done = call("reproduce", "table=amed_cifar10", "dry_run=true")
     assert done.returncode == 0, done.stderr
     assert "https://nvlabs-fi-cdn.nvidia.com/edm/fid-refs/cifar10-32x32.npz" in done.stdout
     assert "python scripts/train_amed.py experiment=zhou2024/amed_cifar10 num_steps=2" in done.stdout
@@ -107,20 +94,20 @@ def test_a_dry_run_of_a_papers_table_names_what_it_needs():
 
 def test_references_and_measures_from_the_command_line(tables, tmp_path):
     reference = tmp_path / "digits.npz"
-    done = run("make_reference", "data=digits", "features=digits_classifier", "keep_features=true", f"out={reference}")
+    done = call("make_reference", "data=digits", "features=digits_classifier", "keep_features=true", f"out={reference}")
     assert done.returncode == 0, done.stderr
     assert "1797 images, digits_classifier" in done.stdout
     digits = load_data("digits")
     np.savez(tmp_path / "samples.npz", x=digits.x.numpy(), y=digits.y.numpy())
     options = [f"reference={reference}", "measures=[fid,recall,accuracy]", f"out={tmp_path / 'found.json'}"]
-    done = run("evaluate", f"samples={tmp_path / 'samples.npz'}", *options)
+    done = call("evaluate", f"samples={tmp_path / 'samples.npz'}", *options)
     assert done.returncode == 0, done.stderr
     found = json.loads((tmp_path / "found.json").read_text())
     assert found["num_samples"] == 1797 and found["measures"]["fid"]["value"] < 1e-9
     assert found["measures"]["recall"]["value"] == 1 and found["measures"]["accuracy"]["value"] > 0.99
     assert len(found["weights"]) == 16 and found["measures"]["fid"]["part_std"] > 0
     model = ["model=" + str(tables / "model.safetensors"), "num_steps=2", "num_samples=100", "splits=1"]
-    done = run("evaluate", *model, *options)
+    done = call("evaluate", *model, *options)
     assert done.returncode == 0, done.stderr
     assert "100 samples" in done.stdout and torch.isfinite(
         torch.tensor(json.loads((tmp_path / "found.json").read_text())["measures"]["fid"]["value"])
@@ -135,5 +122,5 @@ def test_references_and_measures_from_the_command_line(tables, tmp_path):
     ],
 )
 def test_mistakes_with_measures_are_one_line(overrides, message):
-    done = run("evaluate", *overrides)
+    done = call("evaluate", *overrides)
     assert done.returncode == 2 and done.stderr.count("\n") == 1 and message in done.stderr
