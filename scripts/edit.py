@@ -17,6 +17,7 @@ from omegaconf import DictConfig
 from common import command, plain
 from diffdistill import load_denoiser
 from diffdistill.data import load_data
+from diffdistill.denoiser import image_shape
 from diffdistill.devices import device_of
 from diffdistill.editing.inputs import read_images, read_mask
 from diffdistill.editing.session import TASKS, Edit, encoding_plan
@@ -49,9 +50,7 @@ def edit(settings: dict[str, Any]) -> tuple[torch.Tensor, torch.Tensor]:
         parts.pipeline.to(device)
     model = load_denoiser(settings["model"], device=device)
     codec = model.codec if parts is None else parts.codec
-    shape, labels = tuple(model.data_shape), None
-    if codec is not None:
-        shape = (3, shape[1] * codec.factor, shape[2] * codec.factor)
+    shape, labels = image_shape(model.data_shape, codec), None
     if settings["images"] is not None:
         images = read_images(settings["images"], shape)
     else:

@@ -27,6 +27,13 @@ def per_sample(values: Tensor, like: Tensor) -> Tensor:
     return values.to(like.dtype).view(-1, *(1,) * (like.ndim - 1))
 
 
+def image_shape(data_shape: tuple[int, ...], codec: Codec | None) -> tuple[int, ...]:
+    """`(C, H, W)` of the images that `data_shape` stands for: itself, or what a codec decodes it to."""
+    if codec is None:
+        return tuple(data_shape)
+    return (codec.channels, *(side * codec.factor for side in data_shape[1:]))
+
+
 @dataclass(frozen=True)
 class Distilled:
     """How a student of few steps is meant to be used: on exactly these noise levels, by exactly this sampler.
@@ -43,8 +50,10 @@ class Distilled:
 
 
 class Codec(Protocol):
-    """What turns images into latents and back; `factor` pixels make one latent along a side."""
+    """What turns images of so many `channels` into latents and back; `factor` pixels a side make one latent."""
 
+    @property
+    def channels(self) -> int: ...
     @property
     def factor(self) -> int: ...
     def encode(self, images: Tensor, generator: torch.Generator | None = None) -> Tensor: ...

@@ -8,6 +8,7 @@ import torch
 from diffdistill import load_denoiser
 from diffdistill.data import LatentData, Shapes, TensorData, load_data
 from diffdistill.data.latents import cache_images
+from diffdistill.denoiser import image_shape
 from diffdistill.generation import generate, plan
 from diffdistill.models import (
     Autoencoder,
@@ -47,7 +48,8 @@ def latent_denoiser(side=8):
 
 def test_shapes_and_scale():
     made, images = autoencoder(), torch.rand(20, *SHAPE) * 2 - 1
-    assert made.factor == 4 and made.latent_shape == LATENTS
+    assert made.factor == 4 and made.channels == 3 and made.latent_shape == LATENTS
+    assert image_shape(LATENTS, made) == SHAPE and image_shape(LATENTS, None) == LATENTS
     made.fit_scale(images, batch_size=7)
     latents = made.encode(images)
     assert latents.shape == (20, *LATENTS)

@@ -15,6 +15,7 @@ from torch import Tensor
 from diffdistill.data import ImageData, TensorData, ZipData, load_data
 from diffdistill.data.base import from_uint8
 from diffdistill.data.files import ImageFolder
+from diffdistill.denoiser import image_shape
 from diffdistill.generation import Plan, generate, spread_labels
 
 
@@ -63,7 +64,7 @@ class Sampler:
     ) -> None:
         self.plan, self.seed, self.on_images = plan, seed, on_images
         self.labels = spread_labels(num_samples, plan.denoiser.num_classes) if labels is None else labels
-        self.shape = tuple(plan.denoiser.data_shape)
+        self.shape = image_shape(plan.denoiser.data_shape, getattr(plan.denoiser, "codec", None))
         self.seconds = 0.0
         self._length = num_samples
 

@@ -39,6 +39,7 @@ class Autoencoder(nn.Module):
         num_blocks: residual blocks per level, in the encoder and in the decoder.
 
     Attributes:
+        channels: of the images.
         factor: pixels per latent along a side.
         latent_shape: `(latent_channels, H / factor, W / factor)`.
         config: what builds it again, with its provenance.
@@ -63,7 +64,7 @@ class Autoencoder(nn.Module):
         self.factor = 2 ** len(channels)
         if height % self.factor or width % self.factor:
             raise ValueError(f"the sides of the images must be multiples of {self.factor}, but they are {data_shape}")
-        self.data_shape = (images, height, width)
+        self.channels, self.data_shape = images, (images, height, width)
         self.latent_shape = (latent_channels, height // self.factor, width // self.factor)
         self.config: dict[str, Any] = {
             "data_shape": list(data_shape),

@@ -51,6 +51,11 @@ class LatentCodec:
         return self.vae.decode(scaled.to(self._dtype)).sample.to(latents.dtype)
 
     @property
+    def channels(self) -> int:
+        """Channels of the images."""
+        return self.vae.config.out_channels
+
+    @property
     def factor(self) -> int:
         """Pixels per latent along a side."""
         return 2 ** (len(self.vae.config.block_out_channels) - 1)
