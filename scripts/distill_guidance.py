@@ -16,6 +16,7 @@ from diffdistill import load_denoiser
 from diffdistill.data import load_data
 from diffdistill.generation import preview, schedule_for
 from diffdistill.guidance.stage1 import GuidanceDistillation
+from diffdistill.interop.diffusers import add_adapters
 from diffdistill.models import guidance_student
 from diffdistill.training import Run, Trainer, TrainerConfig
 from diffdistill.training.noise_levels import make_noise_levels
@@ -38,9 +39,12 @@ def distill(config: DictConfig) -> str:
         return str(run.path / "model.safetensors")
     data, teacher, w = load_data(**settings["data"]), load_denoiser(settings["teacher"]), settings["w"]
     check_data(data, teacher)
+    student = guidance_student(teacher, tuple(w) if isinstance(w, list) else (w, w))
+    if settings["lora"]:
+        add_adapters(student, **settings["lora"])
     objective = GuidanceDistillation(
         teacher,
-        guidance_student(teacher, tuple(w) if isinstance(w, list) else (w, w)),
+        student,
         noise_levels=noise_levels(settings["noise_levels"], teacher),
         weighting=make_weighting(settings["weighting"], sigma_data=teacher.sigma_data),
     )

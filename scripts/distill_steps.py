@@ -17,6 +17,7 @@ from common import check_data, command, plain, provenance
 from diffdistill import load_denoiser
 from diffdistill.data import load_data
 from diffdistill.generation import preview, schedule_for
+from diffdistill.interop.diffusers import add_adapters
 from diffdistill.progressive.halving import Halving, halve_steps
 from diffdistill.training import Run
 from diffdistill.training.weighting import make_weighting
@@ -27,6 +28,8 @@ def distill(config: DictConfig) -> dict[int, Path]:
     settings = plain(config)
     data, teacher = load_data(**settings["data"]), load_denoiser(settings["teacher"])
     check_data(data, teacher)
+    if settings["lora"]:
+        add_adapters(teacher, **settings["lora"])
     halving = Halving(
         sigmas=schedule_for(teacher, {"num_steps": settings["start_steps"], **settings["schedule"]}),
         sampler=settings["sampler"],

@@ -16,7 +16,7 @@ from diffdistill.interop.diffusers import export_student, load_pipeline
 def main(config: DictConfig) -> None:
     settings = plain(config)
     student, teacher = load_denoiser(settings["model"]), load_pipeline(settings["teacher"])
-    print(f"the pipeline is {export_student(student, teacher, settings['out'])}")
+    print(f"the pipeline is {export_student(student, teacher, settings['out'], adapters=settings['adapters'])}")
 
 
 if __name__ == "__main__":

@@ -11,7 +11,7 @@ from diffdistill.training.sharding import local
 
 
 class WeightAverage:
-    """A copy of a module whose parameters follow the module's; its buffers are the module's.
+    """A copy of a module whose parameters follow the module's, where they are trained; its buffers are the module's.
 
     Args:
         source: the module to follow.
@@ -22,9 +22,12 @@ class WeightAverage:
     """
 
     def __init__(self, source: nn.Module, module: nn.Module | None = None) -> None:
-        self.module = (copy.deepcopy(source) if module is None else module).eval().requires_grad_(False)
-        self._to: list[Tensor] = list(self.module.parameters())
-        self._from: list[Tensor] = list(source.parameters())
+        self.module = (copy.deepcopy(source) if module is None else module).eval()
+        pairs = zip(self.module.parameters(), source.parameters(), strict=True)
+        followed = [(average, parameter) for average, parameter in pairs if parameter.requires_grad]
+        self._to: list[Tensor] = [average for average, _ in followed]
+        self._from: list[Tensor] = [parameter for _, parameter in followed]
+        self.module.requires_grad_(False)
         self._buffers_to, self._buffers_from = list(self.module.buffers()), list(source.buffers())
 
     @torch.no_grad()

@@ -6,7 +6,7 @@ A checkpoint holds whole tensors under the names of one process, so that any num
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from functools import partial
 from typing import Any
 
@@ -87,10 +87,11 @@ def split_like(value: Tensor, model: Tensor) -> Tensor:
     return distribute_tensor(value.to(model.device), mesh, placements, src_data_rank=None)
 
 
-def load_module(module: nn.Module, state: Mapping[str, Any]) -> None:
-    """`module.load_state_dict`, strictly, of whole tensors."""
+def load_module(module: nn.Module, state: Mapping[str, Any], *, keep: Collection[str] = ()) -> None:
+    """`module.load_state_dict`, strictly, of whole tensors; the entries named in `keep` stay as they are."""
     own = module.state_dict()
-    module.load_state_dict({n: split_like(v, own[n]) if n in own else v for n, v in state.items()})
+    kept = {name: own[name] for name in keep}
+    module.load_state_dict({**kept, **{n: split_like(v, own[n]) if n in own else v for n, v in state.items()}})
 
 
 def load_optimizer(optimizer: torch.optim.Optimizer, state: Mapping[str, Any]) -> None:

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from diffdistill.devices import device_of
+from diffdistill.devices import device_of, tuned_convolutions
 from diffdistill.pictures import plot_curves, save_grid
 from diffdistill.training import distributed, sharding
 from diffdistill.training.average import WeightAverage
@@ -67,8 +67,13 @@ class Trainer:
         if config.channels_last:
             self.objective.to(memory_format=torch.channels_last)  # pyright: ignore[reportCallIssue]
         distributed.same_weights(objective.trained)
-        averaged = None if config.ema_half_life is None else copy.deepcopy(objective.trained)
-        self._result = self._split(averaged) if distributed.world_size() > 1 and config.parallel == "fsdp" else None
+        splits = distributed.world_size() > 1 and config.parallel == "fsdp"
+        frozen = {name: p for name, p in objective.trained.named_parameters() if not p.requires_grad}
+        self._frozen = frozenset(frozen)
+        # What is frozen is the same in the average, so that memory holds it once.
+        shared = {} if splits else {id(p): p for p in frozen.values()}
+        averaged = None if config.ema_half_life is None else copy.deepcopy(objective.trained, shared)
+        self._result = self._split(averaged) if splits else None
         self.parameters = [p for p in objective.trained.parameters() if p.requires_grad]
         self.gradients = distributed.GradientAverage(self.parameters if self._result is None else [])
         self.optimizer = make_optimizer(self.parameters, config)
@@ -124,7 +129,8 @@ class Trainer:
             Interrupted: SIGTERM or SIGINT; a checkpoint was written.
         """
         self._resume()
-        with StopRequest() as stop, torch.random.fork_rng(devices=_cuda_index(self.device)):
+        forked = torch.random.fork_rng(devices=_cuda_index(self.device))
+        with StopRequest() as stop, forked, tuned_convolutions():
             if self.update < self.config.updates:
                 self._loop(stop)
         self.objective.eval()
@@ -282,8 +288,8 @@ class Trainer:
         if not bool(distributed.mean(torch.stack(norms)).isfinite().all()):
             raise NonFiniteLossError(f"a weight is not finite after update {self.update}", update=self.update)
         state = {
-            "trained": self.objective.trained.state_dict(),
-            "average": {} if self.average is None else self.average.module.state_dict(),
+            "trained": self._learned(self.objective.trained),
+            "average": {} if self.average is None else self._learned(self.average.module),
             "optimizer": self.optimizer.state_dict(),
             "objective": self.objective.extra_state(),
             "journal": self.journal.state(),
@@ -295,6 +301,10 @@ class Trainer:
         self._saved_at = time.monotonic()
         distributed.barrier()
 
+    def _learned(self, module: nn.Module) -> dict[str, Tensor]:
+        """The state without the parameters that are frozen, such as those that adapters leave alone."""
+        return {name: value for name, value in module.state_dict().items() if name not in self._frozen}
+
     def _resume(self) -> None:
         """Take the state of the newest good checkpoint, if there is one."""
         checkpoint = self.run.load_checkpoint(self.device if self._result is None else "cpu")
@@ -303,9 +313,9 @@ class Trainer:
             return
         state = checkpoint.state
         try:
-            sharding.load_module(self.objective.trained, state["trained"])
+            sharding.load_module(self.objective.trained, state["trained"], keep=self._frozen)
             if self.average is not None:
-                sharding.load_module(self.average.module, state["average"])
+                sharding.load_module(self.average.module, state["average"], keep=self._frozen)
             sharding.load_optimizer(self.optimizer, state["optimizer"])
             self.objective.load_extra_state(state["objective"])
             self.journal.load(state["journal"])

@@ -6,62 +6,106 @@ import copy
 import os
 import shutil
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
 from diffdistill.atomic import write_text
+from diffdistill.interop.diffusers.adapters import adapter_state, remove
+from diffdistill.interop.diffusers.base import DiffusersNetwork
+from diffdistill.interop.diffusers.conventions import GUIDANCE_CONVENTIONS
 from diffdistill.interop.diffusers.extra import diffusers
 from diffdistill.interop.diffusers.levels import sigma_table
-from diffdistill.interop.diffusers.networks import UNet2DCondition
+from diffdistill.interop.diffusers.networks import FluxTransformer, UNet2DCondition
 from diffdistill.interop.diffusers.parts import RECORD, Parts
 from diffdistill.models.network import NetworkDenoiser
+from diffdistill.models.preconditioning import Flow
+from diffdistill.registry import choose
 from diffdistill.solvers.schedules import trailing
 
 
-def export_student(student: NetworkDenoiser, teacher: Parts, folder: str | os.PathLike[str]) -> Path:
+def export_student(
+    student: NetworkDenoiser,
+    teacher: Parts,
+    folder: str | os.PathLike[str],
+    *,
+    adapters: Literal["merged", "apart"] = "merged",
+) -> Path:
     """Write a student with the other parts of its teacher's pipeline, as a folder of diffusers.
 
     The stock pipelines then take `guidance_scale = w + 1` and the student's number of steps, and evaluate once a step.
 
     Args:
-        student: of stage 1 (any number of steps) or stage 2, a `UNet2DConditionModel` that takes w as its own.
+        student: of stage 1 (any number of steps) or stage 2, a `UNet2DConditionModel` that takes w as its own; or of
+            stage 1, a `FluxTransformer2DModel`.
         teacher: the pipeline whose autoencoder, text encoder and tokenizer the student shares, from `from_pipeline`.
         folder: where to write; it must be empty or new.
+        adapters: of a student that has some: "merged" into its weights, or "apart", in a file for the pipeline's
+            `load_lora_weights(folder)`.
 
     Raises:
         ValueError: a student of another kind or convention, one for the stochastic sampler, one whose noise levels
-            are not those of the stock scheduler, or a folder with other files in it.
+            are not those of the stock scheduler, or a folder with other files in it; "apart" without adapters.
     """
-    folder = Path(folder)
+    folder, apart = Path(folder), choose("adapters", adapters, {"merged": False, "apart": True})
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise ValueError(f"{folder} is not empty: choose a new folder")
-    network = student.model
-    if not isinstance(network, UNet2DCondition):
-        raise ValueError(f"students of the class UNet2DConditionModel are exported, not {type(network).__name__}")
-    if student.w_range is None:
-        raise ValueError("the student takes no guidance weight: make it with models.guidance_student, and train it")
-    if network.options.time_cond_proj_dim != network.w_channels or network.embedded(torch.zeros(1)).item() != 0:
-        raise ValueError('stock pipelines embed w itself: this student has another guidance_convention than "w"')
-    scheduler = stock_scheduler(student, teacher.pipeline.scheduler)
-    pipeline, unet = teacher.pipeline, copy.deepcopy(network.module).cpu()
-    unet.register_to_config(**{RECORD: guidance_record(student)})
-    parts = {**pipeline.components, "unet": unet, "scheduler": scheduler}
+    network, pipeline = checked(student), teacher.pipeline
+    if apart and network.lora is None:
+        raise ValueError('this student has no adapters: export it with adapters="merged"')
+    scheduler = stock_scheduler(student, pipeline.scheduler)
+    module = copy.deepcopy(network.module).cpu()
+    if network.lora is not None:
+        remove(module, merge=not apart)
+    module.register_to_config(**{RECORD: guidance_record(student)})
+    parts = {**pipeline.components, EXPORTED[type(network)]: module, "scheduler": scheduler}
     flags = ("force_zeros_for_empty_prompt", "requires_safety_checker")
     exported = type(pipeline)(**parts, **{flag: pipeline.config[flag] for flag in flags if flag in pipeline.config})
     temporary = folder.with_name(folder.name + ".part")
     shutil.rmtree(temporary, ignore_errors=True)
     exported.save_pretrained(temporary, safe_serialization=True)
-    write_text(temporary / "README.md", model_card(student, type(pipeline).__name__))
+    if apart:
+        assert network.lora is not None
+        layers = {f"{EXPORTED[type(network)]}_lora_layers": adapter_state(network.module, network.lora)}
+        exported.save_lora_weights(temporary, **layers)
+    write_text(temporary / "README.md", model_card(student, type(pipeline).__name__, apart=apart))
     if folder.exists():
         folder.rmdir()
     temporary.rename(folder)
     return folder
 
 
+EXPORTED: dict[type, str] = {UNet2DCondition: "unet", FluxTransformer: "transformer"}
+"""The networks that stock pipelines give a guidance scale, and what the pipelines call them."""
+
+
+def checked(student: NetworkDenoiser) -> DiffusersNetwork:
+    """The network of a student that stock pipelines can run.
+
+    Raises:
+        ValueError: it is of another kind, takes no w, or takes it in another convention.
+    """
+    network = student.model
+    if not isinstance(network, (UNet2DCondition, FluxTransformer)):
+        kind = getattr(network, "kind", type(network).__name__)
+        raise ValueError(
+            f"stock pipelines give no guidance weight to a {kind}: students of the classes UNet2DConditionModel and "
+            "FluxTransformer2DModel are exported"
+        )
+    if student.w_range is None:
+        raise ValueError("the student takes no guidance weight: make it with models.guidance_student, and train it")
+    stock = "scale" if isinstance(network, FluxTransformer) else "w"
+    width = 256 if stock == "scale" else network.options.time_cond_proj_dim
+    if width != network.w_channels or network.embedded is not GUIDANCE_CONVENTIONS[stock]:
+        raise ValueError(f'this student has another guidance_convention than "{stock}", which stock pipelines have')
+    return network
+
+
 def stock_scheduler(student: NetworkDenoiser, teacher_scheduler: Any) -> Any:
     """The stock scheduler that samples a student exactly: DPM-Solver++ of first order on the trailing grid.
+
+    Flow matching has a first-order scheduler already, which takes any number of steps.
 
     Raises:
         ValueError: the student is for the stochastic sampler, or for other noise levels.
@@ -72,6 +116,10 @@ def stock_scheduler(student: NetworkDenoiser, teacher_scheduler: Any) -> Any:
             "stock diffusers has no stochastic N-step sampler: run this student with SolverScheduler, or distil one "
             'with sampler="deterministic"'
         )
+    if isinstance(student.preconditioning, Flow):
+        if distilled is not None:
+            raise ValueError("stock flow-matching schedulers do not have a student's noise levels: use SolverScheduler")
+        return teacher_scheduler
     if distilled is not None and not on_trailing_grid(distilled.sigmas, sigma_table(teacher_scheduler)):
         raise ValueError(
             f"the student's noise levels {[round(sigma, 3) for sigma in distilled.sigmas]} are not on the trailing "
@@ -101,7 +149,7 @@ def guidance_record(student: NetworkDenoiser) -> dict[str, Any]:
     assert student.w_range is not None
     low, high = student.w_range
     record: dict[str, Any] = {
-        "embeds": "w",
+        "embeds": next(name for name, of in GUIDANCE_CONVENTIONS.items() if of is student.model.embedded),
         "w": "guidance_scale - 1",
         "w_range": [low, high],
         "guidance_scale_range": [low + 1, high + 1],
@@ -111,13 +159,14 @@ def guidance_record(student: NetworkDenoiser) -> dict[str, Any]:
     return record
 
 
-def model_card(student: NetworkDenoiser, pipeline: str) -> str:
+def model_card(student: NetworkDenoiser, pipeline: str, *, apart: bool = False) -> str:
     """What a user of the folder must know."""
     assert student.w_range is not None
     low, high = (f"{w + 1:g}" for w in student.w_range)
     steps = student.distilled.num_steps if student.distilled else None
     count = f"{steps} step{'s' * (steps > 1)}" if steps else "any number of steps"
     example = steps or 20
+    loading = "\n    pipeline.load_lora_weights(FOLDER)" if apart else ""
     scale = f"{min(max(student.w_range[0] + 1, 7.5), student.w_range[1] + 1):g}"
     return f"""---
 library_name: diffusers
@@ -127,7 +176,7 @@ library_name: diffusers
 Distilled with diffdistill (Meng et al. 2023, On Distillation of Guided Diffusion Models). It runs in stock diffusers:
 
     from diffusers import {pipeline}
-    pipeline = {pipeline}.from_pretrained(FOLDER)
+    pipeline = {pipeline}.from_pretrained(FOLDER){loading}
     image = pipeline("a prompt", num_inference_steps={example}, guidance_scale={scale}).images[0]
 
 - Guidance scales: {low} to {high}. The scale is an input of the network, w = guidance_scale - 1, so that a step is one

@@ -7,186 +7,17 @@ model of diffusers is saved, loaded, given a guidance input and trained by the s
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from diffdistill.denoiser import NULL_LABEL
-from diffdistill.interop.diffusers.conventions import GUIDANCE_CONVENTIONS, guidance_scale_embedding
-from diffdistill.interop.diffusers.extra import diffusers
+from diffdistill.interop.diffusers.base import AddedWeight, DiffusersNetwork, Labelled
+from diffdistill.interop.diffusers.conventions import guidance_scale_embedding
 from diffdistill.registry import choose
 
 
-class DiffusersNetwork(nn.Module):
-    """A network of diffusers. Subclasses define `evaluate`, and say what they need as a condition.
-
-    Args:
-        module: the network, or its options, from which it is built with fresh weights.
-        w_channels: width of the embedding of a guidance weight, 0 for none.
-        guidance_convention: what of w the network embeds, one of `GUIDANCE_CONVENTIONS`.
-        null: shapes of the parts of a condition that carry no information, by name. They are buffers of the network,
-            zero until they are set.
-
-    Attributes:
-        module: the network itself.
-        required: the names of the parts of a condition that the network needs.
-    """
-
-    kind: ClassVar[str]
-    conditional: bool = True
-    default_w_channels: ClassVar[int] = 256
-    w_parameters: tuple[str, ...] = ()
-
-    def __init__(
-        self,
-        module: nn.Module | Mapping[str, Any],
-        *,
-        w_channels: int = 0,
-        guidance_convention: str = "w",
-        null: Mapping[str, Sequence[int]] | None = None,
-    ) -> None:
-        super().__init__()
-        self.embedded = choose("guidance convention", guidance_convention, GUIDANCE_CONVENTIONS)
-        self.w_channels = w_channels
-        built: Any = module
-        if not isinstance(module, nn.Module):
-            built = self.build({key: value for key, value in module.items() if not key.startswith("_")})
-        self.module: Any = built.eval()
-        self.options: Any = self.module.config
-        self.null_names = tuple(null or ())
-        for name, shape in (null or {}).items():
-            self.register_buffer(f"null_{name}", torch.zeros(*shape))
-        self.required: tuple[str, ...] = ()
-
-    def build(self, options: dict[str, Any]) -> Any:
-        """The network with fresh weights."""
-        return getattr(diffusers(), self.kind).from_config(options)
-
-    @property
-    def bottleneck(self) -> nn.Module | None:
-        """The middle block."""
-        return getattr(self.module, "mid_block", None)
-
-    @property
-    def label_dim(self) -> int:
-        """Class labels that it takes."""
-        return 0
-
-    def set_null(self, null: Mapping[str, Tensor]) -> None:
-        """Keep the parts of the condition that carries no information, without a batch dimension."""
-        for name in self.null_names:
-            getattr(self, f"null_{name}").copy_(null[name])
-
-    def null_condition(self, cond: Any) -> Any:
-        """The condition in the structure of `cond` that carries no information; what is not text stays as it is.
-
-        Raises:
-            ValueError: the network does not know the embedding of an empty prompt.
-        """
-        if cond is None:
-            return None
-        known = {name: getattr(self, f"null_{name}") for name in self.null_names}
-        if not known:
-            raise ValueError(
-                "this network does not know the embedding of an empty prompt: make it with from_pipeline, or with null="
-            )
-        return {
-            name: known[name].to(value).expand_as(value) if name in known else value for name, value in cond.items()
-        }
-
-    def check_condition(self, cond: Any, batch: int) -> None:
-        """Raise `ValueError` unless `cond` is None or a dict of all parts that the network needs, `[batch, ...]`."""
-        if cond is None:
-            return
-        names = ", ".join(self.required)
-        if not isinstance(cond, dict):
-            raise ValueError(f"the condition is a dict of tensors ({names}), not a {type(cond).__name__}")
-        for name in cond:
-            if name not in self.required:
-                raise ValueError(f"the condition has no part {name!r}: it is made of {names}")
-        for name in self.required:
-            if name not in cond:
-                raise ValueError(f"the condition misses {name!r}: it is made of {names}")
-            if len(cond[name]) != batch:
-                raise ValueError(f"{name} of the condition holds {len(cond[name])} samples, but the batch {batch}")
-
-    def forward(self, x: Tensor, noise_labels: Tensor, cond: Any = None, w: Tensor | None = None) -> Tensor:
-        """Evaluate the network.
-
-        Args:
-            x: scaled latents or images, `[B, C, H, W]`.
-            noise_labels: the continuous timestep, `[B]`.
-            cond: the condition; None stands for the one that carries no information.
-            w: guidance weight of Meng et al., `[B]`; None for 0.
-        """
-        if self.required:
-            cond = self._filled(cond, len(x))
-            cond = {name: value.to(x) if value.is_floating_point() else value for name, value in cond.items()}
-        embedded = None
-        if self.w_channels:
-            embedded = self.embedded(torch.zeros_like(noise_labels) if w is None else w.to(noise_labels.dtype))
-        elif w is not None:
-            raise ValueError("this network takes no guidance weight: guide it with ClassifierFreeGuidance")
-        return self.evaluate(x, noise_labels, cond, embedded)
-
-    def _filled(self, cond: Any, batch: int) -> dict[str, Tensor]:
-        if cond is not None:
-            return cond
-        missing = [name for name in self.required if name not in self.null_names]
-        if missing:
-            raise ValueError(f"this network needs a condition: a dict of {', '.join(self.required)}")
-        parts = {name: getattr(self, f"null_{name}") for name in self.required}
-        return {name: part.expand(batch, *part.shape) for name, part in parts.items()}
-
-    def evaluate(self, x: Tensor, noise_labels: Tensor, cond: Any, w: Tensor | None) -> Tensor:
-        """Call the network; `w` is what it embeds."""
-        raise NotImplementedError
-
-
-class _Labelled(DiffusersNetwork):
-    """A network of class labels `[B]`, with or without a row of its table that stands for no class."""
-
-    null_class: int | None
-
-    @property
-    def conditional(self) -> bool:  # pyright: ignore[reportIncompatibleVariableOverride]
-        return self.label_dim > 0
-
-    def null_condition(self, cond: Any) -> Any:
-        if cond is not None and self.null_class is None:
-            raise ValueError(
-                "this network was trained with a class for every image, so that there is nothing to guide away from: "
-                "give null_class if a row of its table stands for no class"
-            )
-        return None if cond is None else torch.full_like(cond, NULL_LABEL)
-
-    def check_condition(self, cond: Any, batch: int) -> None:
-        low = 0 if self.null_class is None else NULL_LABEL
-        if cond is None and (self.null_class is not None or not self.label_dim):
-            return
-        if not self.label_dim:
-            raise ValueError("this denoiser takes no class labels: pass cond=None")
-        if not isinstance(cond, Tensor) or cond.is_floating_point() or cond.shape != (batch,):
-            raise ValueError(f"class labels are an integer tensor of shape [{batch}]")
-        wrong = cond[(cond < low) | (cond >= self.label_dim)]
-        if wrong.numel():
-            raise ValueError(f"class label {int(wrong[0])} is unknown: labels are {low} to {self.label_dim - 1}")
-
-    def _rows(self, cond: Any, x: Tensor) -> Tensor | None:
-        """The rows of the table for the labels, with -1 and None for no class."""
-        if not self.label_dim:
-            return None
-        if self.null_class is None:
-            if cond is None:
-                raise ValueError("this network needs a class label for every image: pass cond")
-            return cond
-        if cond is None:
-            return torch.full((len(x),), self.null_class, device=x.device)
-        return torch.where(cond == NULL_LABEL, self.null_class, cond)
-
-
-class UNet2D(_Labelled):
+class UNet2D(Labelled):
     """`UNet2DModel`: images or latents without text.
 
     Args:
@@ -205,11 +36,20 @@ class UNet2D(_Labelled):
         rows = self.options.num_class_embeds or 0
         return rows - (self.null_class is not None) if rows else 0
 
+    @property
+    def places(self) -> list[nn.Module]:
+        return [self.module.time_embedding]
+
+    @property
+    def embedding_width(self) -> int:
+        return self.module.time_embedding.linear_2.out_features
+
     def evaluate(self, x: Tensor, noise_labels: Tensor, cond: Any, w: Tensor | None) -> Tensor:
-        return self.module(x, noise_labels, class_labels=self._rows(cond, x), return_dict=False)[0]
+        self.take(w, x)
+        return self.module(x, noise_labels, class_labels=self.rows(cond, x), return_dict=False)[0]
 
 
-class DiT(_Labelled):
+class DiT(Labelled):
     """`DiTTransformer2DModel` (Peebles and Xie 2023): class-conditional, with a row for no class after the classes."""
 
     kind = "DiTTransformer2DModel"
@@ -222,8 +62,17 @@ class DiT(_Labelled):
     def null_class(self) -> int:  # pyright: ignore[reportIncompatibleVariableOverride]
         return self.label_dim
 
+    @property
+    def places(self) -> list[nn.Module]:
+        return [block.norm1.emb for block in self.module.transformer_blocks]
+
+    @property
+    def embedding_width(self) -> int:
+        return self.options.num_attention_heads * self.options.attention_head_dim
+
     def evaluate(self, x: Tensor, noise_labels: Tensor, cond: Any, w: Tensor | None) -> Tensor:
-        rows = self._rows(cond, x)
+        self.take(w, x)
+        rows = self.rows(cond, x)
         return self.module(x, timestep=noise_labels, class_labels=rows, return_dict=False)[0]
 
 
@@ -274,7 +123,7 @@ class UNet2DCondition(DiffusersNetwork):
         )[0]
 
 
-class SD3Transformer(DiffusersNetwork):
+class SD3Transformer(AddedWeight):
     """`SD3Transformer2DModel` (Esser et al. 2024), conditioned on text and pooled text."""
 
     kind = "SD3Transformer2DModel"
@@ -283,7 +132,16 @@ class SD3Transformer(DiffusersNetwork):
         super().__init__(module, **common)
         self.required = ("encoder_hidden_states", "pooled_projections")
 
+    @property
+    def places(self) -> list[nn.Module]:
+        return [self.module.time_text_embed]
+
+    @property
+    def embedding_width(self) -> int:
+        return self.options.num_attention_heads * self.options.attention_head_dim
+
     def evaluate(self, x: Tensor, noise_labels: Tensor, cond: Any, w: Tensor | None) -> Tensor:
+        self.take(w, x)
         return self.module(x, timestep=noise_labels, **cond, return_dict=False)[0]
 
 
@@ -346,6 +204,7 @@ def diffusers_network(
     guidance_convention: str = "w",
     null: Mapping[str, Sequence[int]] | None = None,
     null_class: int | None = None,
+    lora: Mapping[str, Any] | None = None,
     img_channels: int = 0,
     img_resolution: int = 0,
     label_dim: int = 0,
@@ -359,12 +218,14 @@ def diffusers_network(
         guidance_convention: as in `DiffusersNetwork`.
         null: as in `DiffusersNetwork`.
         null_class: as in `UNet2D`.
+        lora: as in `DiffusersNetwork`.
         img_channels: what `build_denoiser` fills in; the options say it too.
         img_resolution: the same.
         label_dim: the same.
     """
     family = choose("network of diffusers", kind, FAMILIES)
     common: dict[str, Any] = {"w_channels": w_channels, "guidance_convention": guidance_convention, "null": null}
+    common["lora"] = lora
     if family is UNet2D:
         common["null_class"] = null_class
     return family(options, **common)

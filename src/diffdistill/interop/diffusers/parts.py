@@ -25,6 +25,10 @@ RECORD = "guidance_convention"
 """The entry of a UNet's config.json that says how it takes the guidance weight, and in which range."""
 
 
+ADAPTERS = "pytorch_lora_weights.safetensors"
+"""What stock pipelines name the file of a pipeline's adapters."""
+
+
 @dataclass(frozen=True, eq=False)
 class LatentCodec:
     """An autoencoder between images and scaled latents.
@@ -109,6 +113,10 @@ def from_network(
             neither its config nor the arguments say.
     """
     kind, options = type(network).__name__, network.config
+    if getattr(network, "peft_config", None):
+        raise ValueError(
+            "the network has adapters: merge them first (fuse_lora and unload_lora_weights of the pipeline)"
+        )
     family = choose("network of diffusers", kind, FAMILIES)
     flux = family is FluxTransformer
     levels = levels_of(scheduler, time_scale=1.0 if flux else 1000.0)
@@ -269,6 +277,10 @@ def load_pipeline(folder: str | Path, **options: Any) -> Parts:
         )
     except (OSError, ValueError, RuntimeError, AttributeError) as error:
         raise ValueError(f"cannot read the diffusers folder {folder}: {' '.join(str(error).split())[:300]}") from None
+    if (folder / ADAPTERS).is_file():  # of a student whose adapters lie apart
+        pipeline.load_lora_weights(folder, weight_name=ADAPTERS)
+        pipeline.fuse_lora()
+        pipeline.unload_lora_weights()
     return from_pipeline(pipeline, **options)
 
 
