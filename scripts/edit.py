@@ -38,8 +38,8 @@ def conditions(settings: dict[str, Any], labels: torch.Tensor | None, count: int
     return labels, chosen_labels(settings["label"], count, model)
 
 
-def edit(settings: dict[str, Any]) -> tuple[torch.Tensor, torch.Tensor]:
-    """The images before and after."""
+def edit(settings: dict[str, Any]) -> dict[str, torch.Tensor]:
+    """The images before and after, and between them what is known of those to be inpainted."""
     task, device = choose("task", settings["task"], TASKS), device_of(settings["device"])
     folder = settings["pipeline"] or settings["model"]
     parts = None
@@ -64,6 +64,7 @@ def edit(settings: dict[str, Any]) -> tuple[torch.Tensor, torch.Tensor]:
     name, needed = encoder.pop("model"), settings["task"] in ("reconstruct", "style_transfer")
     source = (load_denoiser(name, device=device) if name else model) if needed else None
     before, after = conditions(settings, None if labels is None else labels.to(device), len(images), model, parts)
+    known = read_mask(settings["mask"], shape[1:])
     made = task(
         Edit(
             images=images.to(device),
@@ -71,22 +72,22 @@ def edit(settings: dict[str, Any]) -> tuple[torch.Tensor, torch.Tensor]:
             cond=after.to(device) if isinstance(after, torch.Tensor) else after,
             codec=codec,
             strength=settings["strength"],
-            known=read_mask(settings["mask"], shape[1:]).to(device),
+            known=known.to(device),
             source=None if source is None else encoding_plan(source, **encoder),
             source_cond=before,
             seed=settings["seed"],
         )
     )
-    return images, made.cpu()
+    between = {"known": images * known} if settings["task"] == "inpaint" else {}
+    return {"before": images, **between, "after": made.cpu()}
 
 
 @command("edit")
 def main(config: DictConfig) -> None:
     settings = plain(config)
-    before, after = edit(settings)
+    rows = edit(settings)
     path = Path(settings["out"]) / f"{settings['task']}.png"
-    pictures = torch.cat([before, after.clamp(-1, 1)])
-    save_grid(pictures, path, columns=len(before), row_captions=("before", "after"))
+    save_grid(torch.cat([*rows.values()]), path, columns=len(rows["before"]), row_captions=tuple(rows))
     print(path)
 
 

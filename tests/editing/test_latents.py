@@ -23,7 +23,8 @@ import edit  # noqa: E402
 
 def edited(*overrides):
     """Images before and after, as the command line makes them."""
-    return edit.edit(common.plain(common.compose("edit", [str(o) for o in overrides])))
+    rows = edit.edit(common.plain(common.compose("edit", [str(o) for o in overrides])))
+    return rows["before"], rows["after"]
 
 
 def pictures(folder, side, count=2):
