@@ -201,6 +201,13 @@ def test_too_few_samples_warn_with_the_number_that_is_wanted():
         measure(few, Reference(collect(StoredImages(images(61)), PIXELS).statistics.gaussian()), PIXELS, ["fid"])
 
 
+def test_means_of_blocks():
+    x = torch.arange(3 * 16 * 24, dtype=torch.float64).view(1, 3, 16, 24)
+    values = make_features("pixels_8x8")(x)
+    assert values.shape == (1, 3 * 64)
+    assert values[0, 0] == x[0, 0, :2, :3].mean() and values[0, -1] == x[0, 2, -2:, -3:].mean()
+
+
 def test_all_measures_of_the_digits_against_themselves():
     features = make_features("digits_classifier")
     names = list(MEASURES)

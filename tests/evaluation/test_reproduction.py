@@ -20,7 +20,7 @@ from diffdistill.evaluation.html import write_pages
 from diffdistill.evaluation.reproduction import dry_run, missing_files, read_results, reproduce
 from diffdistill.evaluation.tables import Table
 from diffdistill.generation import generate, plan
-from diffdistill.models import load_denoiser, save_denoiser
+from diffdistill.models import Autoencoder, build_denoiser, load_denoiser, save_denoiser
 from diffdistill.solvers import load_gaussian, save_gaussian
 from tests.builders import tiny_denoiser
 
@@ -101,6 +101,24 @@ def test_guidance_counts_twice_and_w_0_guides_nothing(model, tmp_path):
     results = reproduce(table(model, **settings), tmp_path, device=CPU).results
     assert [results[slug].nfe for slug in ("guided__0", "guided__1.5")] == [2, 4]
     assert results["guided__0"].measures["accuracy"].part_std is None
+
+
+def test_the_samples_of_a_latent_model_are_measured_as_images(tmp_path):
+    config = tiny_denoiser(num_classes=10).config
+    inner = Autoencoder(data_shape=[3, 16, 16], latent_channels=2, channels=[8])
+    save_denoiser(build_denoiser({**config, "provenance": None}, autoencoder=inner), tmp_path / "m.safetensors")
+    settings = {
+        "features": "pixels_8x8",
+        "measures": ["fid"],
+        "reference": {"data": {"name": "shapes", "size": 30, "resolution": 16}},
+        "rows": [{"name": "Euler", "solver": {"name": "euler"}}],
+        "columns": [2],
+        "num_samples": 20,
+    }
+    with pytest.warns(UserWarning, match="take at least 193"):
+        results = reproduce(table(str(tmp_path / "m.safetensors"), **settings), tmp_path, device=CPU).results
+    assert results["euler__2"].measures["fid"].value > 0
+    assert Image.open(tmp_path / "cells/euler__2.png").mode == "RGB"
 
 
 def test_gits_counts_the_evaluations_of_its_choice(model, tmp_path):
