@@ -13,6 +13,7 @@ CHECKS = {
     "solvers_in_ten_lines": "assert with_start < errors['unipc 3'][10] / 2",
     "the_plane_of_trajectories": "assert shape.explained.mean(0)[1] > 0.99",
     "adding_a_solver": "assert abs(order - 2) < 0.15",
+    "training_a_predictor": "assert after < 0.85 * before",
 }
 """What each notebook must show at its end."""
 
