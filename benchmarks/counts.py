@@ -8,19 +8,15 @@ machine. One operation is a multiplication or an addition, as PyTorch's FlopCoun
 
 from __future__ import annotations
 
-from pathlib import Path
-
 import torch
-import yaml
-from torch import Tensor, nn
+from torch import Tensor
 from torch._subclasses import FakeTensorMode
 from torch.utils.flop_counter import FlopCounterMode
 
-from diffdistill.models import build_denoiser
+from diffdistill.models.network import NetworkDenoiser
 from diffdistill.training.sharding import recompute
+from networks import bare, network
 
-CONFIGS = Path(__file__).parents[1] / "configs" / "network"
-SHAPES = {"digits": ((1, 8, 8), 10), "ddpmpp_cifar10": ((3, 32, 32), 10), "adm_imagenet64": ((3, 64, 64), 1000)}
 HEADER = "| network | parameters, M | evaluation, GFLOP | kept activations, MiB | the same, recomputed, MiB |"
 
 
@@ -43,26 +39,13 @@ class Kept(torch.autograd.graph.saved_tensors_hooks):
         return sum(tensor.untyped_storage().nbytes() for tensor in self.tensors.values())
 
 
-def network(name: str, resolution: int | None = None) -> nn.Module:
-    """A network of configs/network; `resolution` replaces that of its images."""
-    shape, classes = SHAPES[name]
-    shape = shape if resolution is None else (shape[0], resolution, resolution)
-    config = yaml.safe_load((CONFIGS / f"{name}.yaml").read_text())
-    return build_denoiser({**config, "data_shape": shape, "num_classes": classes})
-
-
-def evaluate(denoiser: nn.Module, batch: int) -> Tensor:
-    x = torch.empty(batch, *denoiser.data_shape)
-    return denoiser(x, torch.ones(batch), torch.zeros(batch, dtype=torch.long))
-
-
-def kept(denoiser: nn.Module) -> float:
+def kept(denoiser: NetworkDenoiser) -> float:
     """MiB of float32 activations kept for one sample: the difference between a batch of two and of one."""
     sizes = []
     for batch in (1, 2):
         hooks = Kept({p.untyped_storage()._cdata for p in denoiser.parameters()})
         with hooks:
-            evaluate(denoiser.train(), batch)
+            bare(denoiser.train(), batch)()
         sizes.append(hooks.bytes)
     return (sizes[1] - sizes[0]) / 2**20
 
@@ -71,7 +54,7 @@ def counts(name: str, resolution: int | None = None) -> tuple[float, float, floa
     """Millions of parameters, 1e9 operations of one evaluation, and MiB kept per sample without and with recompute."""
     denoiser = network(name, resolution)
     with torch.no_grad(), FlopCounterMode(display=False) as counter:
-        evaluate(denoiser, 1)
+        bare(denoiser, 1)()
     plain = kept(denoiser)
     recompute(denoiser)
     parameters = sum(p.numel() for p in denoiser.parameters()) / 1e6
@@ -81,8 +64,8 @@ def counts(name: str, resolution: int | None = None) -> tuple[float, float, floa
 def main() -> None:
     print(HEADER)
     print("|---|---|---|---|---|")
-    for name in SHAPES:
-        for resolution in (None, 64) if name == "ddpmpp_cifar10" else (None,):
+    for name in ("digits", "ddpmpp_cifar10", "adm_imagenet64", "unet2d_cifar10", "sd15_unet"):
+        for resolution in (None, 64) if name == "ddpmpp_cifar10" else (None, 32) if name == "sd15_unet" else (None,):
             label = name if resolution is None else f"{name} at {resolution}x{resolution}"
             with FakeTensorMode():
                 numbers = counts(name, resolution)

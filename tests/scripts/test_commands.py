@@ -100,6 +100,7 @@ def test_the_quickstart_end_to_end(models, tmp_path):
     tiny = [f"+stage{n}.trainer.{name}={value}" for n in (1, 2) for name, value in updates.items()]
     tiny += ["+stage2.start_steps=32", *(f"+stage2.stages.{n}.updates=2" for n in (16, 8, 4, 2, 1))]
     options = [f"teacher={models / 'teacher.safetensors'}", f"out={tmp_path}/q", "table.num_samples=70", *tiny]
+    options += [f"table.rows.{row}.num_steps=4" for row in (0, 1)]
     done = call("quickstart", *options)
     assert done.returncode == 0, done.stderr
     lines = done.stdout.strip().splitlines()
