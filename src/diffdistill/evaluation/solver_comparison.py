@@ -7,6 +7,7 @@ import io
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, fields
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -217,31 +218,30 @@ class Grid:
             first_steps[", afs"] = "gaussian" if started else True
         found = []
         for start in self.starts if started else (None,):
-            begin = None
-            if start is not None:
-                assert self.statistics is not None
-                begin = GaussianStart(self.statistics, start)
             for suffix, afs in first_steps.items():
                 solver = make_solver(**{"afs": afs, **options})
                 for name, schedule in self.schedules.items():
-                    sigmas = self._levels(schedule, solver, evaluations, problem, start)
-                    if sigmas is not None:
+                    num_steps = num_steps_for(solver, evaluations, to_zero=schedule.get("sigma_min") == 0)
+                    if num_steps is not None:
+                        sigmas, begin = self._levels(name, num_steps, start, problem)
                         found.append(Candidate(label, solver, sigmas, begin, name + suffix))
         return found
 
+    @cache  # noqa: B019 (a grid lives as long as the comparison)
     def _levels(
-        self, schedule: Mapping[str, Any], solver: Solver, evaluations: int, problem: Problem, start: float | None
-    ) -> Tensor | None:
-        """The schedule for which the solver asks the denoiser that often; None if there is none."""
-        denoiser = problem.denoiser
-        options = {"sigma_min": denoiser.sigma_min, "sigma_max": start or denoiser.sigma_max, **schedule}
-        num_steps = num_steps_for(solver, evaluations, to_zero=options["sigma_min"] == 0)
-        if num_steps is None:
-            return None
+        self, name: str, num_steps: int, start: float | None, problem: Problem
+    ) -> tuple[Tensor, GaussianStart | None]:
+        """A schedule by its label, and the start that it begins with; made once, as GITS runs trajectories for it."""
+        denoiser, begin = problem.denoiser, None
+        if start is not None:
+            assert self.statistics is not None
+            begin = GaussianStart(self.statistics, start)
+        ends = {"sigma_min": denoiser.sigma_min, "sigma_max": start or denoiser.sigma_max}
+        options: dict[str, Any] = {**ends, **self.schedules[name]}
         if options["name"] == "gits":
             ((noise, cond), *_) = problem.part(64).batches()
-            options |= {"denoiser": denoiser, "noise": noise, "cond": cond}
-        return make_schedule(**options, num_steps=num_steps)
+            options |= {"denoiser": denoiser, "noise": noise, "cond": cond, "start": begin}
+        return make_schedule(**options, num_steps=num_steps), begin
 
 
 def measure(
