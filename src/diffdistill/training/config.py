@@ -34,7 +34,8 @@ class TrainerConfig:
         batch_size: samples of one update, over all processes and accumulated parts.
         accumulation: parts that each process splits its share of the batch into, to save memory.
         learning_rate: after warm-up and before decay.
-        optimizer: "adam", "adamw" or "sgd" (with momentum `betas[0]`).
+        optimizer: "adam", "adamw", "sgd" (with momentum `betas[0]`), or "adam8bit", "adamw8bit" (moments of 8 bits,
+            with bitsandbytes).
         betas, eps, weight_decay: of the optimiser.
         warmup: updates over which the learning rate rises linearly from 0.
         decay: how it then falls to 0 at the end of the run: "constant" (not at all), "linear" or "cosine".
@@ -64,7 +65,7 @@ class TrainerConfig:
     batch_size: int
     accumulation: int = 1
     learning_rate: float = 1e-3
-    optimizer: Literal["adam", "adamw", "sgd"] = "adam"
+    optimizer: Literal["adam", "adamw", "sgd", "adam8bit", "adamw8bit"] = "adam"
     betas: tuple[float, float] = (0.9, 0.999)
     eps: float = 1e-8
     weight_decay: float = 0.0
@@ -150,7 +151,7 @@ class TrainerConfig:
 
 SWITCHES = ("channels_last", "compile", "recompute")
 CHOICES = {
-    "optimizer": ("adam", "adamw", "sgd"),
+    "optimizer": ("adam", "adamw", "sgd", "adam8bit", "adamw8bit"),
     "decay": ("constant", "linear", "cosine"),
     "precision": ("fp32", "bf16"),
     "parallel": ("ddp", "fsdp"),
