@@ -2,6 +2,9 @@
 
 python scripts/convert.py edm-cifar10-32x32-cond-vp.pkl models/edm-cifar10.safetensors
 python scripts/convert.py source=model.pt dest=models/model.safetensors hints.family=consistency
+python scripts/convert.py v1-5-pruned.ckpt models/stable-diffusion tokenizer=clip-tokenizer
+
+Stable Diffusion becomes a file of its U-Net alone, or, given a tokenizer, a folder of diffusers with all its parts.
 """
 
 from __future__ import annotations
@@ -12,18 +15,29 @@ from omegaconf import DictConfig
 
 from common import command, plain
 from diffdistill.interop import Hints, read_foreign
+from diffdistill.interop.stable import write_pipeline
 from diffdistill.models import save_denoiser
 
 
-@command("convert")
-def main(config: DictConfig) -> None:
+def convert(config: DictConfig) -> None:
+    """Read the source, say what it is, and write it."""
     settings = plain(config)
     found = read_foreign(settings["source"], Hints(**settings["hints"]))
     print(f"{settings['source']}: {found.description}")
     if found.denoiser is None:
         raise ValueError(f"a {found.kind} is not converted: read it with diffdistill.interop.read_foreign")
+    if settings["tokenizer"] is not None:
+        print(f"the pipeline is {write_pipeline(found, settings['tokenizer'], settings['dest'])}")
+        return
+    if found.kind == "stable-diffusion":
+        print("autoencoder and text encoder are left out: give tokenizer=FOLDER for a diffusers folder with all parts")
     save_denoiser(found.denoiser, settings["dest"])
     print(f"the model is {settings['dest']}")
+
+
+@command("convert")
+def main(config: DictConfig) -> None:
+    convert(config)
 
 
 def named(arguments: list[str]) -> list[str]:

@@ -25,11 +25,12 @@ class Found:
     """What a foreign file turned out to be.
 
     Attributes:
-        kind: "edm", "adm", "consistency", "ldm", "classifier" or "amed-predictor".
+        kind: "edm", "adm", "consistency", "ldm", "stable-diffusion", "classifier" or "amed-predictor".
         denoiser: the model, or None where the file holds a classifier or a predictor.
         description: one sentence for people.
         other: the classifier, or the predictor.
-        settings: what else the file says, such as the settings that a predictor was trained for.
+        settings: what else the file says, such as the settings that a predictor was trained for, or the other parts of
+            Stable Diffusion.
     """
 
     kind: str

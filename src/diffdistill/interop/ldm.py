@@ -10,6 +10,7 @@ import torch
 from diffdistill.interop.building import Found, build_strictly, real
 from diffdistill.interop.checkpoints import Checkpoint
 from diffdistill.interop.records import ForeignFileError
+from diffdistill.interop.stable import read_stable_diffusion
 from diffdistill.interop.tensors import TensorRecord
 from diffdistill.interop.unets import Architecture, Hints, infer
 
@@ -26,25 +27,25 @@ def holds_latent_diffusion(root: Any) -> bool:
 def read_ldm(checkpoint: Checkpoint, hints: Hints | None = None) -> Found:
     """Read the U-Net of a latent diffusion model; the weights' moving average where the file has one.
 
-    Latents are as the U-Net takes them: `settings["scale_factor"]` times those of the first stage, which is left out.
+    One that is conditioned on text is Stable Diffusion, of which the other parts are read too. For the others, latents
+    are as the U-Net takes them: `settings["scale_factor"]` times those of the first stage, which is left out.
 
     Raises:
-        ForeignFileError: it is damaged, or conditioned on text.
+        ForeignFileError: it is damaged, or of a kind that is not read.
+        ImportError: it is conditioned on text, and the extra is missing.
     """
     state: dict[str, Any] = checkpoint.root["state_dict"]
     if not all(isinstance(name, str) for name in state):
         raise ForeignFileError("damaged state dict")
     records = {name.removeprefix(UNET): record for name, record in state.items() if name.startswith(UNET)}
     architecture = infer(records)
+    if architecture.context_dim and CLASS_TABLE not in state:
+        betas = _betas(checkpoint, state).tolist() if "betas" in state else None
+        return read_stable_diffusion(checkpoint, _averaged(records, state)[0], architecture, betas, hints)
     if architecture.img_channels != architecture.out_channels:
         raise ForeignFileError(
-            f"the U-Net maps {architecture.img_channels} channels to {architecture.out_channels}: models that take an "
-            "image as a condition are read through the diffusers extra (pip install 'diffdistill[diffusers]')"
-        )
-    if architecture.context_dim and CLASS_TABLE not in state:
-        raise ForeignFileError(
-            "this latent diffusion model is conditioned on text: convert it to a diffusers folder and read that, with "
-            "the diffusers extra (pip install 'diffdistill[diffusers]')"
+            f"the U-Net maps {architecture.img_channels} channels to {architecture.out_channels}: models without text "
+            "that take an image as a condition are not read"
         )
     records, averaged = _averaged(records, state)
     num_classes = architecture.label_dim
@@ -56,7 +57,7 @@ def read_ldm(checkpoint: Checkpoint, hints: Hints | None = None) -> Found:
             raise ForeignFileError("ImageNet models whose table of classes has no row for no class are not read")
         num_classes = table.size[0] - 1
     hints = hints.over(_published(architecture)) if hints else _published(architecture)
-    levels = _noise_levels(checkpoint, state)
+    levels = _noise_levels(_betas(checkpoint, state))
     config = {
         "network": {"name": "openai_unet", **architecture.options(hints)},
         "preconditioning": {"name": "eps", "table": levels},
@@ -92,14 +93,19 @@ def _averaged(records: Mapping[str, Any], state: Mapping[str, Any]) -> tuple[dic
     return {name: state[average] for name, average in names.items()}, True
 
 
-def _noise_levels(checkpoint: Checkpoint, state: Mapping[str, Any]) -> list[float]:
-    """The table of sigmas, from the betas that the file carries."""
+def _betas(checkpoint: Checkpoint, state: Mapping[str, Any]) -> torch.Tensor:
+    """The betas that the file carries, float64."""
     record = state.get("betas")
     if not isinstance(record, TensorRecord) or len(record.size) != 1 or not 2 <= record.numel <= 10_000:
         raise ForeignFileError("the file misses its betas, which define the noise levels")
     betas = checkpoint.tensors({"betas": record})["betas"].double()
     if not bool(((betas > 0) & (betas < 1)).all()):
         raise ForeignFileError("the betas of the file do not lie between 0 and 1")
+    return betas
+
+
+def _noise_levels(betas: torch.Tensor) -> list[float]:
+    """The table of sigmas."""
     alpha_bar = torch.cumprod(1 - betas, 0)
     sigmas = ((1 - alpha_bar) / alpha_bar).sqrt()
     if not bool(torch.isfinite(sigmas).all()):

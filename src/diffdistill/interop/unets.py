@@ -25,6 +25,7 @@ class Hints:
         attention_order: "heads_first" or "qkv_first".
         noise_levels: name of the table of a discrete-time model, such as "linear" or "iddpm".
         family: "edm" or "consistency", for models of the code of consistency models.
+        prediction: "eps" or "v", for Stable Diffusion.
     """
 
     image_size: int | None = None
@@ -33,10 +34,13 @@ class Hints:
     attention_order: str | None = None
     noise_levels: str | None = None
     family: str | None = None
+    prediction: str | None = None
 
     def __post_init__(self) -> None:
         if self.family not in (None, "edm", "consistency"):
             raise ValueError(f"family {self.family!r} is unknown: choose one of edm, consistency")
+        if self.prediction not in (None, "eps", "v"):
+            raise ValueError(f"prediction {self.prediction!r} is unknown: choose one of eps, v")
         if self.attention_order not in (None, "heads_first", "qkv_first"):
             raise ValueError(f"attention_order {self.attention_order!r} is unknown: choose heads_first or qkv_first")
         for name in ("image_size", "head_channels", "num_heads"):
