@@ -19,6 +19,7 @@ from diffdistill.data import load_data
 from diffdistill.generation import preview, schedule_for
 from diffdistill.interop.diffusers import add_adapters
 from diffdistill.progressive.halving import Halving, halve_steps
+from diffdistill.progressive.stage2 import encoder_grid
 from diffdistill.training import Run
 from diffdistill.training.weighting import make_weighting
 
@@ -30,15 +31,16 @@ def distill(config: DictConfig) -> dict[int, Path]:
     check_data(data, teacher)
     if settings["lora"]:
         add_adapters(teacher, **settings["lora"])
+    sigmas = schedule_for(teacher, {"num_steps": settings["start_steps"], **settings["schedule"]})
+    encoder = settings["sampler"] == "encoder"  # which makes no pictures
     halving = Halving(
-        sigmas=schedule_for(teacher, {"num_steps": settings["start_steps"], **settings["schedule"]}),
+        sigmas=encoder_grid(sigmas, teacher.sigma_min) if encoder else sigmas,
         sampler=settings["sampler"],
         weighting=make_weighting(settings["weighting"], sigma_data=teacher.sigma_data),
         trainer=settings["trainer"],
         stages=settings["stages"] or {},
         last=settings["last_steps"],
     )
-    encoder = settings["sampler"] == "encoder"  # which makes no pictures
     return halve_steps(
         teacher,
         data,

@@ -3,6 +3,8 @@
 python scripts/edit.py task=inpaint model=digits-student-4 num_steps=null out=runs/inpainted
 python scripts/edit.py task=style_transfer label=7 num_steps=64 out=runs/sevens
 python scripts/edit.py task=style_transfer label=7 model=digits-student-4 num_steps=null encoder.model=digits-encoder-4
+python scripts/edit.py task=inpaint model=shapes-student-4 data=shapes num_steps=null out=runs/shapes
+python scripts/edit.py task=reconstruct w=null num_steps=256 schedule=polynomial encoder.model=digits-encoder-4
 python scripts/edit.py task=image_to_image model=models/four-steps prompt="a fox" images=cat.png num_steps=null w=6.5
 """
 
@@ -88,6 +90,9 @@ def main(config: DictConfig) -> None:
     rows = edit(settings)
     path = Path(settings["out"]) / f"{settings['task']}.png"
     save_grid(torch.cat([*rows.values()]), path, columns=len(rows["before"]), row_captions=tuple(rows))
+    if settings["task"] == "reconstruct":
+        error = (rows["after"] - rows["before"]).square().mean()
+        print(f"PSNR {10 * torch.log10(4 / error):.1f} dB")
     print(path)
 
 

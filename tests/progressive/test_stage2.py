@@ -12,6 +12,7 @@ from diffdistill.progressive.stage2 import (
     STEPS,
     StepDistillation,
     deterministic_steps,
+    encoder_grid,
     encoder_steps,
     stochastic_steps,
     two_step_target,
@@ -69,6 +70,7 @@ def test_steps_of_all_samplers():
         deterministic_steps(sigmas[:-1])
     with pytest.raises(ValueError, match="positive"):
         encoder_steps(sigmas)
+    assert encoder_grid(sigmas[-3:], 0.5).tolist() == [2, 1, 0.5] and encoder_grid(1 + sigmas, 0.5)[-1] == 1
 
 
 def test_an_ideal_chain_of_halvings_samples_like_its_first_teacher():

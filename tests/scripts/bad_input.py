@@ -64,11 +64,6 @@ CASES = {
         ["5", "4, 2, 1"],
     ),
     "last_steps": ("distill_steps", ["teacher=STUDENT", "start_steps=8", "last_steps=8"], ["last_steps", "8", "4"]),
-    "an encoder that begins at 0": (
-        "distill_steps",
-        ["experiment=digits/encoder", "schedule.sigma_min=0"],
-        ["positive", "sigma_min"],
-    ),
     "noise of an autoencoder": ("train_autoencoder", ["noise=-1", "data.size=10"], ["noise", "-1"]),
     "sides of an autoencoder": ("train_autoencoder", ["data.resolution=30", "data.size=10"], ["multiples of 4", "30"]),
     "nothing to encode": ("cache_latents", ["model=TEACHER"], ["data=shapes", "images=FOLDER"]),

@@ -41,13 +41,21 @@ def stochastic_steps(sigmas: Tensor) -> Tensor:
     return torch.cat([torch.stack([grid[:-2], grid[1:-1], grid[2:]], dim=1), halves[-1:]])
 
 
+def encoder_grid(sigmas: Tensor, sigma_min: float) -> Tensor:
+    """The grid of an encoder that shares all levels with a sampler's grid but the last, 0, where images are not noise.
+
+    In its place comes `sigma_min`, the level that images are taken to be at.
+    """
+    return torch.cat([sigmas[:-1], sigmas.new_tensor([sigma_min])]) if sigmas[-1] == 0 else sigmas
+
+
 def encoder_steps(sigmas: Tensor) -> Tensor:
     """The steps that the deterministic sampler takes from data to noise (Meng et al. 2023, Section 4).
 
     Arguments and result are those of `deterministic_steps`; the levels of each step increase.
     """
     if sigmas[-1] <= 0:
-        raise ValueError("an encoder begins at the last level of its grid, which must be positive: set sigma_min")
+        raise ValueError("an encoder begins at the last level of its grid, which must be positive")
     return deterministic_steps(sigmas.flip(0))
 
 
