@@ -38,15 +38,26 @@ def cache(settings: dict[str, Any]) -> Path:
         parts = load_pipeline(settings["model"])
         parts.pipeline.to(device)
         return cache_latents(parts, settings["images"], settings["out"], seed=settings["seed"], **options)
-    images, autoencoder = load_data(**data), load_autoencoder(settings["model"])
-    if tuple(images.shape) != autoencoder.data_shape:
-        raise ValueError(
-            f"the data has images {list(images.shape)}, but the autoencoder takes {list(autoencoder.data_shape)}"
-        )
-    origin = {name: settings[name] for name in ("model", "data", "dtype", "shard_size")}
-    save = partial(save_autoencoder, autoencoder)
-    codec = autoencoder.to(device)
+    images, origin = load_data(**data), {name: settings[name] for name in ("model", "data", "dtype", "shard_size")}
+    codec, shape, save = codec_of(settings["model"], device)
+    if tuple(images.shape) != shape:
+        raise ValueError(f"the data has images {list(images.shape)}, but the autoencoder takes {list(shape)}")
     return cache_images(codec, images, settings["out"], save_codec=save, origin=origin, device=device, **options)
+
+
+def codec_of(model: str, device: Any) -> tuple[Any, tuple[int, ...], Any]:
+    """The autoencoder of a model, the shape of its images, and how to save it (that of a diffusers folder is not)."""
+    if not (Path(model) / "model_index.json").is_file():
+        autoencoder = load_autoencoder(model)
+        return autoencoder.to(device), autoencoder.data_shape, partial(save_autoencoder, autoencoder)
+    from diffdistill.interop.diffusers import load_pipeline
+
+    parts = load_pipeline(model)
+    if parts.codec is None:
+        raise ValueError(f"{type(parts.pipeline).__name__} has no autoencoder to make latents with")
+    parts.pipeline.to(device)
+    side = parts.denoiser.data_shape[-1] * parts.codec.factor
+    return parts.codec, (3, side, side), None
 
 
 @command("cache_latents")

@@ -9,6 +9,7 @@ from omegaconf import OmegaConf
 
 from diffdistill.denoiser import Distilled
 from diffdistill.models import guidance_student, save_denoiser
+from diffdistill.noise_levels import linear_table
 from diffdistill.solvers import make_schedule, make_solver
 from tests.builders import tiny_denoiser
 
@@ -78,7 +79,12 @@ def test_stage2_presets(experiment, tmp_path):
 def prepared(experiment, script, folder):
     """Channels of the images, and the config with a tiny teacher of the right kind in place of its own."""
     channels = 1 if experiment.startswith("digits") else 3
-    teacher = tiny_denoiser(data_shape=[channels, 8, 8], num_classes=10)
+    # Public latent models are of discrete time; their presets sample on its levels.
+    table = linear_table()
+    discrete = {"preconditioning": {"name": "eps", "table": "linear"}}
+    discrete |= {"sigma_min": float(table[0]), "sigma_max": float(table[-1])}
+    latent = discrete if "_latent_" in experiment else {}
+    teacher = tiny_denoiser(data_shape=[channels, 8, 8], num_classes=10, **latent)
     if script == "distill_steps":
         teacher = guidance_student(teacher, (0.0, 4.0))
     save_denoiser(teacher, folder / "teacher.safetensors")

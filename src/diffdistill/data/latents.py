@@ -133,7 +133,7 @@ def cache_images(
     data: ImageData,
     out: str | Path,
     *,
-    save_codec: Callable[[Path], None],
+    save_codec: Callable[[Path], None] | None = None,
     origin: Mapping[str, Any],
     batch_size: int = 256,
     shard_size: int = 8192,
@@ -146,7 +146,7 @@ def cache_images(
         codec: the autoencoder.
         data: the images.
         out: the folder to write to; `LatentData` reads it.
-        save_codec: writes the autoencoder to a path; its file lies beside the shards.
+        save_codec: writes the autoencoder to a path; its file lies beside the shards. None where it has no such file.
         origin: what the latents are made from and how.
         batch_size: images encoded at once.
         shard_size: items of a file.
@@ -165,8 +165,10 @@ def cache_images(
         return {"x": x.to(kind), "y": torch.stack([item["y"] for item in items])}
 
     shards = write_shards(out, range(len(data)), encoded, shard_size=shard_size, origin=origin)
-    save_codec(out / AUTOENCODER)
+    if save_codec is not None:
+        save_codec(out / AUTOENCODER)
     channels, height, width = data.shape
     example = codec.encode(torch.zeros(1, channels, height, width, device=device))
-    write_index(out, shards, example.shape[1:], origin, num_classes=data.num_classes, autoencoder=AUTOENCODER)
+    saved = None if save_codec is None else AUTOENCODER
+    write_index(out, shards, example.shape[1:], origin, num_classes=data.num_classes, autoencoder=saved)
     return out

@@ -100,6 +100,138 @@ def pipeline(kind="StableDiffusionPipeline", *, network=None, schedule=None):
     return made
 
 
+def sdxl_unet(**changes):
+    added = {"addition_embed_type": "text_time", "addition_time_embed_dim": 4}
+    sizes = {"projection_class_embeddings_input_dim": 10 + 6 * 4, "cross_attention_dim": 22}
+    return unet(**added, **sizes, **changes)
+
+
+def sdxl_pipeline(schedule=None):
+    made = diffusers.StableDiffusionXLPipeline(
+        vae=vae(),
+        text_encoder=text_encoder(12),
+        text_encoder_2=text_encoder(10, projection=10),
+        tokenizer=tokenizer(),
+        tokenizer_2=tokenizer(),
+        unet=sdxl_unet(),
+        scheduler=schedule or scheduler("EulerDiscreteScheduler"),
+        add_watermarker=False,
+    )
+    made.set_progress_bar_config(disable=True)
+    return made
+
+
+def unet_2d(**changes):
+    torch.manual_seed(0)
+    options = {
+        "sample_size": (8, 4),
+        "in_channels": 3,
+        "out_channels": 3,
+        "layers_per_block": 1,
+        "block_out_channels": (8, 16),
+        "norm_num_groups": 4,
+        "down_block_types": ("DownBlock2D", "AttnDownBlock2D"),
+        "up_block_types": ("AttnUpBlock2D", "UpBlock2D"),
+        "num_class_embeds": 4,
+    }
+    return diffusers.UNet2DModel(**{**options, **changes}).eval()
+
+
+def dit():
+    torch.manual_seed(0)
+    return diffusers.DiTTransformer2DModel(
+        num_attention_heads=2,
+        attention_head_dim=4,
+        in_channels=4,
+        out_channels=8,
+        num_layers=2,
+        sample_size=8,
+        patch_size=2,
+        num_embeds_ada_norm=5,
+        norm_num_groups=4,
+    ).eval()
+
+
+def sd3():
+    torch.manual_seed(0)
+    return diffusers.SD3Transformer2DModel(
+        sample_size=8,
+        patch_size=2,
+        in_channels=4,
+        num_layers=1,
+        attention_head_dim=8,
+        num_attention_heads=2,
+        joint_attention_dim=10,
+        caption_projection_dim=16,
+        pooled_projection_dim=6,
+        out_channels=4,
+        pos_embed_max_size=8,
+    ).eval()
+
+
+def flux(*, guidance_embeds=True):
+    torch.manual_seed(0)
+    return diffusers.FluxTransformer2DModel(
+        in_channels=16,
+        num_layers=1,
+        num_single_layers=1,
+        attention_head_dim=16,
+        num_attention_heads=2,
+        joint_attention_dim=10,
+        pooled_projection_dim=6,
+        axes_dims_rope=(4, 4, 8),
+        guidance_embeds=guidance_embeds,
+    ).eval()
+
+
+def words():
+    """A tokenizer of letters for T5."""
+    import tokenizers
+
+    vocabulary = {token: i for i, token in enumerate(["<pad>", "</s>", "<unk>", *LETTERS])}
+    made = tokenizers.Tokenizer(tokenizers.models.WordLevel(vocabulary, unk_token="<unk>"))
+    made.pre_tokenizer = tokenizers.pre_tokenizers.Split("", "isolated")
+    return transformers.PreTrainedTokenizerFast(tokenizer_object=made, pad_token="<pad>", eos_token="</s>")
+
+
+def flux_pipeline():
+    torch.manual_seed(6)
+    t5 = transformers.T5Config(vocab_size=40, d_model=10, d_kv=4, d_ff=16, num_layers=1, num_heads=2)
+    encoders = {"text_encoder": text_encoder(6), "text_encoder_2": transformers.T5EncoderModel(t5).eval()}
+    made = diffusers.FluxPipeline(
+        scheduler=diffusers.FlowMatchEulerDiscreteScheduler(),
+        vae=vae(),
+        tokenizer=tokenizer(),
+        tokenizer_2=words(),
+        transformer=flux(),
+        **encoders,
+    )
+    made.set_progress_bar_config(disable=True)
+    return made
+
+
+def sd3_pipeline():
+    made = diffusers.StableDiffusion3Pipeline(
+        transformer=sd3(),
+        scheduler=diffusers.FlowMatchEulerDiscreteScheduler(),
+        vae=vae(),
+        text_encoder=text_encoder(4, projection=2),
+        tokenizer=tokenizer(),
+        text_encoder_2=text_encoder(6, projection=4),
+        tokenizer_2=tokenizer(),
+        text_encoder_3=None,
+        tokenizer_3=None,
+    )
+    made.set_progress_bar_config(disable=True)
+    return made
+
+
+def pooled_text(count=3):
+    generator = torch.Generator().manual_seed(5)
+    text, pooled = torch.randn(count, 5, 10, generator=generator), torch.randn(count, 6, generator=generator)
+    return {"encoder_hidden_states": text, "pooled_projections": pooled}
+
+
 def text_batch(count=3, length=7):
     generator = torch.Generator().manual_seed(5)
     return {"encoder_hidden_states": torch.randn(count, length, 12, generator=generator)}

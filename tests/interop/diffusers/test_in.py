@@ -11,7 +11,22 @@ from diffdistill.interop.diffusers.levels import sigma_table
 from diffdistill.models import ClassifierFreeGuidance, guidance_student, guided, save_denoiser
 from diffdistill.solvers import FeatureTap, make_solver
 from tests.interop.diffusers import builders
-from tests.interop.diffusers.builders import diffusers, pipeline, scheduler, text_batch, unet
+from tests.interop.diffusers.builders import (
+    diffusers,
+    dit,
+    flux,
+    flux_pipeline,
+    pipeline,
+    pooled_text,
+    scheduler,
+    sd3,
+    sd3_pipeline,
+    sdxl_pipeline,
+    sdxl_unet,
+    text_batch,
+    unet,
+    unet_2d,
+)
 
 
 @pytest.mark.parametrize("prediction", ["epsilon", "v_prediction", "sample"])
@@ -82,12 +97,7 @@ def test_a_network_that_takes_w():
 
 
 def test_sdxl_conditions():
-    network = unet(
-        addition_embed_type="text_time",
-        addition_time_embed_dim=4,
-        projection_class_embeddings_input_dim=10 + 6 * 4,
-        cross_attention_dim=22,
-    )
+    network = sdxl_unet()
     cond = {
         "encoder_hidden_states": torch.randn(3, 7, 22),
         "text_embeds": torch.randn(3, 10),
@@ -109,23 +119,7 @@ def test_sdxl_conditions():
 
 
 def test_a_whole_sdxl_pipeline():
-    network = unet(
-        addition_embed_type="text_time",
-        addition_time_embed_dim=4,
-        projection_class_embeddings_input_dim=10 + 6 * 4,
-        cross_attention_dim=22,
-    )
-    pipe = diffusers.StableDiffusionXLPipeline(
-        vae=builders.vae(),
-        text_encoder=builders.text_encoder(12),
-        text_encoder_2=builders.text_encoder(10, projection=10),
-        tokenizer=builders.tokenizer(),
-        tokenizer_2=builders.tokenizer(),
-        unet=network,
-        scheduler=scheduler("EulerDiscreteScheduler"),
-        add_watermarker=False,
-    )
-    parts = from_pipeline(pipe)
+    parts = from_pipeline(sdxl_pipeline())
     cond = parts.prompts(["a cat", "b"])
     noise = torch.randn(2, 4, 8, 8)
     x = sample(
@@ -140,18 +134,7 @@ def test_a_whole_sdxl_pipeline():
 
 
 def test_unets_without_text():
-    torch.manual_seed(0)
-    network = diffusers.UNet2DModel(
-        sample_size=(8, 4),
-        in_channels=3,
-        out_channels=3,
-        layers_per_block=1,
-        block_out_channels=(8, 16),
-        norm_num_groups=4,
-        down_block_types=("DownBlock2D", "AttnDownBlock2D"),
-        up_block_types=("AttnUpBlock2D", "UpBlock2D"),
-        num_class_embeds=4,
-    )
+    network = unet_2d()
     x, sigma, y = torch.randn(3, 3, 8, 4), torch.tensor([0.3, 2.0, 11.0]).double(), torch.tensor([0, 2, 1])
     stock = scheduler("DDPMScheduler", beta_start=1e-4, beta_end=0.02, beta_schedule="linear")
     every = from_network(network, stock)
@@ -168,62 +151,27 @@ def test_unets_without_text():
 
 
 def test_dit_sd3_and_flux():
-    torch.manual_seed(0)
-    dit = diffusers.DiTTransformer2DModel(
-        num_attention_heads=2,
-        attention_head_dim=4,
-        in_channels=4,
-        out_channels=8,
-        num_layers=2,
-        sample_size=8,
-        patch_size=2,
-        num_embeds_ada_norm=5,
-        norm_num_groups=4,
-    ).eval()
     x, sigma = torch.randn(3, 4, 8, 8), torch.tensor([0.3, 2.0, 11.0]).double()
-    denoiser = from_network(dit, scheduler(beta_schedule="linear", beta_start=1e-4, beta_end=0.02))
+    denoiser = from_network(dit(), scheduler(beta_schedule="linear", beta_start=1e-4, beta_end=0.02))
     assert denoiser.num_classes == 5 and denoiser.data_shape == (4, 8, 8)
     with torch.no_grad():
         assert ClassifierFreeGuidance(denoiser, 2.0)(x, sigma, torch.tensor([0, 4, -1])).shape == x.shape
 
     flow = diffusers.FlowMatchEulerDiscreteScheduler()
-    sd3 = diffusers.SD3Transformer2DModel(
-        sample_size=8,
-        patch_size=2,
-        in_channels=4,
-        num_layers=1,
-        attention_head_dim=8,
-        num_attention_heads=2,
-        joint_attention_dim=10,
-        caption_projection_dim=16,
-        pooled_projection_dim=6,
-        out_channels=4,
-        pos_embed_max_size=8,
-    ).eval()
-    cond = {"encoder_hidden_states": torch.randn(3, 5, 10), "pooled_projections": torch.randn(3, 6)}
+    stable, cond = sd3(), pooled_text()
     t = sigma / (1 + sigma)
     with torch.no_grad():
         z = x / (1 + sigma).float().view(3, 1, 1, 1)
-        velocity = sd3(z, timestep=(1000 * t).float(), **cond).sample
+        velocity = stable(z, timestep=(1000 * t).float(), **cond).sample
         expected = z - t.float().view(3, 1, 1, 1) * velocity
-        torch.testing.assert_close(from_network(sd3, flow)(x, sigma, cond), expected, rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(from_network(stable, flow)(x, sigma, cond), expected, rtol=1e-4, atol=1e-5)
 
-    flux = diffusers.FluxTransformer2DModel(
-        in_channels=16,
-        num_layers=1,
-        num_single_layers=1,
-        attention_head_dim=16,
-        num_attention_heads=2,
-        joint_attention_dim=10,
-        pooled_projection_dim=6,
-        axes_dims_rope=(4, 4, 8),
-        guidance_embeds=True,
-    ).eval()
+    network = flux()
     x = torch.randn(3, 4, 6, 8)
     z = x / (1 + sigma).float().view(3, 1, 1, 1)
     pipe = diffusers.FluxPipeline
     with torch.no_grad():
-        velocity = flux(
+        velocity = network(
             pipe._pack_latents(z, 3, 4, 6, 8),
             timestep=t.float(),
             guidance=torch.full((3,), 3.5),
@@ -233,8 +181,49 @@ def test_dit_sd3_and_flux():
         ).sample
         velocity = pipe._unpack_latents(velocity, 48, 64, 8)
         expected = z - t.float().view(3, 1, 1, 1) * velocity
-        denoiser = from_network(flux, flow, w_range=(0.0, 6.0))
+        denoiser = from_network(network, flow, w_range=(0.0, 6.0))
         torch.testing.assert_close(guided(denoiser, 2.5)(x, sigma, cond), expected, rtol=1e-4, atol=1e-5)
+
+
+def velocity_loop(network, noise, times, cond, w=None):
+    """The Euler steps of stock flow-matching pipelines, which start from noise alone."""
+    z = noise
+    with torch.no_grad():
+        for t, t_next in zip(times[:-1], times[1:], strict=True):
+            z = z + (t_next - t) * network(z, t, cond, w)
+    return z
+
+
+def test_a_whole_pipeline_of_sd3_guides_as_the_stock_one():
+    pipe = sd3_pipeline()
+    parts = from_pipeline(pipe)
+    noise, cond = torch.randn(2, 4, 8, 8), parts.prompts(["a cat", "b"])
+    latents = pipe(
+        ["a cat", "b"], latents=noise, num_inference_steps=3, guidance_scale=4.0, output_type="latent"
+    ).images
+    network, null = parts.denoiser.model, parts.denoiser.null_condition(cond)
+
+    def guided_velocity(z, t, cond, w):
+        yes, no = (network(z, 1000 * t.expand(2), text) for text in (cond, null))
+        return no + 4.0 * (yes - no)
+
+    expected = velocity_loop(guided_velocity, noise, pipe.scheduler.sigmas, cond)
+    torch.testing.assert_close(latents, expected, rtol=1e-4, atol=1e-4 * float(expected.abs().max()))
+
+
+def test_a_whole_pipeline_of_flux_takes_the_guidance_scale_itself():
+    pipe = flux_pipeline()
+    parts = from_pipeline(pipe, w_range=(0.0, 6.0))
+    noise, cond = torch.randn(2, 4, 4, 6), parts.prompts(["a cat", "b"])
+    pack = diffusers.FluxPipeline._pack_latents
+    options = {"num_inference_steps": 2, "height": 8, "width": 12, "output_type": "latent"}
+    latents = pipe(["a cat", "b"], latents=pack(noise, 2, 4, 4, 6), guidance_scale=4.0, **options).images
+    network, w = parts.denoiser.model, torch.full((2,), 3.0)
+    expected = velocity_loop(
+        lambda z, t, *given: network(z, t.expand(2), *given), noise, pipe.scheduler.sigmas, cond, w
+    )
+    expected = pack(expected, 2, 4, 4, 6)
+    torch.testing.assert_close(latents, expected, rtol=1e-4, atol=1e-4 * float(expected.abs().max()))
 
 
 def test_a_pipeline_folder_is_a_denoiser_by_path(tmp_path):

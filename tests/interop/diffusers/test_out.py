@@ -29,7 +29,7 @@ from diffdistill.solvers import (
     make_schedule,
     make_solver,
 )
-from tests.interop.diffusers.builders import diffusers, pipeline, scheduler, text_batch, unet
+from tests.interop.diffusers.builders import diffusers, pipeline, scheduler, sdxl_pipeline, text_batch, unet
 
 PROMPTS = ["a cat", "dog"]
 
@@ -88,6 +88,29 @@ def test_text_to_image(exported, teacher, num_steps, scale):
         guided(student, scale - 0.5), start, solver=make_solver("euler"), sigmas=sigmas, cond=teacher.prompts(PROMPTS)
     )
     assert (other - ours).abs().max() > 1e-3  # so that w is in what was compared
+
+
+@pytest.fixture(scope="module")
+def exported_xl(tmp_path_factory):
+    """The same of SDXL, with its teacher."""
+    teacher = from_pipeline(sdxl_pipeline(scheduler("EulerDiscreteScheduler")))
+    student = student_of(teacher)
+    folder = export_student(student, teacher, tmp_path_factory.mktemp("export") / "student")
+    pipe = diffusers.StableDiffusionXLPipeline.from_pretrained(folder, add_watermarker=False)
+    pipe.set_progress_bar_config(disable=True)
+    return pipe, student, teacher
+
+
+@pytest.mark.parametrize("num_steps", [1, 2, 4, 8])
+@pytest.mark.parametrize("scale", [1, 3, 8])
+def test_text_to_image_with_sdxl(exported_xl, num_steps, scale):
+    pipe, student, teacher = exported_xl
+    noise, sigmas = torch.randn(2, 4, 8, 8), grid(num_steps)
+    options = {"num_inference_steps": num_steps, "guidance_scale": scale, "output_type": "latent"}
+    stock = pipe(PROMPTS, latents=noise.clone(), **options).images
+    start = as_in_stock_pipelines(noise, float(sigmas[0]))
+    denoiser, cond = guided(student, float(scale - 1)), teacher.prompts(PROMPTS)
+    close(stock, sample(denoiser, start, solver=make_solver("euler"), sigmas=sigmas, cond=cond))
 
 
 @pytest.mark.parametrize(("num_steps", "strength"), [(1, 1.0), (2, 0.5), (4, 0.75), (8, 0.5)])
