@@ -17,7 +17,6 @@ from diffdistill.evaluation.manifold import Manifold, compare_manifolds, density
 from diffdistill.evaluation.measures import MEASURES, Measured, measure
 from diffdistill.evaluation.memorisation import Memorisation, measure_memorisation, nearest_distances
 from diffdistill.evaluation.reference import Reference, load_reference, reference_of, save_reference
-from diffdistill.evaluation.report import Measures, evaluate_samples
 from diffdistill.evaluation.sources import Sampler, StoredImages, open_images
 
 __all__ = [
@@ -32,7 +31,6 @@ __all__ = [
     "Keep",
     "Manifold",
     "Measured",
-    "Measures",
     "Memorisation",
     "Reference",
     "Sampler",
@@ -40,7 +38,6 @@ __all__ = [
     "collect",
     "compare_manifolds",
     "density_coverage",
-    "evaluate_samples",
     "extract",
     "frechet_distance",
     "gaussian_of",

@@ -8,7 +8,7 @@ import os
 import platform
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -175,7 +175,7 @@ class Laboratory:
         collected = collect(
             sampler,
             self.features,
-            keep=replace(needed(table.measures)),
+            keep=needed(table.measures),
             splits=table.splits,
             batch_size=self.batch_size,
             device=self.models.device,

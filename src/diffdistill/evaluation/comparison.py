@@ -10,6 +10,7 @@ from torch import Tensor
 
 from diffdistill.evaluation.cells import Models, Result, prepare
 from diffdistill.evaluation.reproduction import Outcome
+from diffdistill.evaluation.text import grid_of
 from diffdistill.generation import generate, spread_labels
 from diffdistill.pictures import save_figure, save_grid
 
@@ -23,7 +24,7 @@ def comparison_table(outcome: Outcome) -> str:
     measures = {"FD": "fid", "accuracy": "accuracy"}
     head = ["model", "evaluations", "ms / image", "speed-up"]
     head += [f"{label}, w = {w:g}" for label in measures for w in table.columns]
-    lines = [head, ["---"] + ["---:"] * (len(head) - 1)]
+    lines = [head]
     unit = 0.0
     for name, results in _by_row(outcome).items():
         last = results[-1]
@@ -31,7 +32,7 @@ def comparison_table(outcome: Outcome) -> str:
         line = [name, str(last.nfe), f"{1000 * last.seconds_per_image:.2f}", f"{unit / last.seconds_per_image:.0f} x"]
         line += [f"{result.measures[measure].value:.3f}" for measure in measures.values() for result in results]
         lines.append(line)
-    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+    return grid_of(lines).rstrip("\n")
 
 
 def _by_row(outcome: Outcome) -> dict[str, list[Result]]:

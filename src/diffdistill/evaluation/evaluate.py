@@ -14,13 +14,11 @@ import torch
 from torch import Tensor
 
 from diffdistill.atomic import write_text
-from diffdistill.data import load_data
-from diffdistill.evaluation.collect import Keep, Source, collect, shard
-from diffdistill.evaluation.features import Features, make_features
-from diffdistill.evaluation.measures import MEASURES, Measured, measure, needed, needs_reference_features, spread
-from diffdistill.evaluation.pages import number
-from diffdistill.evaluation.reference import Reference, load_reference, reference_of
-from diffdistill.evaluation.sources import StoredImages
+from diffdistill.evaluation.collect import Source, collect, shard
+from diffdistill.evaluation.features import make_features
+from diffdistill.evaluation.measures import MEASURES, Measured, measure, needed, spread
+from diffdistill.evaluation.sources import reference_from
+from diffdistill.evaluation.text import measured
 from diffdistill.training import distributed
 
 
@@ -95,7 +93,10 @@ def evaluate(
         record["clip"] = options.clip
     if options.measures:
         features = make_features(options.features)
-        reference = _reference(options, features, data, device)
+        if options.reference is None and data is None:
+            raise ValueError("give reference=FILE, or data=NAME to compute it from")
+        given = {"data": data} if options.reference is None else {"file": options.reference}
+        reference = reference_from(given, features, options.measures, device=device, batch_size=options.batch_size)
         collected = collect(
             source,
             features,
@@ -109,18 +110,6 @@ def evaluate(
         record.update(features=features.name, weights=features.weights, splits=options.splits)
         record["reference"] = options.reference or dict(data or {})
     return record
-
-
-def _reference(
-    options: Evaluation, features: Features, data: Mapping[str, Any] | None, device: torch.device
-) -> Reference:
-    if options.reference is not None:
-        return load_reference(options.reference, extractor=features.name)
-    if data is None:
-        raise ValueError("give reference=FILE, or data=NAME to compute it from")
-    keep = Keep(features=needs_reference_features(options.measures))
-    images = StoredImages(load_data(**data))
-    return reference_of(collect(images, features, keep=keep, batch_size=options.batch_size, device=device), features)
 
 
 def _clip_score(source: Source, options: Evaluation, device: torch.device) -> Measured:
@@ -146,12 +135,10 @@ def _clip_score(source: Source, options: Evaluation, device: torch.device) -> Me
 def describe(record: Mapping[str, Any]) -> str:
     """The measures as text, one a line."""
     lines = [f"{record['num_samples']} samples"]
-    for name, found in record["measures"].items():
-        label = MEASURES[name].label if name in MEASURES else name.replace("_", " ")
-        sure = (
-            "" if found["part_std"] is None else f" ± {number(found['part_std'], 2)} over {record.get('splits')} parts"
-        )
-        lines.append(f"{label}: {number(found['value'])}{sure}")
+    for name, values in record["measures"].items():
+        label, found = MEASURES[name].label if name in MEASURES else name.replace("_", " "), Measured(**values)
+        parts = "" if found.part_std is None else f" over {record.get('splits')} parts"
+        lines.append(f"{label}: {measured(found)}{parts}")
     return "\n".join(lines)
 
 

@@ -13,6 +13,7 @@ from diffdistill.evaluation.charts import plot
 from diffdistill.evaluation.measures import MEASURES
 from diffdistill.evaluation.reproduction import Outcome
 from diffdistill.evaluation.tables import COLUMNS, Cell
+from diffdistill.evaluation.text import measured
 
 STYLE = """
 :root { color-scheme: light dark; --line: #8884; --soft: #8881; --quiet: #777; }
@@ -113,7 +114,7 @@ def _value(outcome: Outcome, cell: Cell, name: str, best: float | None) -> str:
     found = None if result is None else result.measures.get(name)
     if cell.impossible and cell.published is None:
         return '<td class="quiet">-</td>'
-    parts = [] if found is None else [f"<b>{escape(pages.measured(found))}</b>"]
+    parts = [] if found is None else [f"<b>{escape(measured(found))}</b>"]
     if cell.published is not None and name == outcome.table.measures[0]:
         parts.append(f'<small title="{escape(cell.source or "", quote=True)}">published {cell.published:g}</small>')
         if found is not None:

@@ -4,15 +4,14 @@ from __future__ import annotations
 
 import csv
 import io
-import math
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from diffdistill.evaluation.cells import Result
-from diffdistill.evaluation.measures import MEASURES, Measured
+from diffdistill.evaluation.measures import MEASURES
 from diffdistill.evaluation.reproduction import Outcome
 from diffdistill.evaluation.tables import Cell, Row
+from diffdistill.evaluation.text import grid_of, measured, number
 
 COST_NOTE = (
     "Guidance counts twice, an analytical first step not at all. Times are those of sampling. Learned: the training of "
@@ -25,15 +24,6 @@ def row_cells(outcome: Outcome, row: Row) -> list[Cell]:
     return [outcome.table.cell(row, i) for i in range(len(outcome.table.columns))]
 
 
-def number(value: float, digits: int = 4) -> str:
-    """A number to so many significant digits, without an exponent where that is readable."""
-    if value == 0 or not math.isfinite(value):
-        return f"{value:g}"
-    if not 1e-4 <= abs(value) < 1e6:
-        return f"{value:.{digits - 1}e}"
-    return f"{value:.{max(0, digits - 1 - math.floor(math.log10(abs(value))))}f}"
-
-
 def entry(cell: Cell, result: Result | None, measure: str, *, first: bool) -> str:
     """The text of a cell: measured with its spread, then published and the difference where there is a value."""
     if cell.impossible and cell.published is None:
@@ -44,12 +34,6 @@ def entry(cell: Cell, result: Result | None, measure: str, *, first: bool) -> st
         difference = "" if found is None else f", {found.value - cell.published:+.2f}"
         texts.append(f"({cell.published:g}{difference})")
     return " ".join(texts)
-
-
-def measured(found: Measured) -> str:
-    """A measure with its spread."""
-    spread = "" if found.part_std is None else f" ± {number(found.part_std, 2)}"
-    return number(found.value) + spread
 
 
 def status(outcome: Outcome) -> list[str]:
@@ -92,13 +76,6 @@ def sources(outcome: Outcome) -> dict[str, list[str]]:
         if cell.published is not None and cell.row not in found.setdefault(cell.source or "source not stated", []):
             found[cell.source or "source not stated"].append(cell.row)
     return found
-
-
-def grid_of(lines: Sequence[Sequence[str]]) -> str:
-    """Lines of cells as a Markdown table whose first column is text."""
-    head, *body = lines
-    rule = ["---", *["---:"] * (len(head) - 1)]
-    return "\n".join("| " + " | ".join(line) + " |" for line in (head, rule, *body)) + "\n"
 
 
 def measure_lines(outcome: Outcome, measure: str) -> list[list[str]]:

@@ -12,13 +12,9 @@ import torch
 from tqdm import tqdm
 
 from diffdistill.atomic import write_text
-from diffdistill.data import load_data
 from diffdistill.evaluation.cells import Clock, Laboratory, Models, Result, prepare, sha256
-from diffdistill.evaluation.collect import Keep, collect
-from diffdistill.evaluation.features import Features, make_features
-from diffdistill.evaluation.measures import needs_reference_features
-from diffdistill.evaluation.reference import Reference, load_reference, reference_of
-from diffdistill.evaluation.sources import StoredImages
+from diffdistill.evaluation.features import make_features
+from diffdistill.evaluation.sources import reference_from
 from diffdistill.evaluation.tables import Cell, Need, Table
 from diffdistill.generation import count_nfe
 from diffdistill.training import distributed
@@ -77,20 +73,6 @@ class Files:
             return {}
 
 
-def load_table_reference(table: Table, features: Features, device: torch.device) -> Reference:
-    """The reference of a table: read from its file, or computed from its data.
-
-    Raises:
-        FileNotFoundError: the file or the data is not there.
-        ValueError: it is not of these features.
-    """
-    if "file" in table.reference:
-        return load_reference(table.reference["file"], extractor=features.name)
-    data = StoredImages(load_data(**table.reference["data"]))
-    keep = Keep(features=needs_reference_features(table.measures))
-    return reference_of(collect(data, features, keep=keep, device=device), features)
-
-
 def read_results(table: Table, folder: Path) -> Outcome:
     """What lies in `folder` of a table, without computing anything."""
     found = {cell.slug: Result.read(folder / "cells" / f"{cell.slug}.json") for cell in table.cells()}
@@ -147,7 +129,7 @@ def reproduce(
     distributed.barrier()  # no process writes a cell before all have seen which there are
     if todo:
         features = make_features(table.features)
-        reference = load_table_reference(table, features, device)
+        reference = reference_from(table.reference, features, table.measures, device=device)
         laboratory = Laboratory(features, reference, models, batch_size, save_samples)
         total, mine = len(todo) * table.num_samples, distributed.rank() == 0
         with tqdm(total=total, desc=table.name, unit="image", disable=None if mine else True) as bar:

@@ -5,8 +5,9 @@ from __future__ import annotations
 import os
 import time
 import zipfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -16,6 +17,10 @@ from diffdistill.data import ImageData, TensorData, ZipData, load_data
 from diffdistill.data.base import from_uint8
 from diffdistill.data.files import ImageFolder
 from diffdistill.denoiser import image_shape
+from diffdistill.evaluation.collect import Keep, collect
+from diffdistill.evaluation.features import Features
+from diffdistill.evaluation.measures import needs_reference_features
+from diffdistill.evaluation.reference import Reference, load_reference, reference_of
 from diffdistill.generation import Plan, generate, spread_labels
 
 
@@ -84,6 +89,26 @@ class Sampler:
             yield x.to(device), None if labels is None else labels[done : done + len(x)]
             done += len(x)
             started = time.perf_counter()
+
+
+def reference_from(
+    given: Mapping[str, Any],
+    features: Features,
+    measures: Sequence[str],
+    *,
+    device: torch.device,
+    batch_size: int = 256,
+) -> Reference:
+    """The reference of an extractor: read from `file`, a path, or computed from `data`, options of `load_data`.
+
+    Raises:
+        FileNotFoundError: the file or the data is not there.
+        ValueError: it is not of these features.
+    """
+    if "file" in given:
+        return load_reference(given["file"], extractor=features.name)
+    keep, images = Keep(features=needs_reference_features(measures)), StoredImages(load_data(**given["data"]))
+    return reference_of(collect(images, features, keep=keep, batch_size=batch_size, device=device), features)
 
 
 def open_images(source: str | os.PathLike[str] | dict[str, object], *, resolution: int | None = None) -> ImageData:

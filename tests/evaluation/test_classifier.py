@@ -3,7 +3,7 @@ import torch
 from safetensors.torch import save_file
 
 from diffdistill.data import load_data
-from diffdistill.evaluation import evaluate_samples, extract, frechet_distance, gaussian_of, load_classifier
+from diffdistill.evaluation import extract, frechet_distance, gaussian_of, load_classifier, measure_memorisation
 from diffdistill.evaluation import make_features as make
 from diffdistill.evaluation.classifier import classifier_provenance, save_classifier, train_classifier
 
@@ -61,58 +61,21 @@ def test_classifier_files(tmp_path):
         model(torch.zeros(2, 1, 7, 8))
 
 
-def test_the_data_themselves_have_no_distance_and_are_copies():
-    data = load_data("digits", split="train")
-    measures = evaluate_samples(*data.tensors().values(), data)
-    assert measures.num_samples == 1442
-    assert measures.frechet_pixels < 1e-9 and measures.frechet_features < 1e-9
-    assert measures.accuracy >= 0.995
-    assert (measures.memorisation.ratio, measures.memorisation.closer_share) == (0, 1)
-
-
 def test_held_out_digits_calibrate_the_measures(held_out):
-    train, test = load_data("digits", split="train"), load_data("digits", split="test")
-    measures = evaluate_samples(*held_out.values(), train, unseen=test)
-    assert measures.frechet_pixels == pytest.approx(0.2659, abs=1e-3)
-    assert measures.memorisation.ratio == 1
-    assert measures.memorisation.closer_share == pytest.approx(0.05, abs=0.005)
+    train, test = (load_data("digits", split=split).tensors()["x"] for split in ("train", "test"))
+    pixels = make("pixels")
+    distance = frechet_distance(gaussian_of(pixels, held_out["x"]), gaussian_of(pixels, train))
+    assert distance == pytest.approx(0.2659, abs=1e-3)
+    copies = measure_memorisation(train, train)
+    assert (copies.ratio, copies.closer_share) == (0, 1)
+    found = measure_memorisation(held_out["x"], train, test)
+    assert found.ratio == 1 and found.closer_share == pytest.approx(0.05, abs=0.005)
     # The training digits among themselves stand in for unseen ones.
-    alone = evaluate_samples(*held_out.values(), train)
-    assert alone.memorisation.ratio == pytest.approx(1, abs=0.02)
-    assert set(alone.numbers()) == {
-        "num_samples", "frechet_pixels", "frechet_features", "accuracy",
-        "samples_median", "unseen_median", "ratio", "closer_share",
-    }  # fmt: skip
+    assert measure_memorisation(held_out["x"], train).ratio == pytest.approx(1, abs=0.02)
 
 
-def test_samples_are_clipped_before_anything_is_measured(held_out):
-    data = load_data("digits")
-    x, y = held_out.values()
-    beyond = torch.where(x.abs() == 1, x * 3, x)
-    assert evaluate_samples(beyond, y, data) == evaluate_samples(x, y, data)
-
-
-def test_other_images_have_no_class_accuracy():
-    data = load_data("shapes", size=60, resolution=3)
-    x = load_data("shapes", size=40, resolution=3, seed=1).tensors()["x"]
-    measures = evaluate_samples(x, None, data)
-    assert measures.accuracy is None and measures.frechet_features is None
-    assert "accuracy" not in measures.numbers()
-    expected = frechet_distance(
-        gaussian_of(make("pixels"), x, batch_size=7), gaussian_of(make("pixels"), data.tensors()["x"])
-    )
-    assert measures.frechet_pixels == pytest.approx(expected, rel=1e-9)
-
-
-def test_samples_of_another_shape_or_not_finite():
-    data = load_data("digits")
-    with pytest.raises(ValueError, match=r"samples have shape \[3, 8, 8\], the data \[1, 8, 8\]"):
-        evaluate_samples(torch.zeros(70, 3, 8, 8), None, data)
-    with pytest.raises(ValueError, match="not finite"):
-        evaluate_samples(torch.full((70, 1, 8, 8), float("nan")), None, data)
+def test_what_the_classifier_refuses():
     with pytest.raises(ValueError, match=r"one label per image, shape \[70\], not \[69\]"):
-        evaluate_samples(torch.rand(70, 1, 8, 8), torch.zeros(69).long(), data)
-    with pytest.raises(
-        ValueError, match="unknown feature extractor 'vgg': choose one of digit_pixels, digits_classifier"
-    ):
+        load_classifier().accuracy(torch.rand(70, 1, 8, 8), torch.zeros(69).long())
+    with pytest.raises(ValueError, match="unknown feature extractor 'vgg': choose one of digit_pixels, digits_class"):
         make("vgg")

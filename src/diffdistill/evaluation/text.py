@@ -1,0 +1,30 @@
+"""Results in words: numbers, measures with their spread, and Markdown tables."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+from diffdistill.evaluation.measures import Measured
+
+
+def number(value: float, digits: int = 4) -> str:
+    """A number to so many significant digits, without an exponent where that is readable."""
+    if value == 0 or not math.isfinite(value):
+        return f"{value:g}"
+    if not 1e-4 <= abs(value) < 1e6:
+        return f"{value:.{digits - 1}e}"
+    return f"{value:.{max(0, digits - 1 - math.floor(math.log10(abs(value))))}f}"
+
+
+def measured(found: Measured) -> str:
+    """A measure with its spread."""
+    spread = "" if found.part_std is None else f" ± {number(found.part_std, 2)}"
+    return number(found.value) + spread
+
+
+def grid_of(lines: Sequence[Sequence[str]]) -> str:
+    """Lines of cells, the first being the head, as a Markdown table whose first column is text."""
+    head, *body = lines
+    rule = ["---", *["---:"] * (len(head) - 1)]
+    return "\n".join("| " + " | ".join(line) + " |" for line in (head, rule, *body)) + "\n"
