@@ -8,6 +8,7 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, fields
 from functools import cache
+from math import ceil, isnan
 from pathlib import Path
 from typing import Any
 
@@ -270,10 +271,16 @@ def measure(
 
 
 def best(candidates: Sequence[Candidate], problem: Problem) -> Candidate | None:
-    """The candidate of least mean distance to the reference; None if there are none."""
-    errors = [measure(candidate, problem)[0].error for candidate in candidates]
-    finite = [error if error == error else float("inf") for error in errors]
-    return candidates[finite.index(min(finite))] if candidates else None
+    """The candidate of least mean distance to the reference; None if there are none.
+
+    All are tried on a sixteenth of the seeds, the better quarter of them on a quarter, and the best of those on all.
+    """
+    for share in (16, 4, 1):
+        part = problem.part(max(len(problem.seeds) // share, 2))
+        errors = {candidate: measure(candidate, part)[0].error for candidate in candidates}
+        ranked = sorted(errors, key=lambda candidate: (isnan(errors[candidate]), errors[candidate]))
+        candidates = ranked[: ceil(len(ranked) / 4)]
+    return candidates[0] if candidates else None
 
 
 def markdown(rows: Sequence[Row]) -> str:
