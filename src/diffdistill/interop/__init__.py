@@ -6,9 +6,12 @@ the folders of diffusers.
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import os
 from pathlib import Path
+
+from safetensors import SafetensorError, safe_open
 
 from diffdistill.denoiser import Denoiser
 from diffdistill.interop.adm import read_adm
@@ -17,10 +20,10 @@ from diffdistill.interop.checkpoints import open_checkpoint, read_arrays
 from diffdistill.interop.diffusers.networks import diffusers_network
 from diffdistill.interop.diffusers.parts import read_folder
 from diffdistill.interop.edm import find_module, read_edm
-from diffdistill.interop.ldm import holds_latent_diffusion, read_ldm
+from diffdistill.interop.ldm import UNET, holds_latent_diffusion, read_ldm
 from diffdistill.interop.records import ForeignFileError, UnsafePickleError
 from diffdistill.interop.unets import Hints
-from diffdistill.models.files import NETWORKS, READERS
+from diffdistill.models.files import NETWORKS, READERS, read_safetensors
 
 __all__ = [
     "ForeignFileError",
@@ -88,6 +91,19 @@ def read_denoiser(path: Path) -> Denoiser:
     return found.denoiser
 
 
+def read_either(path: Path) -> Denoiser:
+    """Read a safetensors file: one of ours, or one of Stable Diffusion.
+
+    Raises:
+        ValueError: as `read_safetensors` and `read_denoiser`.
+    """
+    with contextlib.suppress(SafetensorError, OSError), safe_open(path, framework="pt") as file:
+        if any(name.startswith(UNET) for name in file.keys()):  # noqa: SIM118 (not a dict)
+            return read_denoiser(path)
+    return read_safetensors(path)
+
+
 READERS.update(dict.fromkeys(SUFFIXES, read_denoiser))
+READERS[".safetensors"] = read_either
 READERS["model_index.json"] = read_folder
 NETWORKS["diffusers"] = diffusers_network

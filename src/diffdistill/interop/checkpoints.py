@@ -1,8 +1,10 @@
-"""The containers of checkpoints: plain pickles, and the two formats of `torch.save`, read without torch's unpickler."""
+"""The containers of checkpoints: pickles, the two formats of `torch.save` (without torch's unpickler), safetensors."""
 
 from __future__ import annotations
 
 import contextlib
+import json
+import math
 import os
 import struct
 import zipfile
@@ -14,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 from torch import Tensor
 
 from diffdistill.interop.pickles import Machine
@@ -58,7 +61,9 @@ class Checkpoint:
 
 @contextlib.contextmanager
 def open_checkpoint(path: str | os.PathLike[str]) -> Iterator[Checkpoint]:
-    """Open a pickle or a file of `torch.save`; its tensors can be read until the block ends. Nothing is executed.
+    """Open a pickle, or a file of `torch.save` or safetensors; its tensors can be read until the block ends.
+
+    Nothing is executed.
 
     Raises:
         UnsafePickleError: it names something outside the allow-list.
@@ -68,9 +73,11 @@ def open_checkpoint(path: str | os.PathLike[str]) -> Iterator[Checkpoint]:
     try:
         with contextlib.ExitStack() as stack:
             with open(path, "rb") as file:
-                is_zip = file.read(4) == b"PK\x03\x04"
+                start = file.read(9)
             size = path.stat().st_size
-            if is_zip:
+            if start[8:] == b"{" and int.from_bytes(start[:8], "little") <= size - 8:
+                root = _read_safetensors(path, size)
+            elif start.startswith(b"PK\x03\x04"):
                 with _damaged_archives():
                     archive = stack.enter_context(zipfile.ZipFile(path))
                 root = _read_zip(archive, size)
@@ -170,6 +177,44 @@ def _read_zip(archive: zipfile.ZipFile, size: int) -> Any:
         persistent=lambda identity: _storage(identity, storages, lambda key: read(f"data/{key}")),
     )
     return machine.load()
+
+
+SAFE_DTYPES = {
+    **{"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "BOOL": torch.bool},
+    **{"I64": torch.int64, "I32": torch.int32, "I16": torch.int16, "I8": torch.int8, "U8": torch.uint8},
+}
+
+
+def _read_safetensors(path: Path, size: int) -> dict[str, Any]:
+    """The tensors of a safetensors file, as the state dict of a file of latent diffusion or as a flat one."""
+    try:
+        with open(path, "rb") as file:
+            length = int.from_bytes(file.read(8), "little")
+            header = json.loads(file.read(length))
+        header.pop("__metadata__", None)
+        records = {name: _safe_record(path, entry, 8 + length, size) for name, entry in header.items()}
+    except (KeyError, TypeError, ValueError, AttributeError, RecursionError) as error:
+        if isinstance(error, ForeignFileError):
+            raise
+        raise ForeignFileError("damaged header of a safetensors file") from None
+    return {"state_dict": records} if any("." in name and name.startswith("model.") for name in records) else records
+
+
+def _safe_record(path: Path, entry: Mapping[str, Any], start: int, size: int) -> TensorRecord:
+    shape, (begin, end), dtype = tuple(entry["shape"]), entry["data_offsets"], SAFE_DTYPES[entry["dtype"]]
+    if not all(type(n) is int and n >= 0 for n in (*shape, begin, end)) or start + end > size:
+        raise ForeignFileError("a tensor of the safetensors file lies outside it")
+    numel = math.prod(shape)
+    if end - begin != numel * dtype.itemsize:
+        raise ForeignFileError(f"a tensor of size {list(shape)} is declared in {end - begin} bytes")
+
+    def read() -> bytes:
+        with open(path, "rb") as file:
+            file.seek(start + begin)
+            return file.read(end - begin)
+
+    stride = tuple(math.prod(shape[i + 1 :]) for i in range(len(shape)))
+    return TensorRecord(Storage(dtype, numel, read), 0, shape, stride)
 
 
 def _nested(m: Machine, data: Any) -> Any:

@@ -11,6 +11,7 @@ import torch
 pytest.importorskip("diffusers")
 
 from diffusers.loaders import single_file_utils as published
+from safetensors.torch import save_file
 
 from diffdistill import load_denoiser
 from diffdistill.interop import ForeignFileError, Hints, read_foreign
@@ -242,6 +243,11 @@ def test_convert_writes_a_file_or_with_a_tokenizer_a_whole_pipeline(models, tmp_
     source = written(tmp_path / "sd.ckpt", first_version(*models))
     hints = [f"hints.{name}={value}" for name, value in HINTS.items()]
     converted(f"source={source}", f"dest={tmp_path / 'file.safetensors'}", *hints)
+    # The same model as one file of safetensors.
+    save_file({n: v.clone() for n, v in first_version(*models).items()}, tmp_path / "single.safetensors")
+    converted(f"source={tmp_path / 'single.safetensors'}", f"dest={tmp_path / 'again.safetensors'}", *hints)
+    states = [load_denoiser(tmp_path / f"{name}.safetensors").state_dict() for name in ("file", "again")]
+    torch.testing.assert_close(*states, rtol=0, atol=0)
     said = capsys.readouterr().out
     assert "Stable Diffusion, U-Net on 4x8x8 latents" in said and "left out" in said and "tokenizer=" in said
     tokenizer = tokenizer_folder(tmp_path / "clip")
@@ -269,6 +275,13 @@ def test_convert_writes_a_file_or_with_a_tokenizer_a_whole_pipeline(models, tmp_
 
 def test_damaged_files_are_refused(models, tmp_path):
     state = first_version(*models)
+    save_file({n: v.clone() for n, v in state.items()}, tmp_path / "x.safetensors")
+    assert load_denoiser(tmp_path / "x.safetensors").data_shape == (4, 64, 64)
+    content = (tmp_path / "x.safetensors").read_bytes()
+    for damaged in (content[:-100], content.replace(b'"F32"', b'"F64"', 1), content.replace(b"shape", b"shepa", 1)):
+        (tmp_path / "x.safetensors").write_bytes(damaged)
+        with pytest.raises(ForeignFileError, match="safetensors|bytes"):
+            read_foreign(tmp_path / "x.safetensors", Hints(**HINTS))
     for name, match in (
         ("model.diffusion_model.input_blocks.1.0.in_layers.9.weight", "in_layers.9"),
         ("first_stage_model.encoder.strange.weight", "encoder.strange"),
