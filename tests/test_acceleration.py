@@ -11,6 +11,7 @@ from torch.utils._pytree import tree_leaves
 from diffdistill import sample
 from diffdistill.acceleration import Compiled, CudaGraphs, accelerated
 from diffdistill.denoiser import Denoiser, per_sample
+from diffdistill.learned import StepwiseDistillation
 from diffdistill.models import ClassifierFreeGuidance, build_denoiser, guidance_student, guided
 from diffdistill.solvers import AMEDPlugin, AMEDPredictor, Interval, ProbabilityFlow, make_schedule, make_solver
 from diffdistill.solvers.sampling import integrate
@@ -122,6 +123,26 @@ def test_learned_solvers_read_the_bottleneck(made, inner):
     fast = way(denoiser)
     for _ in range(2):  # a second run sets new hooks
         torch.testing.assert_close(sample(fast, X, **options), expected, rtol=0, atol=0)
+
+
+def test_training_of_a_learned_solver_compiles():
+    torch._dynamo.reset()
+    torch.manual_seed(1)
+    solver = AMEDPlugin(make_solver("ipndm"), AMEDPredictor(0.5, 0.5))
+    levels, fine = (make_schedule("polynomial", num_steps=n, sigma_min=0.1, sigma_max=80.0) for n in (2, 4))
+    options = {"sigmas": levels, "teacher": make_solver("ipndm"), "teacher_sigmas": fine}
+    denoiser = Small()
+    plain, compiled = (StepwiseDistillation(denoiser, solver, **options) for _ in range(2))
+    compiled.compile_networks("eager")
+    for seed in range(2):  # a second batch sets new hooks
+        batch = {"noise": torch.randn(3, 2, 8, 8), "y": LABELS.clamp(min=0)}
+        values = [
+            [loss.value for loss in objective.losses(batch, torch.Generator().manual_seed(seed))]
+            for objective in (plain, compiled)
+        ]
+        torch.testing.assert_close(values[1], values[0], rtol=0, atol=0)
+        gradients = [torch.autograd.grad(value[-1], list(solver.predictor.parameters())) for value in values]
+        torch.testing.assert_close(gradients[1], gradients[0])
 
 
 @torch.no_grad()

@@ -1,4 +1,4 @@
-"""The same denoiser, evaluated faster: compiled, or recorded as a CUDA graph. For sampling, without gradients."""
+"""The same denoiser, evaluated faster: compiled, or, without gradients, recorded as a CUDA graph."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ class _OneFunction(Wrapper):
         super().__init__(denoiser)
         self.cost, self.w_range = getattr(denoiser, "cost", 1), getattr(denoiser, "w_range", None)
         if hasattr(denoiser, "w"):
-            self.w = denoiser.w
+            self.w: Any = getattr(denoiser, "w")  # noqa: B009 (a callable has no such attribute, a guided denoiser has)
         inner = super().bottleneck
         self._stand_in = nn.Identity()
         self._tap = None if inner is None else FeatureTap(inner)

@@ -9,6 +9,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from diffdistill import load_denoiser
 from diffdistill.models import save_denoiser
 from diffdistill.training.run import read_metrics
 from tests.builders import tiny_denoiser
@@ -49,17 +50,18 @@ def result(folder):
     return weights, metrics
 
 
-def fresh(folder):
+def fresh(folder, teacher=None):
+    """A folder with the teacher's file: by default a tiny one."""
     folder.mkdir()
-    teacher = tiny_denoiser(data_shape=[1, 8, 8], num_classes=10)
+    teacher = teacher or tiny_denoiser(data_shape=[1, 8, 8], num_classes=10)
     save_denoiser(teacher, folder / "teacher.safetensors")
     return folder
 
 
-def killed(folder, updates, kills):
+def killed(folder, updates, kills, teacher):
     """Both stages with `kills` SIGKILLs at random moments, the second of them inside the writing of a checkpoint."""
     rng = random.Random(kills)
-    fresh(folder)
+    fresh(folder, teacher)
     for i in range(kills):
         if i == 1:
             assert attempt(folder, updates, die_in_save=True) == -signal.SIGKILL
@@ -71,10 +73,10 @@ def killed(folder, updates, kills):
     return result(folder)
 
 
-def check(folder, updates, kills):
-    assert attempt(fresh(folder / "whole"), updates) == 0
+def check(folder, updates, kills, teacher=None):
+    assert attempt(fresh(folder / "whole", teacher), updates) == 0
     weights, metrics = result(folder / "whole")
-    again, again_metrics = killed(folder / "killed", updates, kills)
+    again, again_metrics = killed(folder / "killed", updates, kills, teacher)
     assert len(metrics) == 3 * updates // 2
     torch.testing.assert_close(again, weights, rtol=0, atol=0)
     assert again_metrics == metrics
@@ -86,7 +88,7 @@ def test_three_kills_change_nothing(tmp_path):
 
 @pytest.mark.slow
 def test_twenty_kills_change_nothing(tmp_path):
-    check(tmp_path, 30, 20)
+    check(tmp_path, 30, 20, load_denoiser("digits-teacher"))  # the network of the quickstart
 
 
 def test_signals_end_the_stages_cleanly_and_the_rest_is_the_same(tmp_path):

@@ -252,6 +252,20 @@ def test_the_switches_train(tmp_path, changes):
     assert losses[-1] < 0.8 * losses[0]
 
 
+class EagerFit(Fit):
+    """Compiled without a code generator, which would take half a minute."""
+
+    def compile_networks(self, backend="inductor"):
+        super().compile_networks("eager")
+
+
+def test_compiled_modules_train_the_same(tmp_path):
+    plain, _ = train(tmp_path / "plain", updates=6)
+    compiled, _ = train(tmp_path / "compiled", updates=6, objective=EagerFit(), compile=True)
+    assert compiled.objective.teacher._compiled_call_impl is not None
+    torch.testing.assert_close(state_of(compiled), state_of(plain))
+
+
 def test_errors_name_what_is_wrong(tmp_path):
     class Nothing(Objective):
         def __init__(self):

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Literal
 import torch
 from torch import Tensor, nn
 
+from diffdistill.acceleration import Compiled
 from diffdistill.denoiser import Denoiser
 from diffdistill.learned.draws import draw_start
 from diffdistill.learned.schedule import LearnedSchedule
@@ -64,6 +65,10 @@ class EndpointDistillation(Objective):
         self.trained = LearnedSampler(solver.predictor, self.schedule)
         self.distance = choose("distance", distance, DISTANCES)
         self.start = start
+
+    def compile_networks(self, backend: str = "inductor") -> None:
+        """Compile the denoiser in the form that hands its bottleneck on."""
+        self.denoiser = Compiled(self.denoiser, backend=backend)
 
     def loss(self, batch: Mapping[str, Tensor], generator: torch.Generator) -> Loss:
         """`batch` holds `noise` and `target`, `[B, ...]`, and conditions as `draw_start` takes them."""

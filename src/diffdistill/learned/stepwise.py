@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from diffdistill.acceleration import Compiled
 from diffdistill.denoiser import Denoiser
 from diffdistill.learned.draws import draw_start
 from diffdistill.learned.forward_mode import forward_mode_error
@@ -66,6 +67,10 @@ class StepwiseDistillation(Objective):
         self.teacher = teacher
         self.sigmas, self.teacher_sigmas, self.per_interval = sigmas, teacher_sigmas, per_interval
         self.reuse, self.together, self.forward_mode = reuse, together, forward_mode
+
+    def compile_networks(self, backend: str = "inductor") -> None:
+        """Compile the denoiser in the form that hands its bottleneck on."""
+        self.denoiser = Compiled(self.denoiser, backend=backend)
 
     def losses(self, batch: Mapping[str, Tensor], generator: torch.Generator) -> Iterator[Loss]:
         """One loss per step of the solver; `batch` is as `draw_start` takes it."""

@@ -45,6 +45,11 @@ class Objective(nn.Module):
         """The losses of a batch; each is followed by an optimiser step before the next is asked for."""
         yield self.loss(batch, generator)
 
+    def compile_networks(self, backend: str = "inductor") -> None:
+        """Compile what is called, by torch.compile; objectives that set hooks inside a network replace this."""
+        for module in self.children():
+            module.compile(backend=backend)
+
     def extra_state(self) -> dict[str, Any]:
         """What belongs in a checkpoint besides the weights of `trained`: tensors, numbers, strings, lists and dicts."""
         return {}

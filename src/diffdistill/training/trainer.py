@@ -86,8 +86,7 @@ class Trainer:
         self._started, self._seconds_before = time.monotonic(), 0.0
         self._saved_at = self._started
         if config.compile:
-            for module in objective.children():
-                module.compile()
+            objective.compile_networks()
 
     def _split(self, averaged: nn.Module | None) -> nn.Module:
         """Split the model and its average over the processes; a whole copy on the CPU, to hold the result."""
