@@ -5,6 +5,7 @@ import sys
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from diffdistill.models import GaussianMixture
 from diffdistill.solvers import (
@@ -68,6 +69,30 @@ def test_levels_as_numbers_and_as_tensors_give_the_same(name, zero):
     *_, expected = integrate(ProbabilityFlow(mixture), 40 * noise, solver, intervals(sigmas, 3), stream)
     found = sample(mixture, noise, solver=solver, sigmas=sigmas, seeds=[3, 11, 4])
     torch.testing.assert_close(found, expected, rtol=1e-11, atol=1e-12)
+
+
+class Count(TorchDispatchMode):
+    """The operations of tensors, by name."""
+
+    def __init__(self):
+        super().__init__()
+        self.names = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.names.append(func.overloadpacket.__name__)
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("name", [name for name in SOLVERS if name not in ("amed", *STOCHASTIC)])
+def test_a_step_takes_few_operations_and_reads_nothing_back(name):
+    sigmas = make_schedule("polynomial", num_steps=20, sigma_min=0.05, sigma_max=40.0)
+    solver, x = make_solver(name), torch.randn(3, 2, 5)
+    steps = intervals(sigmas.tolist(), 3)
+    for _ in range(2):  # the first run fills caches
+        with Count() as counted:
+            list(integrate(ProbabilityFlow(lambda x, sigma, cond: x), x, solver, steps))
+    assert len(counted.names) <= 20 * 9 * solver.stages
+    assert "_local_scalar_dense" not in counted.names  # a number read back makes the host wait for the device
 
 
 def test_steps_of_a_tensor_are_differentiable():
