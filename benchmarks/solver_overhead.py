@@ -55,9 +55,10 @@ class Free:
 
     def __init__(self, denoiser) -> None:
         self.sigma_min, self.sigma_max = denoiser.sigma_min, denoiser.sigma_max
+        self.bottleneck = torch.nn.Identity()
 
     def __call__(self, x, sigma, cond):
-        return x
+        return self.bottleneck(x)
 
 
 def runs_of(denoiser, noise, cond) -> dict[str, Callable[[], int]]:
