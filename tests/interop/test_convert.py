@@ -8,6 +8,7 @@ import torch
 
 import diffdistill
 from tests.interop.test_edm import written
+from tests.scripts.calling import call
 
 SCRIPT = Path(__file__).resolve().parents[2] / "scripts" / "convert.py"
 
@@ -29,7 +30,7 @@ def test_convert_says_what_it_found_and_writes_a_file_of_ours(tmp_path):
 
 def test_what_cannot_be_converted_ends_in_one_line_and_code_2(tmp_path):
     (tmp_path / "x.pkl").write_bytes(b"cos\nsystem\n(S'true'\ntR.")
-    result = run(f"source={tmp_path / 'x.pkl'}", f"dest={tmp_path / 'y.safetensors'}")
+    result = call("convert", f"source={tmp_path / 'x.pkl'}", f"dest={tmp_path / 'y.safetensors'}")
     assert result.returncode == 2 and "Traceback" not in result.stderr
     assert result.stderr.strip().splitlines()[-1].startswith("error: ") and "os.system" in result.stderr
     assert not (tmp_path / "y.safetensors").exists()

@@ -91,13 +91,14 @@ def test_a_fresh_student_ignores_w_and_a_trained_one_does_not(family, tmp_path):
         torch.testing.assert_close(guided(loaded, w)(x, sigma, cond), answer, rtol=1e-4, atol=1e-4)
 
 
-def test_gradient_checkpointing_computes_the_same_gradients():
-    denoiser, cond = FAMILIES["DiT"]()
+@pytest.mark.parametrize("family", ["DiT", "UNet2DConditionModel"])
+def test_gradient_checkpointing_computes_the_same_gradients(family):
+    denoiser, cond = FAMILIES[family]()
     x, sigma = inputs(denoiser)
     gradients = []
     for again in (False, True):
         student = guidance_student(denoiser, (2.0, 14.0))
-        torch.nn.init.constant_(student.model.map_w.weight, 0.05)
+        torch.nn.init.constant_(student.get_parameter(f"model.{student.model.w_parameters[0]}"), 0.05)
         if again:
             recompute(student)
         guided(student, 5.0)(x, sigma, cond).square().sum().backward()

@@ -1,6 +1,7 @@
 """Out to stock pipelines: exported students, and our solvers as schedulers, equal our own sampler."""
 
 import json
+from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
@@ -17,6 +18,7 @@ from diffdistill.interop.diffusers import as_in_stock_pipelines, from_network, f
 from diffdistill.interop.diffusers.export import export_student
 from diffdistill.interop.diffusers.levels import sigma_table
 from diffdistill.interop.diffusers.scheduler import SolverScheduler, scheduler_for, student_scheduler
+from diffdistill.learned.files import load_predictor, make_learned, save_predictor
 from diffdistill.models import guidance_student, guided
 from diffdistill.progressive.stochastic import StochasticEuler
 from diffdistill.solvers import (
@@ -326,6 +328,35 @@ def test_amed_plugin_in_a_stock_pipeline(predictor, inner, teacher):
     with torch.no_grad():
         ours = sample(guided(teacher.denoiser, 2.0), noise, solver=plugin, sigmas=sigmas, cond=teacher.prompts(["cat"]))
     torch.testing.assert_close(stock, ours, rtol=1e-4, atol=1e-4 * float(ours.abs().max()))
+
+
+LEARNED = {
+    "amed": {"predictor": {"name": "amed"}, "inner": {"afs": True}},
+    "plugin": {"predictor": {"name": "table"}, "inner": {"name": "dpmpp", "order": 2}},
+    "steps": {"predictor": {"name": "table"}, "inner": {"name": "ipndm", "order": 3, "afs": True}},
+}
+
+
+@pytest.mark.parametrize("form", LEARNED)
+def test_learned_solvers_from_their_files_in_a_stock_pipeline(form, teacher, tmp_path):
+    made = make_learned(form, sigmas=torch.tensor([14.0, 5.0, 1.0, 0.1]), **LEARNED[form])
+    with torch.no_grad():
+        for parameter in made.solver.predictor.parameters():
+            parameter.normal_(std=0.3)
+    save_predictor(made, tmp_path / "predictor.safetensors")
+    learned = load_predictor(tmp_path / "predictor.safetensors")
+    pipe = pipeline(network=teacher.pipeline.unet)
+    pipe.scheduler = scheduler_for(pipe, solver=learned)
+    noise = torch.randn(1, 4, 8, 8)
+    stock = pipe("cat", latents=noise.clone(), num_inference_steps=3, guidance_scale=3.0, output_type="latent").images
+    with torch.no_grad():
+        ours = learned.sample(guided(teacher.denoiser, 2.0), noise, teacher.prompts(["cat"]))
+    torch.testing.assert_close(stock, ours, rtol=1e-4, atol=1e-4 * float(ours.abs().max()))
+    assert len(pipe.scheduler.timesteps) == learned.nfe
+    with pytest.raises(ValueError, match="brings its own"):
+        scheduler_for(pipe, solver=learned, sigmas=[1.0, 0.0])
+    with pytest.raises(ValueError, match="analytic start"):
+        scheduler_for(pipe, solver=replace(learned, start={"statistics": "digits-teacher", "sigma": 3.5}))
 
 
 def test_the_stochastic_sampler_in_a_stock_pipeline(teacher):

@@ -17,6 +17,7 @@ from torch import Tensor
 from diffdistill.denoiser import per_sample
 from diffdistill.interop.diffusers.extra import diffusers
 from diffdistill.interop.diffusers.levels import levels_of, sigma_table
+from diffdistill.learned.files import LearnedSolver
 from diffdistill.models.preconditioning import Flow, Preconditioning, make_preconditioning
 from diffdistill.noise_levels import interpolate
 from diffdistill.progressive.stochastic import StochasticEuler
@@ -278,7 +279,7 @@ def _usable(solver: Solver) -> Solver:
 def scheduler_for(
     pipeline: Any,
     *,
-    solver: Solver | Mapping[str, Any] | None = None,
+    solver: Solver | LearnedSolver | Mapping[str, Any] | None = None,
     schedule: Mapping[str, Any] | None = None,
     sigmas: Sequence[float] | Tensor | None = None,
 ) -> SolverScheduler:
@@ -287,13 +288,20 @@ def scheduler_for(
     Args:
         pipeline: a pipeline of diffusers; it is not changed: assign the result to `pipeline.scheduler`.
         solver: options of `make_solver`, `{"name": "stochastic"}`, or a solver itself, such as an `AMEDPlugin`, which
-            is then not saved with the pipeline.
+            is then not saved with the pipeline; or a learned solver from `load_predictor`, which brings its own levels.
         schedule: as in `SolverScheduler`.
         sigmas: as in `SolverScheduler`.
 
     Raises:
-        ValueError: as `make_solver` and `make_schedule`; a solver that reads a bottleneck of a network that has none.
+        ValueError: as `make_solver` and `make_schedule`; a solver that reads a bottleneck of a network that has none;
+            a learned solver with other levels than its own, or with an analytic start.
     """
+    if isinstance(solver, LearnedSolver):
+        if schedule is not None or sigmas is not None:
+            raise ValueError("a learned solver brings its own noise levels: leave out schedule and sigmas")
+        if solver.start is not None:
+            raise ValueError("this learned solver has an analytic start, for which stock pipelines have no place")
+        sigmas, solver = solver.sigmas, solver.solver
     own = pipeline.scheduler
     if isinstance(own, SolverScheduler):
         source, config = own.config.source, own.config.source_config
