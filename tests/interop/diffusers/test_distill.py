@@ -1,10 +1,7 @@
 """Both stages on a tiny latent text model, from images and captions to a folder that stock diffusers runs."""
 
 import io
-import subprocess
-import sys
 import tarfile
-from pathlib import Path
 
 import pytest
 import torch
@@ -19,14 +16,13 @@ from diffdistill.models import guided
 from diffdistill.solvers import make_schedule, make_solver
 from tests.interop.diffusers import builders
 from tests.interop.diffusers.builders import diffusers, pipeline, unet
+from tests.scripts.calling import call
 
-ROOT = Path(__file__).resolve().parents[3]
 CAPTIONS = ["a cat", "a car"]
 
 
 def run(script, *overrides):
-    command = [sys.executable, str(ROOT / "scripts" / f"{script}.py"), *map(str, overrides)]
-    done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
+    done = call(script, *overrides)
     assert done.returncode == 0, done.stderr
     return done.stdout
 
