@@ -31,6 +31,7 @@ from diffdistill.solvers import (
     make_schedule,
     make_solver,
 )
+from diffdistill.solvers.levels import Level, on_batch
 
 diffusers()  # so that a missing extra is named here
 from diffusers.configuration_utils import ConfigMixin, register_to_config  # noqa: E402
@@ -53,9 +54,10 @@ class _Replay(ProbabilityFlow):
         super().__init__(lambda x, sigma, cond: x)
         self.answers = iter(answers)
 
-    def __call__(self, x: Tensor, sigma: Tensor, *, scale_time: Tensor | None = None) -> Evaluation:
+    def __call__(self, x: Tensor, sigma: Level, *, scale_time: Tensor | None = None) -> Evaluation:
         known = next(self.answers, None)
         if known is None:
+            sigma = on_batch(sigma, x)
             raise _Ask(x, sigma, sigma if scale_time is None else sigma * scale_time)
         return known
 
