@@ -75,6 +75,7 @@ def edit(settings: dict[str, Any]) -> dict[str, torch.Tensor]:
             codec=codec,
             strength=settings["strength"],
             known=known.to(device),
+            repeats=settings["repeats"],
             source=None if source is None else encoding_plan(source, **encoder),
             source_cond=before,
             seed=settings["seed"],

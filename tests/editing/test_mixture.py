@@ -109,6 +109,27 @@ def test_the_known_region_decides_the_class_of_the_rest(mixture):
     assert (made[:, :, 4:].mean((1, 2, 3)).sign() == torch.tensor([-1, 1])).all()
 
 
+def test_repeated_steps_fit_what_is_made_to_what_is_known(mixture):
+    """The known region tells the component of the rest; one step at each level mostly follows the noise instead."""
+    components = torch.arange(40) % 2
+    x0 = mixture.means[components]
+    mask = torch.zeros(40, 1, *SHAPE[1:])
+    mask[..., :2] = 1
+    noise = seeded_noise(range(40), SHAPE, dtype=torch.float64)
+    sigmas = torch.tensor([80, 20, 8, 5, 3.5, 2.5, 1.5, 0.3, 0]).double()
+    options = {"solver": make_solver("euler"), "sigmas": sigmas}
+    fits = []
+    for repeats in (1, 16):
+        made = inpaint(mixture, Known(x0, mask), noise, repeats=repeats, **options)
+        assert torch.equal(made[..., :2], x0[..., :2])
+        fits.append(float(((made[..., 2:].mean((1, 2, 3)) > 0) == components.bool()).double().mean()))
+    assert fits[1] > fits[0] + 0.15 and fits[1] >= 0.95, fits
+    alone = inpaint(mixture, Known(x0[3:4], mask[3:4]), noise[3:4], repeats=16, seeds=[3], **options)
+    torch.testing.assert_close(alone, made[3:4])
+    with pytest.raises(ValueError, match="repeats.*0"):
+        inpaint(mixture, Known(x0, mask), noise, repeats=0, **options)
+
+
 def test_bad_input(mixture):
     x0, noise = torch.zeros(3, *SHAPE), torch.zeros(3, *SHAPE)
     options = {"solver": make_solver("euler"), "sigmas": schedule(4)}

@@ -92,18 +92,26 @@ def run(
     cond: Any = None,
     seeds: Sequence[int] | None = None,
     between: Callable[[Tensor, float], Tensor] = lambda x, sigma: x,
+    repeats: int = 1,
 ) -> Tensor:
-    """Carry a state along its levels; `between` may change it after each step, given the level that was reached."""
+    """Carry a state along its levels; `between` may change it after each step, given the level that was reached.
+
+    Every step is taken `repeats` times: before each time but the first, noise leads back to where the step began.
+    """
     x, levels = start.x, start.sigmas.tolist()
-    stream = None
-    if solver.stochastic:
-        stream = SampleNoise(range(len(x)) if seeds is None else seeds, x.shape[1:])
-        stream.draw()  # what `seeded_noise` gives for the same seeds must not come again
+    stream = SampleNoise(range(len(x)) if seeds is None else seeds, x.shape[1:])
+    stream.draw()  # what `seeded_noise` gives for the same seeds must not come again
     history: Any = ()
     with feature_tap(denoiser, solver) as features:
         flow = ProbabilityFlow(denoiser, cond, features=features)
-        for interval, level in zip(intervals(start.sigmas, len(x), x.device), levels[1:], strict=True):
-            draw = None if stream is None else stream.draw(dtype=x.dtype, device=x.device)
-            x, history = solver.step(flow, x, interval, history, noise=draw)
-            x = between(x, level)
+        steps = intervals(start.sigmas, len(x), x.device)
+        for interval, level, level_next in zip(steps, levels, levels[1:], strict=False):
+            past = history
+            for time in range(repeats):
+                if time:
+                    back = (level**2 - level_next**2) ** 0.5
+                    x = x + back * stream.draw(dtype=x.dtype, device=x.device)
+                draw = stream.draw(dtype=x.dtype, device=x.device) if solver.stochastic else None
+                x, history = solver.step(flow, x, interval, past, noise=draw)
+                x = between(x, level_next)
     return x

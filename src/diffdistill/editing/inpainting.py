@@ -56,11 +56,13 @@ def inpaint(
     cond: Any = None,
     seeds: Sequence[int] | None = None,
     start: Tensor | None = None,
+    repeats: int = 1,
 ) -> Tensor:
     """Make what is not known; the known region of the result is that of `known.x0` exactly.
 
     After every step the known region is set to `x0 + sigma noise`, with the same noise at every level, as the pipelines
-    of diffusers do for models without mask channels.
+    of diffusers do for models without mask channels. With `repeats` above 1 each step is taken so many times, with
+    noise back to its beginning in between (Lugmayr et al. 2022, Algorithm 1): what is made comes to fit what is known.
 
     Args:
         denoiser: any callable `(x, sigma, cond) -> x0`.
@@ -71,19 +73,24 @@ def inpaint(
         cond: the condition that the images shall have.
         seeds: one per sample, for stochastic solvers, by default 0 .. B - 1.
         start: the state at the first level, by default noise with the known region in it.
+        repeats: times that each step is taken.
 
     Returns:
         Images or latents in the shape of `known.x0`.
 
     Raises:
-        ValueError: noise of another shape, or levels that do not decrease.
+        ValueError: noise of another shape, levels that do not decrease, or less than one repeat.
     """
+    if repeats < 1:
+        raise ValueError(f"repeats must be at least 1, but is {repeats}")
     if noise.shape != known.x0.shape:
         raise ValueError(f"the noise has shape {list(noise.shape)}, but the image {list(known.x0.shape)}")
     sigmas = check_sigmas(torch.as_tensor(sigmas, dtype=torch.float64).cpu())
     top = float(sigmas[0])
     first = known.put_into(top * noise, noise, top) if start is None else start
-    x = run(
-        denoiser, Start(first, sigmas), solver, cond, seeds, between=lambda x, sigma: known.put_into(x, noise, sigma)
-    )
+
+    def put_back(x: Tensor, sigma: float) -> Tensor:
+        return known.put_into(x, noise, sigma)
+
+    x = run(denoiser, Start(first, sigmas), solver, cond, seeds, between=put_back, repeats=repeats)
     return known.put_into(x, noise, 0.0)

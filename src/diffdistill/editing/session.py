@@ -29,6 +29,7 @@ class Edit:
         codec: the autoencoder of a latent model, or None.
         strength: of image-to-image and style transfer, in [0, 1]: the share of the plan's steps to go through.
         known: for inpainting, 1 where the image is known, `[1 or B, 1, H, W]`.
+        repeats: for inpainting by models without mask channels, times that each step is taken.
         source: how to encode: a denoiser with its solver and levels, which end above 0.
         source_cond: the condition of the images as they are.
         seed: image i draws from the seed `seed + i`.
@@ -40,6 +41,7 @@ class Edit:
     codec: Codec | None = None
     strength: float = 0.5
     known: Tensor | None = None
+    repeats: int = 1
     source: Plan | None = None
     source_cond: Any = None
     seed: int = 0
@@ -97,6 +99,7 @@ def _inpaint(edit: Edit) -> Tensor:
         sigmas=plan.sigmas,
         cond=edit.cond,
         seeds=edit.seeds,
+        repeats=edit.repeats,
     )
     return known.put_into(edit.pictures(x), torch.zeros_like(edit.images), 0.0)
 
