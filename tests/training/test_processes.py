@@ -1,4 +1,6 @@
-"""Two processes compute what one does: losses, checkpoints and samples."""
+"""Two and four processes compute what one does: losses, checkpoints and samples."""
+
+import shutil
 
 import numpy as np
 import pytest
@@ -14,6 +16,8 @@ from diffdistill.training.noise_levels import make_noise_levels
 from diffdistill.training.weighting import make_weighting
 from tests.builders import tiny_denoiser
 from tests.training.several import several
+
+LABELS = spread_labels(7, 4)
 
 
 class Images:
@@ -69,13 +73,24 @@ def work(folder):
     # 30 updates by one process, then 20 by two
     results["resumed"] = train(folder / "one", parallel="fsdp")
     scheme = plan(tiny_denoiser(), num_steps=3)
-    results["samples"] = draw_to(folder / "parts", scheme, range(5, 12), spread_labels(7, 4), batch_size=2).x
+    results["samples"] = draw_to(folder / "parts", scheme, range(5, 12), LABELS, batch_size=2).x
     results["errors"] = [
         message(lambda: train(folder / "odd", batch_size=3)),
         message(lambda: draw_to(folder / "few", scheme, range(1), None)),
     ]
     results["gradients"] = averaged_gradients()
     return results
+
+
+def work_of_four(folder):
+    """What four processes do: the first updates, the last ones of a run begun by two, and samples."""
+    return {
+        "first": train(folder / "four", updates=6),
+        "resumed": train(folder / "begun by two", updates=55),
+        "samples": draw_to(
+            folder / "parts of four", plan(tiny_denoiser(), num_steps=3), range(5, 12), LABELS, batch_size=2
+        ).x,
+    }
 
 
 def message(action):
@@ -110,6 +125,18 @@ def two(one):
     return several(2, work, one[0])
 
 
+@pytest.fixture(scope="module")
+def four(one, two):
+    shutil.copytree(one[0] / "ddp", one[0] / "begun by two")
+    return several(4, work_of_four, one[0])
+
+
+@pytest.fixture(scope="module")
+def longer(one):
+    """The losses of one process over 55 updates."""
+    return train(one[0] / "whole", updates=55)["losses"]
+
+
 @pytest.mark.parametrize("how", ["ddp", "fsdp", "resumed"])
 def test_two_processes_have_the_losses_of_one(one, two, how):
     expected, found = one[1], two[0][how]
@@ -142,19 +169,25 @@ def test_split_parameters_lie_in_parts_and_can_be_evaluated_while_training(one, 
     torch.testing.assert_close(pictures[-1], expected[0], rtol=1e-4, atol=1e-4)
 
 
-def test_one_process_reads_the_checkpoint_of_two(one, two):
+def test_one_process_reads_the_checkpoint_of_two(one, two, longer):
     again = train(one[0] / "fsdp", updates=55)
     assert len(again["losses"]) == 55
-    expected = train(one[0] / "whole", updates=55)
-    np.testing.assert_allclose(again["losses"], expected["losses"], rtol=1e-5)
+    np.testing.assert_allclose(again["losses"], longer, rtol=1e-5)
 
 
-def test_samples_do_not_depend_on_the_number_of_processes(one, two):
+def test_four_processes_have_the_losses_of_one_and_go_on_from_two(four, longer):
+    assert len(four[0]["first"]["losses"]) == 6 and len(four[0]["resumed"]["losses"]) == 55
+    np.testing.assert_allclose(four[0]["first"]["losses"], longer[:6], rtol=1e-5)
+    np.testing.assert_allclose(four[0]["resumed"]["losses"], longer, rtol=1e-5)
+
+
+def test_samples_do_not_depend_on_the_number_of_processes(one, two, four):
     scheme, threads = plan(tiny_denoiser(), num_steps=3), torch.get_num_threads()
     torch.set_num_threads(1)  # as each of the two has: convolutions round differently on several
-    alone = draw_to(one[0] / "alone", scheme, range(5, 12), spread_labels(7, 4), batch_size=2).x
+    alone = draw_to(one[0] / "alone", scheme, range(5, 12), LABELS, batch_size=2).x
     torch.set_num_threads(threads)
-    assert torch.equal(two[0]["samples"], alone) and torch.equal(two[1]["samples"], alone)
+    for found in (*two, *four):
+        assert torch.equal(found["samples"], alone)
 
 
 def test_what_does_not_divide_is_named_in_one_line(two):
