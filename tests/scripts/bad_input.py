@@ -84,6 +84,7 @@ CASES = {
     "solver option": ("sample", ["model=TEACHER", "num_steps=4", "solver=dpmpp", "solver.order=7"], ["7"]),
     "output": ("sample", ["model=STUDENT", "save=gif"], ["gif", "npz"]),
     "device": ("sample", ["model=STUDENT", "device=tpu9"], ["tpu9"]),
+    "an encoder that shall sample": ("sample", ["model=digits-encoder-4"], ["images to noise", "editing"]),
     "precision of sampling": ("sample", ["model=STUDENT", "precision=fp8"], ["fp8", "bf16"]),
     "graphs without a GPU": (
         "sample",
