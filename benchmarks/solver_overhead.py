@@ -19,7 +19,7 @@ import torch
 
 from diffdistill import load_denoiser
 from diffdistill.devices import device_of
-from diffdistill.solvers import SOLVERS, make_schedule, make_solver, sample
+from diffdistill.solvers import AMED, SOLVERS, AMEDPlugin, AMEDPredictor, make_schedule, make_solver, sample
 
 NUM_STEPS = 20
 SKIPPED = ("ddim", "amed", "edm_sde", "euler_ancestral")
@@ -73,7 +73,11 @@ def runs_of(denoiser, noise, cond) -> dict[str, Callable[[], int]]:
 
         return run
 
-    return {name: ours(make_solver(name)) for name in SOLVERS if name not in SKIPPED}
+    fixed = {name: ours(make_solver(name)) for name in SOLVERS if name not in SKIPPED}
+    predictor = AMEDPredictor().to(noise.device)
+    learned = {"AMED-Solver": AMED(predictor)}
+    learned |= {f"AMED-Plugin, {name}": AMEDPlugin(make_solver(name), predictor) for name in ("ipndm", "dpmpp")}
+    return fixed | {name: ours(solver) for name, solver in learned.items()}
 
 
 @torch.no_grad()

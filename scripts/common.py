@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import hydra
+import torch
 from hydra.core.hydra_config import HydraConfig
 from hydra.errors import HydraException, MissingConfigException
 from omegaconf import DictConfig, OmegaConf
@@ -56,6 +57,7 @@ def command(config_name: str) -> Callable[[Callable[[DictConfig], Any]], Callabl
         @wraps(main)
         def task(config: DictConfig) -> None:
             with errors_in_one_line(), processes(), quiet_unless_first():
+                torch.manual_seed(OmegaConf.select(config, "trainer.seed", default=0))  # for the first weights
                 main(config)
 
         @wraps(main)

@@ -15,6 +15,7 @@ from torch.autograd import forward_ad
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from diffdistill.solvers import Correction, Evaluation, ProbabilityFlow
+from diffdistill.solvers.levels import Level
 
 Reached = tuple[Tensor, tuple[Evaluation, ...]]
 Step = Callable[[Correction, ProbabilityFlow], Reached]
@@ -35,7 +36,7 @@ class RecordingFlow(ProbabilityFlow):
         super().__init__(flow.denoiser, flow.cond, thresholding=flow.thresholding)
         self.answers: list[Tensor] = []
 
-    def __call__(self, x: Tensor, sigma: Tensor, *, scale_time: Tensor | None = None) -> Evaluation:
+    def __call__(self, x: Tensor, sigma: Level, *, scale_time: Tensor | None = None) -> Evaluation:
         evaluation = super().__call__(x, sigma, scale_time=scale_time)
         self.answers.append(_primal(evaluation.denoised))
         return evaluation
