@@ -80,7 +80,7 @@ def learned_candidate(name: str, problem: Problem) -> Candidate:
     learned = load_predictor(name)
     learned.check(problem.denoiser)
     return Candidate(
-        Path(name).stem,
+        Path(name).stem.removesuffix(f"-{learned.nfe}nfe"),
         learned.solver,
         learned.sigmas,
         learned.gaussian_start(),

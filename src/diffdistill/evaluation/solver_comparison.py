@@ -326,21 +326,36 @@ def comma_separated(rows: Sequence[Row]) -> str:
 
 
 def plot(rows: Sequence[Row], path: Path) -> None:
-    """End point error against evaluations, a curve for each solver, dashed with analytic start, as PNG."""
+    """End point error against evaluations, without and with analytic start, as PNG; learned solvers are drawn bold."""
+    labels = list(dict.fromkeys(row.solver for row in sorted(rows, key=lambda row: bool(row.parameters))))
+    panels = {
+        "without start": [row for row in rows if row.start is None],
+        "with analytic start": [row for row in rows if row.start is not None],
+    }
 
     def draw(figure: Any) -> None:
-        axes = figure.subplots()
-        labels = list(dict.fromkeys(row.solver for row in rows))
-        for index, label in enumerate(labels):
-            for started in (False, True):
-                chosen = [row for row in rows if row.solver == label and (row.start is not None) == started]
-                at = sorted(chosen, key=lambda row: row.nfe)
-                if at:
-                    name = f"{label}, start" if started else label
-                    style = {"linestyle": "--" if started else "-", "marker": "s" if started else "o"}
-                    points = [row.nfe for row in at], [row.error for row in at]
-                    axes.plot(*points, color=f"C{index % 10}", label=name, markersize=3.5, linewidth=1.2, **style)
-        axes.set(yscale="log", xlabel="network evaluations", ylabel="mean L2 distance to the reference")
-        axes.legend(frameon=False, fontsize=7, ncols=2)
+        from matplotlib.ticker import MaxNLocator
 
-    save_figure(draw, path, size=(7, 5))
+        shown = {title: part for title, part in panels.items() if part}
+        for axes, (title, part) in zip(
+            figure.subplots(1, len(shown), sharey=True, squeeze=False)[0], shown.items(), strict=True
+        ):
+            for index, label in enumerate(labels):
+                line = sorted((row for row in part if row.solver == label), key=lambda row: row.nfe)
+                if line:
+                    learned = bool(line[0].parameters)
+                    axes.plot(
+                        [row.nfe for row in line],
+                        [row.error for row in line],
+                        marker="os^Dv"[index // 10 % 5],
+                        color=f"C{index % 10}",
+                        label=label,
+                        markersize=6 if learned else 3.5,
+                        linewidth=3 if learned else 1.1,
+                    )
+            axes.set(title=title, yscale="log", xlabel="network evaluations")
+            axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+            axes.legend(frameon=False, fontsize=6.5, ncols=2)
+        figure.axes[0].set_ylabel("mean L2 distance to the reference")
+
+    save_figure(draw, path, size=(11, 5))
