@@ -9,6 +9,7 @@ import torch
 from diffdistill.generation import count_nfe, plan
 from diffdistill.learned import load_predictor
 from diffdistill.models import guided, save_denoiser
+from diffdistill.solvers import GaussianStatistics, save_gaussian
 from tests.builders import tiny_denoiser
 
 ROOT = Path(__file__).parents[2]
@@ -29,6 +30,14 @@ def model(tmp_path_factory):
     return path
 
 
+def statistics(model):
+    """Statistics of data in the shape of the tiny denoiser, for its analytic start."""
+    path = model.with_name("statistics.safetensors")
+    if not path.exists():
+        save_gaussian(GaussianStatistics.fit(torch.randn(200, *tiny_denoiser().data_shape)), path)
+    return path
+
+
 def train(preset, model, out, *overrides):
     import train_amed
     from common import compose
@@ -37,6 +46,8 @@ def train(preset, model, out, *overrides):
     config = compose("train_amed", [f"experiment={preset}", f"model={model}", f"out={out}", *small, *overrides])
     if config.objective.name == "endpoint":
         config.objective.trajectories, config.objective.teacher_schedule.num_steps = 8, 6
+    if config.start:
+        config.start.statistics = str(statistics(model))
     train_amed.train(config)
     return load_predictor(out / "predictor.safetensors"), config
 
