@@ -8,6 +8,7 @@ import torch
 from safetensors.torch import load_file
 
 from diffdistill.models import save_denoiser
+from diffdistill.training.distributed import barrier
 from diffdistill.training.run import read_metrics
 from tests.builders import tiny_denoiser
 from tests.scripts.calling import call
@@ -17,10 +18,16 @@ from tests.training.several import several
 QUICK = ["trainer.updates=2", "trainer.batch_size=8", "trainer.device=cpu", "trainer.sample_every=null"]
 
 
+def run(script, *overrides):
+    """A program that ends in all processes before the next one begins, as under `torchrun`."""
+    done = call(script, *overrides)
+    barrier()
+    return done
+
+
 def scripts(folder, out):
     """Both stages, a learned solver, samples, measures and a table; what each program printed."""
     torch.set_num_threads(1)
-    torch.manual_seed(0)  # of the weights that a predictor begins with
     teacher, here = folder / "teacher.safetensors", folder / out
     # Not Adam, which makes steps of full length of gradients that are rounding noise.
     small = [*QUICK, "preview.num_samples=4", "trainer.optimizer=sgd", "trainer.learning_rate=0.03"]
@@ -34,13 +41,13 @@ def scripts(folder, out):
     ]
     table = ["table=tiny", f"hydra.searchpath=[file://{folder}]", "device=cpu", "batch_size=4"]
     return [
-        call("distill_guidance", f"teacher={teacher}", f"out={here / 'one'}", *small),
-        call("distill_steps", f"teacher={here / 'one'}", f"out={here / 'two'}", "start_steps=2", "stages=null", *small),
-        call("train_amed", f"model={teacher}", "experiment=digits/amed_3nfe", f"out={here / 'amed'}", *QUICK[:3]),
-        call("sample", *drawn, "w=1", f"out={here / 'x'}"),
-        call("evaluate", *measured, f"out={here / 'found.json'}"),
-        call("reproduce", *table, f"out={here / 'table'}"),
-        call("sample", *drawn[:1], "num_samples=1", "device=cpu", f"out={here / 'few'}"),
+        run("distill_guidance", f"teacher={teacher}", f"out={here / 'one'}", *small),
+        run("distill_steps", f"teacher={here / 'one'}", f"out={here / 'two'}", "start_steps=2", "stages=null", *small),
+        run("train_amed", f"model={teacher}", "experiment=digits/amed_3nfe", f"out={here / 'amed'}", *QUICK[:3]),
+        run("sample", *drawn, "w=1", f"out={here / 'x'}"),
+        run("evaluate", *measured, f"out={here / 'found.json'}"),
+        run("reproduce", *table, f"out={here / 'table'}"),
+        run("sample", *drawn[:1], "num_samples=1", "device=cpu", f"out={here / 'few'}"),
     ]
 
 
