@@ -10,6 +10,8 @@ import torch
 
 from diffdistill.training.distributed import processes
 
+SECONDS = 300
+"""How long the processes may take, and may wait for each other."""
 CONTEXT = multiprocessing.get_context("forkserver")
 CONTEXT.set_forkserver_preload(["tests.training.test_processes", "tests.faults.pipeline"])
 
@@ -28,7 +30,7 @@ def several(count, function, *args):
         pipes.append(ours)
         children.append(child)
     try:
-        answers = [pipe.recv() for pipe in pipes]
+        answers = [pipe.recv() if pipe.poll(SECONDS) else ("no answer", None) for pipe in pipes]
     finally:
         for child in children:
             child.join(20)

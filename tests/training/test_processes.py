@@ -1,6 +1,7 @@
 """Two and four processes compute what one does: losses, checkpoints and samples."""
 
 import shutil
+import time
 
 import numpy as np
 import pytest
@@ -79,7 +80,19 @@ def work(folder):
         message(lambda: draw_to(folder / "few", scheme, range(1), None)),
     ]
     results["gradients"] = averaged_gradients()
+    results["finished"] = seen_finished(folder / "mark")
     return results
+
+
+def seen_finished(folder):
+    """What each process is told of a run that process 0 marks as finished before process 1 looks."""
+    run = Run(folder, {})
+    if rank():
+        time.sleep(0.5)
+    before = run.finished
+    if not before:
+        run.finish()
+    return before, run.finished
 
 
 def work_of_four(folder):
@@ -202,6 +215,10 @@ def test_gradients_are_means_also_where_a_parameter_is_unused(two):
     # Summed over two backward passes: 2 (1 + 2) / 2, and 2 (2 + 3) / 2.
     for result in two:
         assert result["gradients"] == [[3.0] * 3, None, [5.0] * 3]
+
+
+def test_processes_agree_on_whether_a_run_is_finished(two):
+    assert [result["finished"] for result in two] == [(False, True)] * 2
 
 
 def test_recomputed_activations_change_nothing(one, tmp_path):
