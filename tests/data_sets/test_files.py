@@ -9,6 +9,7 @@ from PIL import Image
 from torch.utils.data import DataLoader
 
 from diffdistill.data import MirroredData, TensorData, load_data
+from diffdistill.samples import Samples, save_npz
 
 
 def pixels(seed, height=6, width=6):
@@ -194,7 +195,7 @@ def test_tensors_out_of_range_or_of_the_wrong_shape_are_refused():
 
 def test_unknown_names_and_options_list_the_valid_ones():
     with pytest.raises(
-        ValueError, match="unknown data set 'mnist': choose one of cifar10, digits, images, latents, shapes, zip"
+        ValueError, match="unknown data set 'mnist': choose one of cifar10, digits, images, latents, samples, shapes, zip"
     ):
         load_data("mnist")
     with pytest.raises(TypeError, match="has no option 'flip': it takes split"):
@@ -239,3 +240,25 @@ def test_cifar10_reads_the_published_layout(cifar):
 def test_absent_cifar10_says_how_to_get_it(tmp_path):
     with pytest.raises(FileNotFoundError, match="download=True"):
         load_data("cifar10", root=tmp_path)
+
+
+def test_samples_of_a_model_are_a_data_set(tmp_path):
+    x, y = torch.rand(5, 1, 4, 4) * 2 - 1, torch.tensor([2, 0, 1, 2, 0])
+    path = save_npz(Samples(x, y), tmp_path)
+    data = load_data("samples", path=path)
+    assert (len(data), data.shape, data.num_classes) == (5, (1, 4, 4), 3)
+    assert torch.equal(data[3]["x"], x[3]) and int(data[3]["y"]) == 2
+    assert load_data("samples", path=save_npz(Samples(x, torch.full((5,), -1)), tmp_path)).num_classes == 0
+
+
+def test_a_file_that_holds_no_samples_is_refused(tmp_path):
+    path = tmp_path / "samples.npz"
+    with pytest.raises(FileNotFoundError, match="no samples at"):
+        load_data("samples", path=path)
+    for content in (b"", b"PK\x03\x04 and no more", b"text"):
+        path.write_bytes(content)
+        with pytest.raises(ValueError, match="not an .npz of samples x and labels y"):
+            load_data("samples", path=path)
+    np.savez(path, x=np.zeros((2, 1, 4, 4)))
+    with pytest.raises(ValueError, match="not an .npz of samples x and labels y"):
+        load_data("samples", path=path)

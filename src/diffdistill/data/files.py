@@ -1,4 +1,4 @@
-"""Image folders, and zip archives in the layout of EDM (Karras et al. 2022)."""
+"""Image folders, zip archives in the layout of EDM (Karras et al. 2022), and samples of a model."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from diffdistill.data.base import ImageData, MirroredData, check_range, checked_index, from_uint8
+from diffdistill.data.base import ImageData, MirroredData, TensorData, check_range, checked_index, from_uint8
 from diffdistill.denoiser import NULL_LABEL
 
 IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
@@ -173,6 +173,23 @@ def load_zip(*, path: str | Path, resolution: int | None = None, flip: bool = Fa
     """Images of a zip archive (see `ZipData`); `flip` appends every image's mirror image."""
     data = ZipData(path, resolution=resolution)
     return MirroredData(data) if flip else data
+
+
+def load_samples(*, path: str | Path) -> ImageData:
+    """What `scripts/sample.py save=npz` wrote: a student can be trained on samples of its teacher, without its data.
+
+    Raises:
+        FileNotFoundError: no such file.
+        ValueError: not an `.npz` of images `x` in [-1, 1] and labels `y` (-1 for none).
+    """
+    if not Path(path).is_file():
+        raise FileNotFoundError(f"no samples at {str(path)!r}")
+    try:
+        with np.load(path, allow_pickle=False) as arrays:
+            x, y = torch.from_numpy(arrays["x"]), torch.from_numpy(arrays["y"])
+    except (ValueError, KeyError, TypeError, EOFError, zipfile.BadZipFile) as error:
+        raise ValueError(f"{str(path)!r} is not an .npz of samples x and labels y") from error
+    return TensorData(x, y, num_classes=int(y.max()) + 1 if len(y) else 0)
 
 
 def _is_image(name: str) -> bool:
