@@ -25,6 +25,7 @@ from diffdistill.atomic import write_text
 from diffdistill.data import load_data
 from diffdistill.devices import device_of
 from diffdistill.evaluation import solver_comparison as comparison
+from diffdistill.evaluation import solver_report as report
 from diffdistill.evaluation.features import gaussian_of, make_features
 from diffdistill.evaluation.frechet import frechet_distance
 from diffdistill.evaluation.solver_comparison import Candidate, Grid, Problem, Row
@@ -93,6 +94,8 @@ def learned_candidate(name: str, problem: Problem) -> Candidate:
 @command("compare_solvers")
 def main(config: DictConfig) -> None:
     settings = plain(config)
+    if not settings["evaluations"] or not (settings["solvers"] or settings["learned"]):
+        raise ValueError("nothing to compare: evaluations and solvers (or learned) name at least one each")
     run = Run(settings["out"], settings, harmless=("device", "learned", "out"))
     problem = problem_of(settings, run)
     features = make_features(settings["features"])
@@ -111,9 +114,9 @@ def main(config: DictConfig) -> None:
         if row := json.loads(path.read_text(encoding="utf-8")):
             rows.append(Row(**row))
     rows.sort(key=lambda row: (row.nfe, row.solver, row.start is not None))
-    write_text(run.path / "solvers.csv", comparison.comma_separated(rows))
-    write_text(run.path / "solvers.md", comparison.markdown(rows) + "\n" + comparison.gains(rows))
-    comparison.plot(rows, run.path / "solvers.png")
+    write_text(run.path / "solvers.csv", report.comma_separated(rows))
+    write_text(run.path / "solvers.md", report.markdown(rows) + "\n" + report.gains(rows))
+    report.plot(rows, run.path / "solvers.png")
     run.finish(["solvers.csv", "solvers.md", "solvers.png"])
     print((run.path / "solvers.md").read_text(encoding="utf-8"))
 

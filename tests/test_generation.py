@@ -118,7 +118,7 @@ def test_gits_under_a_start_walks_the_trajectories_of_the_start():
         ({"start": float("nan")}, ValueError, "start at sigma = nan is not in the range"),
         ({"start": {"sgima": 3}}, TypeError, "a start is a noise level, or sigma and statistics"),
         ({"start": {"statistics": "digits-teacher"}}, TypeError, "a start is a noise level"),
-        ({"start": {"sigma": 3, "statistics": "nope"}}, ValueError, "no Gaussian statistics 'nope'"),
+        ({"start": {"sigma": 3, "statistics": "nope"}}, ValueError, "unknown Gaussian statistics 'nope'"),
         ({"start": {"sigma": 3, "statistics": "digits-teacher"}}, ValueError, r"are of \[1, 8, 8\] in 10 classes"),
         ({"start": 3, "schedule": {"name": "polynomial", "sigma_max": 80}}, ValueError, "leave out its sigma_max"),
         ({"start": 3, "solver": {"name": "learned", "predictor": "p"}}, ValueError, "leave out schedule and start"),

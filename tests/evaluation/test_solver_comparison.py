@@ -13,14 +13,11 @@ from diffdistill.evaluation.solver_comparison import (
     Problem,
     Row,
     best,
-    comma_separated,
-    gains,
-    markdown,
     measure,
     num_steps_for,
-    plot,
     reference_endpoints,
 )
+from diffdistill.evaluation.solver_report import comma_separated, gains, markdown, plot
 from diffdistill.models import GaussianMixture, save_denoiser
 from diffdistill.solvers import GaussianStatistics, load_gaussian, make_solver
 from tests.builders import tiny_denoiser
@@ -109,7 +106,7 @@ def test_tables(tmp_path):
     assert "| a | 3 |  | x | 2 |  | 0.5 | 0 |  |" in table
     assert "**0.1**" in table
     assert "**1**" not in table
-    assert "| 3 | 2 | 1 | 0.500 |" in gains(rows)
+    assert "| 3 | 2.000 | 1.000 | 0.500 |" in gains(rows)
     read = list(csv.DictReader(comma_separated(rows).splitlines()))
     assert [row["error"] for row in read] == ["2.0", "1.0", "0.1"]
     plot(rows, tmp_path / "plot.png")

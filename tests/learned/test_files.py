@@ -17,7 +17,7 @@ from diffdistill.learned import (
     save_predictor,
     trained,
 )
-from diffdistill.learned.files import METADATA_KEY
+from diffdistill.learned.files import PREDICTOR
 from diffdistill.models import ClassifierFreeGuidance, GaussianMixture, guided
 from diffdistill.solvers import GaussianStart, GaussianStatistics, make_schedule, save_gaussian
 from tests.builders import tiny_denoiser
@@ -95,7 +95,7 @@ def test_damaged_and_foreign_files_are_refused(tmp_path):
     path.write_bytes(whole)
     state = load_file(path)
     with safe_open(path, framework="pt") as file:
-        record = json.loads(file.metadata()[METADATA_KEY])
+        record = json.loads(file.metadata()[PREDICTOR.key])
 
     def rewritten(metadata, tensors=state):
         save_file(tensors, path, metadata=metadata)
@@ -104,7 +104,7 @@ def test_damaged_and_foreign_files_are_refused(tmp_path):
     with pytest.raises(ValueError, match="no predictor"):
         load_predictor(rewritten({"other": "x"}))
     with pytest.raises(ValueError, match="damaged"):
-        load_predictor(rewritten({METADATA_KEY: "{"}))
+        load_predictor(rewritten({PREDICTOR.key: "{"}))
     for changes, message in (
         ({"format": 2}, "format 2"),
         ({"nfe": 6}, "states 6"),
@@ -114,10 +114,10 @@ def test_damaged_and_foreign_files_are_refused(tmp_path):
         ({"extra": 1}, "builds no solver"),
     ):
         with pytest.raises(ValueError, match=message):
-            load_predictor(rewritten({METADATA_KEY: json.dumps({**record, **changes})}))
+            load_predictor(rewritten({PREDICTOR.key: json.dumps({**record, **changes})}))
     fewer = {name: value for name, value in state.items() if name != "fc_r.bias"}
     with pytest.raises(ValueError, match=r"missing, first fc_r\.bias"):
-        load_predictor(rewritten({METADATA_KEY: json.dumps(record)}, fewer))
+        load_predictor(rewritten({PREDICTOR.key: json.dumps(record)}, fewer))
     with pytest.raises(ValueError, match="unknown predictor"):
         load_predictor("no-such-predictor")
 

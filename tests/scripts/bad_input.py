@@ -63,6 +63,7 @@ CASES = {
         ["teacher=STUDENT", "start_steps=8", "experiment=none", "trainer.batch_size=8", "+stages.5.updates=3"],
         ["5", "4, 2, 1"],
     ),
+    "nothing to compare": ("compare_solvers", ["evaluations=[]"], ["evaluations", "at least one"]),
     "last_steps": ("distill_steps", ["teacher=STUDENT", "start_steps=8", "last_steps=8"], ["last_steps", "8", "4"]),
     "noise of an autoencoder": ("train_autoencoder", ["noise=-1", "data.size=10"], ["noise", "-1"]),
     "sides of an autoencoder": ("train_autoencoder", ["data.resolution=30", "data.size=10"], ["multiples of 4", "30"]),

@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import csv
-import io
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from functools import cache
 from math import ceil, isnan
 from pathlib import Path
@@ -18,7 +16,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from diffdistill.atomic import replacing
-from diffdistill.pictures import save_figure
+from diffdistill.devices import device_of
 from diffdistill.solvers import (
     GaussianStart,
     GaussianStatistics,
@@ -62,8 +60,7 @@ def batches(
     denoiser: Any, seeds: Sequence[int], labels: Tensor | None, batch_size: int
 ) -> list[tuple[Tensor, Tensor | None]]:
     """Noise `[<= batch_size, ...]` and labels of all seeds, on the denoiser's device."""
-    device = next((p.device for p in denoiser.parameters()), torch.device("cpu"))
-    parts = []
+    device, parts = device_of(denoiser), []
     for first in range(0, len(seeds), batch_size):
         chunk = slice(first, first + batch_size)
         noise = seeded_noise(seeds[chunk], denoiser.data_shape, device=device)
@@ -281,81 +278,3 @@ def best(candidates: Sequence[Candidate], problem: Problem) -> Candidate | None:
         ranked = sorted(errors, key=lambda candidate: (isnan(errors[candidate]), errors[candidate]))
         candidates = ranked[: ceil(len(ranked) / 4)]
     return candidates[0] if candidates else None
-
-
-def markdown(rows: Sequence[Row]) -> str:
-    """The rows as a Markdown table, the best of each number of evaluations in bold."""
-    least = {nfe: min(row.error for row in rows if row.nfe == nfe) for nfe in {row.nfe for row in rows}}
-    lines = [[field.name.replace("_", " ") for field in fields(Row)]]
-    lines.append(["---" if name in ("solver", "schedule") else "---:" for name in lines[0]])
-    for row in rows:
-        cells = [_text(getattr(row, field.name)) for field in fields(Row)]
-        if row.error == least[row.nfe]:
-            cells = [f"**{cell}**" if name == "error" else cell for name, cell in zip(lines[0], cells, strict=True)]
-        lines.append(cells)
-    return "\n".join("| " + " | ".join(line) + " |" for line in lines) + "\n"
-
-
-def gains(rows: Sequence[Row]) -> str:
-    """A Markdown table: least error with and without analytic start, of all solvers, by number of evaluations."""
-    lines = [["NFE", "without start", "with start", "ratio"], ["---:"] * 4]
-    for nfe in sorted({row.nfe for row in rows}):
-        errors = [
-            [row.error for row in rows if row.nfe == nfe and not row.parameters and (row.start is not None) == started]
-            for started in (False, True)
-        ]
-        if all(errors):
-            plain, started = map(min, errors)
-            lines.append([str(nfe), f"{plain:.4g}", f"{started:.4g}", f"{started / plain:.3f}"])
-    return "\n".join("| " + " | ".join(line) + " |" for line in lines) + "\n"
-
-
-def _text(value: Any) -> str:
-    if value is None:
-        return ""
-    return f"{value:.4g}" if isinstance(value, float) else str(value)
-
-
-def comma_separated(rows: Sequence[Row]) -> str:
-    """The rows as CSV, with all digits."""
-    text = io.StringIO()
-    writer = csv.writer(text, lineterminator="\n")
-    writer.writerow([field.name for field in fields(Row)])
-    writer.writerows([getattr(row, field.name) for field in fields(Row)] for row in rows)
-    return text.getvalue()
-
-
-def plot(rows: Sequence[Row], path: Path) -> None:
-    """End point error against evaluations, without and with analytic start, as PNG; learned solvers are drawn bold."""
-    labels = list(dict.fromkeys(row.solver for row in sorted(rows, key=lambda row: bool(row.parameters))))
-    panels = {
-        "without start": [row for row in rows if row.start is None],
-        "with analytic start": [row for row in rows if row.start is not None],
-    }
-
-    def draw(figure: Any) -> None:
-        from matplotlib.ticker import MaxNLocator
-
-        shown = {title: part for title, part in panels.items() if part}
-        for axes, (title, part) in zip(
-            figure.subplots(1, len(shown), sharey=True, squeeze=False)[0], shown.items(), strict=True
-        ):
-            for index, label in enumerate(labels):
-                line = sorted((row for row in part if row.solver == label), key=lambda row: row.nfe)
-                if line:
-                    learned = bool(line[0].parameters)
-                    axes.plot(
-                        [row.nfe for row in line],
-                        [row.error for row in line],
-                        marker="os^Dv"[index // 10 % 5],
-                        color=f"C{index % 10}",
-                        label=label,
-                        markersize=6 if learned else 3.5,
-                        linewidth=3 if learned else 1.1,
-                    )
-            axes.set(title=title, yscale="log", xlabel="network evaluations")
-            axes.xaxis.set_major_locator(MaxNLocator(integer=True))
-            axes.legend(frameon=False, fontsize=6.5, ncols=2)
-        figure.axes[0].set_ylabel("mean L2 distance to the reference")
-
-    save_figure(draw, path, size=(11, 5))

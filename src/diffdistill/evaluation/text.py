@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 
 from diffdistill.evaluation.measures import Measured
 
@@ -23,8 +23,12 @@ def measured(found: Measured) -> str:
     return number(found.value) + spread
 
 
-def grid_of(lines: Sequence[Sequence[str]]) -> str:
-    """Lines of cells, the first being the head, as a Markdown table whose first column is text."""
+def grid_of(lines: Sequence[Sequence[str]], *, words: Collection[str] | None = None) -> str:
+    """Lines of cells, the first being the head, as a Markdown table.
+
+    `words` are the columns of text, by default the first one.
+    """
     head, *body = lines
-    rule = ["---", *["---:"] * (len(head) - 1)]
+    left = head[:1] if words is None else words
+    rule = ["---" if name in left else "---:" for name in head]
     return "\n".join("| " + " | ".join(line) + " |" for line in (head, rule, *body)) + "\n"

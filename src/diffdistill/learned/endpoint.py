@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from diffdistill.acceleration import Compiled
 from diffdistill.denoiser import Denoiser
+from diffdistill.devices import device_of
 from diffdistill.learned.draws import draw_start
 from diffdistill.learned.schedule import LearnedSchedule
 from diffdistill.learned.stepwise import squared_distance
@@ -107,7 +108,7 @@ class Endpoints:
         *,
         batch_size: int = 256,
     ) -> None:
-        device = next((p.device for p in denoiser.parameters()), torch.device("cpu"))
+        device = device_of(denoiser)
         self.columns = {"noise": seeded_noise(seeds, denoiser.data_shape)}
         if denoiser.num_classes:
             self.columns["y"] = torch.as_tensor(seeds) % denoiser.num_classes

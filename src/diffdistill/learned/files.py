@@ -2,22 +2,18 @@
 
 from __future__ import annotations
 
-import json
 import os
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from importlib import resources
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from diffdistill.atomic import replacing
 from diffdistill.models.files import fingerprint, load_state
 from diffdistill.models.guidance import ClassifierFreeGuidance, GuidanceConditioned
+from diffdistill.records import FileKind
 from diffdistill.registry import choose, construct
 from diffdistill.solvers import (
     AMED,
@@ -33,8 +29,7 @@ from diffdistill.solvers import sample as sample_with
 from diffdistill.solvers.amed import LearnedSteps
 from diffdistill.solvers.schedules import check_sigmas
 
-FORMAT = 1
-METADATA_KEY = "diffdistill_predictor"
+PREDICTOR = FileKind("predictor", key="diffdistill_predictor", folder="predictors")
 
 PREDICTORS: dict[str, Callable[..., Predictor]] = {"amed": AMEDPredictor, "table": LearnedTable}
 FORMS: dict[str, Callable[..., AMEDPlugin | LearnedSteps]] = {
@@ -153,7 +148,6 @@ def make_learned(
 def save_predictor(learned: LearnedSolver, path: str | os.PathLike[str]) -> None:
     """Write a learned solver to one .safetensors file, whole or not at all."""
     record = {
-        "format": FORMAT,
         "form": learned.form,
         "inner": dict(learned.inner),
         "predictor": dict(learned.predictor),
@@ -163,10 +157,7 @@ def save_predictor(learned: LearnedSolver, path: str | os.PathLike[str]) -> None
         "trained_for": learned.trained_for,
         "provenance": dict(learned.provenance),
     }
-    state = learned.solver.predictor.state_dict()
-    state = {name: value.detach().cpu().contiguous() for name, value in state.items()}
-    with replacing(path) as temporary:
-        save_file(state, temporary, metadata={METADATA_KEY: json.dumps(record)})
+    PREDICTOR.write(path, record, learned.solver.predictor.state_dict())
 
 
 def load_predictor(name_or_path: str | os.PathLike[str], *, device: torch.device | str = "cpu") -> LearnedSolver:
@@ -179,26 +170,9 @@ def load_predictor(name_or_path: str | os.PathLike[str], *, device: torch.device
     Raises:
         ValueError: there is no such file, or it is corrupted, of another version, or holds no predictor.
     """
-    shipped = shipped_predictors()
-    path = shipped.get(os.fspath(name_or_path), Path(name_or_path))
-    if not path.is_file():
-        names = ", ".join(sorted(shipped)) or "(none shipped)"
-        raise ValueError(f"unknown predictor {os.fspath(name_or_path)!r}: choose one of {names}, or give a file")
-    try:
-        with safe_open(path, framework="pt") as file:
-            metadata = file.metadata() or {}
-            state = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a dict)
-    except (SafetensorError, OSError) as error:
-        raise ValueError(f"{path} is not a whole safetensors file: {error}") from None
-    if METADATA_KEY not in metadata:
-        raise ValueError(f"{path} holds tensors, but no predictor of diffdistill")
-    try:
-        record = json.loads(metadata[METADATA_KEY])
-        version = record.pop("format")
-    except (ValueError, KeyError, TypeError, AttributeError):
-        raise ValueError(f"the record in {path} cannot be read: the file is damaged") from None
-    if version != FORMAT:
-        raise ValueError(f"{path} has predictor format {version}: this version reads format {FORMAT}")
+    path = PREDICTOR.find(name_or_path)
+    record, state = PREDICTOR.read(path)
+    del record["format"]
     try:
         nfe, sigmas = record.pop("nfe"), torch.tensor(record.pop("sigmas"), dtype=torch.float64)
         learned = make_learned(record.pop("form"), sigmas=sigmas, **record)
@@ -213,5 +187,4 @@ def load_predictor(name_or_path: str | os.PathLike[str], *, device: torch.device
 
 def shipped_predictors() -> dict[str, Path]:
     """The predictors that come with the package, by name."""
-    folder = Path(str(resources.files("diffdistill"))) / "assets" / "predictors"
-    return {path.stem: path for path in sorted(folder.glob("*.safetensors"))}
+    return PREDICTOR.shipped()

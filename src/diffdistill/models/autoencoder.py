@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from diffdistill.models.layers import Conv2d, GroupNorm, Init
-from diffdistill.models.storage import FORMAT, load_state, read_model, shipped_models, write_model
+from diffdistill.models.storage import MODEL, load_state, shipped_models, write_model
 
 
 class ResidualBlock(nn.Module):
@@ -134,7 +134,7 @@ def save_autoencoder(
     """Write weights and config to one safetensors file; arguments as those of `save_denoiser`."""
     if provenance is not None:
         autoencoder.config["provenance"] = dict(provenance)
-    write_model(path, autoencoder, {"format": FORMAT, "autoencoder": autoencoder.config})
+    write_model(path, autoencoder, {"autoencoder": autoencoder.config})
 
 
 def load_autoencoder(name_or_path: str | os.PathLike[str]) -> Autoencoder:
@@ -147,7 +147,7 @@ def load_autoencoder(name_or_path: str | os.PathLike[str]) -> Autoencoder:
     file = path / "model.safetensors" if path.is_dir() else path
     if not file.is_file():
         raise ValueError(f"no autoencoder at {str(path)!r}: give a file, the folder of a run, or a latent model")
-    config, state = read_model(file)
+    config, state = MODEL.read(file)
     if config.get("autoencoder") is None:
         raise ValueError(f"{file} holds no autoencoder")
     try:

@@ -20,7 +20,7 @@ from diffdistill.models.dhariwal_unet import DhariwalUNet
 from diffdistill.models.network import NetworkDenoiser
 from diffdistill.models.preconditioning import make_preconditioning
 from diffdistill.models.song_unet import SongUNet
-from diffdistill.models.storage import FORMAT, load_state, read_model, shipped_models, write_model
+from diffdistill.models.storage import MODEL, load_state, shipped_models, write_model
 from diffdistill.registry import construct
 
 W_CHANNELS = 64
@@ -96,8 +96,8 @@ def _resolve(config: Mapping[str, Any]) -> dict[str, Any]:
             raise ValueError(f"the config of a denoiser has no entry {key!r}: it takes {valid}")
     # Through JSON, so that what is built is what a file gives back.
     resolved = json.loads(json.dumps(dict(config), default=_plain))
-    if resolved.setdefault("format", FORMAT) != FORMAT:
-        raise ValueError(f"model format {resolved['format']} is unknown: this version reads format {FORMAT}")
+    if resolved.setdefault("format", MODEL.format) != MODEL.format:
+        raise ValueError(f"model format {resolved['format']} is unknown: this version reads format {MODEL.format}")
     for part in ("network", "preconditioning"):
         if "name" not in resolved[part]:
             raise ValueError(f"the {part} of a denoiser needs a name")
@@ -241,7 +241,7 @@ def read_safetensors(path: Path) -> NetworkDenoiser:
     Raises:
         ValueError: as `load_denoiser`.
     """
-    config, state = read_model(path)
+    config, state = MODEL.read(path)
     if "network" not in config and config.get("autoencoder") is not None:
         raise ValueError(f"{path} holds an autoencoder, not a denoiser")
     try:

@@ -6,11 +6,9 @@ At high noise a trained denoiser is close to that of a Gaussian with the data's 
 
 from __future__ import annotations
 
-import json
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from importlib import resources
 from pathlib import Path
 from typing import Any, Literal
 
@@ -18,11 +16,11 @@ import torch
 from torch import Tensor
 
 from diffdistill.denoiser import NULL_LABEL, per_sample
+from diffdistill.records import FileKind
 from diffdistill.registry import choose
 from diffdistill.solvers.covariances import FORMS, Covariance, Rows, take
 
-FORMAT = 1
-METADATA_KEY = "diffdistill_gaussian"
+STATISTICS = FileKind("Gaussian statistics", key="diffdistill_gaussian", folder="statistics")
 ALL = NULL_LABEL
 """The row of all data is the last one, which is where the null label points."""
 
@@ -137,16 +135,9 @@ class GaussianStatistics:
 
 def save_gaussian(statistics: GaussianStatistics, path: str | os.PathLike[str]) -> None:
     """Write statistics to one .safetensors file, whole or not at all."""
-    from safetensors.torch import save_file
-
-    from diffdistill.atomic import replacing
-
     form = next(name for name, kind in FORMS.items() if isinstance(statistics.covariance, kind))
-    record = {"format": FORMAT, "form": form, "provenance": dict(statistics.provenance)}
-    tensors = {"mean": statistics.mean, **statistics.covariance.tensors()}
-    tensors = {name: value.detach().cpu().contiguous() for name, value in tensors.items()}
-    with replacing(path) as temporary:
-        save_file(tensors, temporary, metadata={METADATA_KEY: json.dumps(record)})
+    record = {"form": form, "provenance": dict(statistics.provenance)}
+    STATISTICS.write(path, record, {"mean": statistics.mean, **statistics.covariance.tensors()})
 
 
 def load_gaussian(name_or_path: str | os.PathLike[str], *, device: torch.device | str = "cpu") -> GaussianStatistics:
@@ -160,31 +151,16 @@ def load_gaussian(name_or_path: str | os.PathLike[str], *, device: torch.device 
     Raises:
         ValueError: there is no such file, or it is damaged, of another version, or holds no statistics.
     """
-    from safetensors import SafetensorError, safe_open
-
-    shipped = shipped_gaussians()
-    path = shipped.get(os.fspath(name_or_path), Path(name_or_path))
-    if not path.is_file():
-        names = ", ".join(shipped) or "(none shipped)"
-        raise ValueError(f"no Gaussian statistics {os.fspath(name_or_path)!r}: choose one of {names}, or give a file")
+    path = STATISTICS.find(name_or_path)
+    record, tensors = STATISTICS.read(path)
     try:
-        with safe_open(path, framework="pt") as file:
-            metadata = file.metadata() or {}
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a dict)
-    except (SafetensorError, OSError) as error:
-        raise ValueError(f"{path} is not a whole safetensors file: {error}") from None
-    try:
-        record = json.loads(metadata[METADATA_KEY])
-        if record["format"] != FORMAT:
-            raise ValueError(f"{path} has statistics of format {record['format']}: this version reads {FORMAT}")
         form, provenance = choose("form of a covariance", record["form"], FORMS), record["provenance"]
         statistics = GaussianStatistics(tensors.pop("mean"), form(**tensors), provenance)
-    except (KeyError, TypeError, json.JSONDecodeError):
-        raise ValueError(f"{path} holds tensors, but no Gaussian statistics of diffdistill") from None
+    except (KeyError, TypeError) as error:
+        raise ValueError(f"the record in {path} makes no Gaussian statistics: {error}") from None
     return statistics.to(device)
 
 
 def shipped_gaussians() -> dict[str, Path]:
     """The statistics that come with the package, by the name of their model."""
-    folder = Path(str(resources.files("diffdistill"))) / "assets" / "statistics"
-    return {path.stem: path for path in sorted(folder.glob("*.safetensors"))}
+    return STATISTICS.shipped()

@@ -22,8 +22,13 @@ def filled(module):
     return module.eval()
 
 
-def unet(seed=0, *, in_channels=4, w_channels=None, **changes):
+def component(kind, seed=0, **options):
+    """A network of diffusers, always with the same random weights."""
     torch.manual_seed(seed)
+    return getattr(diffusers, kind)(**options).eval()
+
+
+def unet(seed=0, *, in_channels=4, w_channels=None, **changes):
     options = {
         "sample_size": 8,
         "in_channels": in_channels,
@@ -37,12 +42,13 @@ def unet(seed=0, *, in_channels=4, w_channels=None, **changes):
         "up_block_types": ("CrossAttnUpBlock2D", "UpBlock2D"),
         "time_cond_proj_dim": w_channels,
     }
-    return diffusers.UNet2DConditionModel(**{**options, **changes}).eval()
+    return component("UNet2DConditionModel", seed, **{**options, **changes})
 
 
 def vae(channels=4):
-    torch.manual_seed(1)
-    return diffusers.AutoencoderKL(
+    return component(
+        "AutoencoderKL",
+        1,
         in_channels=3,
         out_channels=3,
         block_out_channels=(8, 16),
@@ -52,7 +58,7 @@ def vae(channels=4):
         down_block_types=("DownEncoderBlock2D",) * 2,
         up_block_types=("UpDecoderBlock2D",) * 2,
         sample_size=16,
-    ).eval()
+    )
 
 
 def tokenizer():
@@ -122,7 +128,6 @@ def sdxl_pipeline(schedule=None):
 
 
 def unet_2d(**changes):
-    torch.manual_seed(0)
     options = {
         "sample_size": (8, 4),
         "in_channels": 3,
@@ -134,12 +139,12 @@ def unet_2d(**changes):
         "up_block_types": ("AttnUpBlock2D", "UpBlock2D"),
         "num_class_embeds": 4,
     }
-    return diffusers.UNet2DModel(**{**options, **changes}).eval()
+    return component("UNet2DModel", **{**options, **changes})
 
 
 def dit():
-    torch.manual_seed(0)
-    return diffusers.DiTTransformer2DModel(
+    return component(
+        "DiTTransformer2DModel",
         num_attention_heads=2,
         attention_head_dim=4,
         in_channels=4,
@@ -149,12 +154,12 @@ def dit():
         patch_size=2,
         num_embeds_ada_norm=5,
         norm_num_groups=4,
-    ).eval()
+    )
 
 
 def sd3():
-    torch.manual_seed(0)
-    return diffusers.SD3Transformer2DModel(
+    return component(
+        "SD3Transformer2DModel",
         sample_size=8,
         patch_size=2,
         in_channels=4,
@@ -166,12 +171,12 @@ def sd3():
         pooled_projection_dim=6,
         out_channels=4,
         pos_embed_max_size=8,
-    ).eval()
+    )
 
 
 def flux(*, guidance_embeds=True):
-    torch.manual_seed(0)
-    return diffusers.FluxTransformer2DModel(
+    return component(
+        "FluxTransformer2DModel",
         in_channels=16,
         num_layers=1,
         num_single_layers=1,
@@ -181,7 +186,7 @@ def flux(*, guidance_embeds=True):
         pooled_projection_dim=6,
         axes_dims_rope=(4, 4, 8),
         guidance_embeds=guidance_embeds,
-    ).eval()
+    )
 
 
 def words():
