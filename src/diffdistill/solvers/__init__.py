@@ -11,7 +11,7 @@ from torch import Tensor
 from diffdistill.registry import construct
 from diffdistill.solvers.amed import AMED, AMEDPlugin, AMEDPredictor, LearnedTable, Predictor, TabulatedPredictor
 from diffdistill.solvers.ancestral import EulerAncestral
-from diffdistill.solvers.base import Correction, Evaluation, Interval, Solver
+from diffdistill.solvers.base import Solver
 from diffdistill.solvers.deis import DEIS
 from diffdistill.solvers.dpm import DPM2, DPM3, DPMpp2S, DPMpp3S
 from diffdistill.solvers.dpmpp import DPMpp
@@ -24,7 +24,7 @@ from diffdistill.solvers.gits import gits
 from diffdistill.solvers.heun import Heun
 from diffdistill.solvers.ipndm import IPNDM, IPNDMV
 from diffdistill.solvers.noise import SampleNoise, seeded_noise
-from diffdistill.solvers.sampling import Trajectory, integrate, intervals, sample
+from diffdistill.solvers.sampling import Trajectory, integrate, sample
 from diffdistill.solvers.schedules import (
     align_your_steps,
     check_sigmas,
@@ -35,7 +35,9 @@ from diffdistill.solvers.schedules import (
     time_uniform,
     trailing,
 )
-from diffdistill.solvers.start import GaussianStart, StartChoice, choose_start_sigma
+from diffdistill.solvers.start import GaussianStart
+from diffdistill.solvers.start_choice import StartChoice, choose_start_sigma
+from diffdistill.solvers.step import Correction, Evaluation, Interval, intervals
 from diffdistill.solvers.unipc import UniPC
 
 SOLVERS: dict[str, type[Solver]] = {

@@ -7,9 +7,9 @@ from dataclasses import replace
 from torch import Tensor
 
 from diffdistill.denoiser import per_sample
-from diffdistill.solvers.base import AFS, Correction, Evaluation, History, Interval
 from diffdistill.solvers.euler import Euler
 from diffdistill.solvers.flow import ProbabilityFlow
+from diffdistill.solvers.step import AFS, Correction, Evaluation, History, Interval
 
 
 class EulerAncestral(Euler):

@@ -7,124 +7,12 @@ A solver integrates the probability-flow ODE `dx/dsigma = eps(x, sigma) = (x - D
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
-from functools import cached_property
-from typing import TYPE_CHECKING, Literal
+from typing import Literal
 
-import torch
 from torch import Tensor
 
-from diffdistill.denoiser import per_sample
-from diffdistill.solvers.levels import Level, log, plain
-
-if TYPE_CHECKING:
-    from diffdistill.solvers.flow import ProbabilityFlow
-
-
-AFS = bool | Literal["gaussian"]
-"""Analytical first step: none, for data of unit variance, or for data of the Gaussian that the run starts with."""
-
-
-@dataclass(frozen=True, eq=False)
-class Evaluation:
-    """One answer of the denoiser at the state `x` and the nominal noise level `sigma: [B]`."""
-
-    x: Tensor
-    sigma: Tensor
-    denoised: Tensor
-    features: Tensor | None = None
-
-    @cached_property
-    def eps(self) -> Tensor:
-        """The noise that the denoiser sees in `x`: the slope of the ODE."""
-        return (self.x - self.denoised) / factor(plain(self.sigma), self.x)
-
-    @cached_property
-    def log_sigma(self) -> Level:
-        return log(plain(self.sigma))
-
-    def moved(self, x: Tensor, keeping: Literal["denoised", "eps"]) -> Evaluation:
-        """The same answer for another state `x` at the same level; `keeping` says which form of it stays as it is."""
-        if keeping == "denoised":
-            return Evaluation(x, self.sigma, self.denoised, self.features)
-        moved = Evaluation(x, self.sigma, x - factor(plain(self.sigma), x) * self.eps, self.features)
-        moved.__dict__["eps"] = self.eps  # fills the cache: deriving eps again would lose digits at small sigma
-        return moved
-
-
-@dataclass(frozen=True, eq=False)
-class Interval:
-    """One step of a schedule, from `sigma` to `sigma_next` (`[B]` each, float64).
-
-    Attributes:
-        index, total: this is step number `index` of `total`, counted from 0.
-        to_zero: the last step to sigma = 0, whose result is the denoised image.
-        sigma_after: the level after `sigma_next`, or None where the schedule ends.
-    """
-
-    sigma: Tensor
-    sigma_next: Tensor
-    index: int = 0
-    total: int = 1
-    to_zero: bool = False
-    sigma_after: Tensor | None = None
-
-    @property
-    def ends(self) -> tuple[Level, Level]:
-        """`sigma` and `sigma_next` for formulas: numbers where all samples share them."""
-        return plain(self.sigma), plain(self.sigma_next)
-
-    def split(self, sigma_mid: Tensor) -> tuple[Interval, Interval]:
-        """The two halves that meet at `sigma_mid: [B]`, as steps of a schedule with twice as many."""
-        first = Interval(self.sigma, sigma_mid, 2 * self.index, 2 * self.total, False, self.sigma_next)
-        second = replace(self, sigma=sigma_mid, index=2 * self.index + 1, total=2 * self.total)
-        return first, second
-
-
-@dataclass(frozen=True, eq=False)
-class Correction:
-    """Learned changes to one step, `[B]` each; None means "as published" (Zhou et al. 2024, Section 3.3).
-
-    Attributes:
-        r: place of the mid point, `sigma_mid = sigma_next**r * sigma**(1 - r)`.
-        scale_dir: multiplies the network-dependent term of the update.
-        scale_time: multiplies the sigma that the network is given, and nothing else.
-        scale_first: multiplies the network-dependent term of the way to the mid point. Ours.
-    """
-
-    r: Tensor | None = None
-    scale_dir: Tensor | None = None
-    scale_time: Tensor | None = None
-    scale_first: Tensor | None = None
-
-
-History = tuple[Evaluation, ...]
-"""Past evaluations, the newest last."""
-
-
-def factor(value: Level, like: Tensor) -> Level:
-    """What multiplies a state: a number as it is, `[B]` by `per_sample`."""
-    return per_sample(value, like) if isinstance(value, Tensor) else value
-
-
-def weighted_sum(
-    x: Tensor,
-    keep: Level | None,
-    weights: Sequence[Level],
-    terms: Sequence[Tensor],
-    *,
-    scale: Level | None = None,
-) -> Tensor:
-    """`keep * x + scale * sum_j weights_j * terms_j`, with factors `[B]` or numbers; None stands for 1."""
-    total = x if keep is None else factor(keep, x) * x
-    for weight, term in zip(weights, terms, strict=True):
-        weight = weight if scale is None else weight * scale
-        if isinstance(weight, Tensor):
-            total = torch.addcmul(total, per_sample(weight, x), term)
-        else:
-            total = torch.add(total, term, alpha=weight)
-    return total
+from diffdistill.solvers.flow import ProbabilityFlow
+from diffdistill.solvers.step import AFS, Correction, Evaluation, History, Interval
 
 
 class Solver(ABC):

@@ -12,11 +12,11 @@ import torch
 from torch import Tensor
 
 from diffdistill.registry import choose
-from diffdistill.solvers.base import AFS, Correction, Evaluation, History, Interval, weighted_sum
 from diffdistill.solvers.flow import ProbabilityFlow
 from diffdistill.solvers.levels import Level, plain
 from diffdistill.solvers.multistep import Multistep
 from diffdistill.solvers.schedules import vp_betas
+from diffdistill.solvers.step import AFS, Correction, Evaluation, History, Interval, weighted_sum
 
 # The VP process whose time tAB-DEIS interpolates in; the range is EDM's, whatever levels a schedule visits.
 BETA_D, BETA_MIN = vp_betas(0.002, 80.0)

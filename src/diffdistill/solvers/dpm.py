@@ -6,10 +6,11 @@ from typing import ClassVar
 
 from torch import Tensor
 
-from diffdistill.solvers.base import AFS, Correction, Evaluation, History, Interval, Solver
+from diffdistill.solvers.base import Solver
 from diffdistill.solvers.exponential import FORMS, Form
 from diffdistill.solvers.flow import ProbabilityFlow
 from diffdistill.solvers.levels import Level
+from diffdistill.solvers.step import AFS, Correction, Evaluation, History, Interval
 
 
 def _level(interval: Interval, place: Level) -> Level:

@@ -7,10 +7,10 @@ from typing import ClassVar, Literal
 from torch import Tensor
 
 from diffdistill.registry import choose
-from diffdistill.solvers.base import AFS, Correction, Evaluation, History, Interval
 from diffdistill.solvers.exponential import choose_form
 from diffdistill.solvers.flow import ProbabilityFlow
 from diffdistill.solvers.multistep import Multistep
+from diffdistill.solvers.step import AFS, Correction, Evaluation, History, Interval
 
 # The second derivative over a step is twice the second divided difference; the published update leaves out the 2.
 SECOND_DERIVATIVE = {"published": 1.0, "exact": 2.0}

@@ -8,9 +8,9 @@ from dataclasses import replace
 from torch import Tensor
 
 from diffdistill.denoiser import per_sample
-from diffdistill.solvers.base import Correction, Evaluation, History, Interval
 from diffdistill.solvers.flow import ProbabilityFlow
 from diffdistill.solvers.heun import Heun
+from diffdistill.solvers.step import Correction, Evaluation, History, Interval
 
 
 class EDMStochastic(Heun):

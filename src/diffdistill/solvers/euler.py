@@ -5,8 +5,9 @@ from __future__ import annotations
 from torch import Tensor
 
 from diffdistill.denoiser import per_sample
-from diffdistill.solvers.base import Correction, Evaluation, History, Interval, Solver, weighted_sum
+from diffdistill.solvers.base import Solver
 from diffdistill.solvers.flow import ProbabilityFlow
+from diffdistill.solvers.step import Correction, Evaluation, History, Interval, weighted_sum
 
 
 class Euler(Solver):

@@ -17,8 +17,8 @@ from math import factorial
 from torch import Tensor
 
 from diffdistill.registry import choose
-from diffdistill.solvers.base import Evaluation, weighted_sum
 from diffdistill.solvers.levels import Level, expm1, log
+from diffdistill.solvers.step import Evaluation, weighted_sum
 
 
 @dataclass(frozen=True, eq=False)

@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 from diffdistill.denoiser import per_sample
-from diffdistill.solvers.base import Evaluation, factor
 from diffdistill.solvers.levels import Level, on_batch, plain
+from diffdistill.solvers.step import Evaluation, factor
 
 
 class ProbabilityFlow:

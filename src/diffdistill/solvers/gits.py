@@ -3,20 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
 from diffdistill.registry import choose
-from diffdistill.solvers.base import History, Solver
+from diffdistill.solvers.base import Solver
 from diffdistill.solvers.flow import ProbabilityFlow
 from diffdistill.solvers.ipndm import IPNDM
-from diffdistill.solvers.sampling import intervals
 from diffdistill.solvers.schedules import check_num_steps, polynomial
-
-if TYPE_CHECKING:
-    from diffdistill.solvers.start import GaussianStart
+from diffdistill.solvers.start import GaussianStart
+from diffdistill.solvers.step import History, intervals
 
 Metric = Callable[[Tensor, Tensor, Tensor], Tensor]
 

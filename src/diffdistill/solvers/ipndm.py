@@ -10,11 +10,11 @@ from typing import Literal
 from torch import Tensor
 
 from diffdistill.registry import choose
-from diffdistill.solvers.base import AFS, Correction, Evaluation, History, Interval, weighted_sum
 from diffdistill.solvers.deis import MODES, adams_weights
 from diffdistill.solvers.flow import ProbabilityFlow
 from diffdistill.solvers.levels import Level, plain
 from diffdistill.solvers.multistep import Multistep
+from diffdistill.solvers.step import AFS, Correction, Evaluation, History, Interval, weighted_sum
 
 ADAMS_BASHFORTH = {
     1: (1.0,),

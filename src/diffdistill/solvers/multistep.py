@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from typing import ClassVar
 
-from diffdistill.solvers.base import AFS, Evaluation, History, Interval, Solver
+from diffdistill.solvers.base import Solver
+from diffdistill.solvers.step import AFS, Evaluation, History, Interval
 
 
 class Multistep(Solver):

@@ -4,22 +4,21 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Literal, overload
+from typing import Any, Literal, overload
 
 import torch
 from torch import Tensor
 
 from diffdistill.denoiser import Denoiser
 from diffdistill.registry import choose
-from diffdistill.solvers.base import History, Interval, Solver
+from diffdistill.solvers.base import Solver
 from diffdistill.solvers.features import feature_tap
 from diffdistill.solvers.flow import ProbabilityFlow, dynamic_thresholding
 from diffdistill.solvers.levels import shared
 from diffdistill.solvers.noise import SampleNoise
 from diffdistill.solvers.schedules import check_sigmas
-
-if TYPE_CHECKING:
-    from diffdistill.solvers.start import GaussianStart
+from diffdistill.solvers.start import GaussianStart
+from diffdistill.solvers.step import History, Interval, intervals
 
 THRESHOLDING: dict[str, Callable[[Tensor], Tensor]] = {"dynamic": dynamic_thresholding}
 
@@ -31,30 +30,6 @@ class Trajectory:
     x: Tensor
     sigmas: Tensor
     nfe: int
-
-
-def intervals(sigmas: Tensor | Sequence[float], batch: int, device: torch.device | str = "cpu") -> list[Interval]:
-    """The steps of a schedule `[num_steps + 1]` for a batch; a last level of 0 makes the last step one `to_zero`.
-
-    Steps of a tensor are differentiable with respect to it; those of numbers are cheaper, see `solvers.levels`.
-    """
-    total = len(sigmas) - 1
-    ends_at_zero = bool(sigmas[-1] == 0)
-    if isinstance(sigmas, Tensor):
-        levels = [level.expand(batch) for level in sigmas.to(device=device, dtype=torch.float64, non_blocking=True)]
-    else:
-        levels = [shared(level, batch, device) for level in sigmas]
-    return [
-        Interval(
-            levels[i],
-            levels[i + 1],
-            index=i,
-            total=total,
-            to_zero=ends_at_zero and i + 1 == total,
-            sigma_after=levels[i + 2] if i + 2 <= total else None,
-        )
-        for i in range(total)
-    ]
 
 
 def integrate(

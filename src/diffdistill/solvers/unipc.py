@@ -8,11 +8,11 @@ from typing import ClassVar, Literal
 from torch import Tensor
 
 from diffdistill.registry import choose
-from diffdistill.solvers.base import AFS, Correction, Evaluation, History, Interval
 from diffdistill.solvers.exponential import LinearPart, choose_form
 from diffdistill.solvers.flow import ProbabilityFlow
 from diffdistill.solvers.levels import Level, expm1, plain
 from diffdistill.solvers.multistep import Multistep
+from diffdistill.solvers.step import AFS, Correction, Evaluation, History, Interval
 
 # B(h) of Section 3.1. It matters where a lone rho is set to 1/2; where several rho solve Eq. 5 it cancels. Their
 # Vandermonde matrix is inverted by hand below, with the right side c_k = k! psi_{k+1}.

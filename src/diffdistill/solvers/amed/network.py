@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from diffdistill.solvers.amed.predictors import Predictor, check_bound, scale_within
-from diffdistill.solvers.base import Correction
+from diffdistill.solvers.step import Correction
 
 SIZE = 8
 """Height and width to which the bottleneck is brought."""

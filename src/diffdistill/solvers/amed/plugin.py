@@ -11,8 +11,9 @@ from torch import Tensor
 
 from diffdistill.denoiser import per_sample
 from diffdistill.solvers.amed.predictors import FunctionPredictor, Predictor
-from diffdistill.solvers.base import Correction, Evaluation, History, Interval, Solver
+from diffdistill.solvers.base import Solver
 from diffdistill.solvers.flow import ProbabilityFlow
+from diffdistill.solvers.step import Correction, Evaluation, History, Interval
 
 
 class AMEDPlugin(Solver):

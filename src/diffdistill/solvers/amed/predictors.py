@@ -8,7 +8,7 @@ from typing import Any, ClassVar, Literal
 import torch
 from torch import Tensor, nn
 
-from diffdistill.solvers.base import Correction, Interval
+from diffdistill.solvers.step import Correction, Interval
 
 Features = Literal["unused", "optional", "required"]
 

@@ -7,8 +7,9 @@ from dataclasses import replace
 from torch import Tensor
 
 from diffdistill.solvers.amed.predictors import Predictor
-from diffdistill.solvers.base import Correction, Evaluation, History, Interval, Solver
+from diffdistill.solvers.base import Solver
 from diffdistill.solvers.flow import ProbabilityFlow
+from diffdistill.solvers.step import Correction, Evaluation, History, Interval
 
 
 class LearnedSteps(Solver):
