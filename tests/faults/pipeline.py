@@ -9,7 +9,6 @@ from pathlib import Path
 import torch
 
 from diffdistill.training import Trainer
-from diffdistill.training import run as run_module
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "scripts"))
 
@@ -31,7 +30,7 @@ def both_stages(pipe, folder, updates, die_in_save):
 
     Trainer._step = reporting_step
     if die_in_save:
-        run_module.torch.save = die_while_writing
+        torch.save = die_while_writing
     quick = [f"trainer.updates={updates}", "trainer.checkpoint_every=2", "trainer.log_every=2", "trainer.batch_size=8"]
     quick += ["preview.num_samples=4", "trainer.warmup=2", "trainer.device=cpu", "trainer.sample_every=null"]
     stage1 = [f"teacher={folder / 'teacher.safetensors'}", f"out={folder / 'stage1'}", *quick]

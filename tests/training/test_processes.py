@@ -12,7 +12,7 @@ from diffdistill.models import save_denoiser
 from diffdistill.samples import draw_to
 from diffdistill.training import Run, Trainer, TrainerConfig
 from diffdistill.training.denoising import Denoising
-from diffdistill.training.distributed import GradientAverage, rank
+from diffdistill.training.distributed import GradientAverage, barrier, rank
 from diffdistill.training.noise_levels import make_noise_levels
 from diffdistill.training.weighting import make_weighting
 from tests.builders import tiny_denoiser
@@ -37,9 +37,12 @@ class Images:
         return {"x": self.x, "y": torch.arange(24) % 4}
 
 
-def train(path, *, updates=50, **changes):
-    """Train a tiny U-Net; the losses, and the state of the averaged model."""
-    objective = Denoising(tiny_denoiser(), noise_levels=make_noise_levels("lognormal"), weighting=make_weighting("edm"))
+def train(path, *, updates=50, frozen=False, **changes):
+    """Train a tiny U-Net, or its biases and norms alone; the losses, and the state of the averaged model."""
+    denoiser = tiny_denoiser()
+    for parameter in denoiser.parameters():
+        parameter.requires_grad_(parameter.ndim == 1 or not frozen)
+    objective = Denoising(denoiser, noise_levels=make_noise_levels("lognormal"), weighting=make_weighting("edm"))
     settings = {"updates": updates, "batch_size": 4, "log_every": 1, "checkpoint_every": 30, "learning_rate": 1e-3}
     config = TrainerConfig(**{**settings, "device": "cpu", "clip": 1.0, "ema_half_life": 100.0, **changes})
     run = Run(path, {})
@@ -73,6 +76,11 @@ def work(folder):
     }
     # 30 updates by one process, then 20 by two
     results["resumed"] = train(folder / "one", parallel="fsdp")
+    results["found"] = {name: found_in_harmed(folder, name) for name in HARMS}
+    results["again"] = train(folder / "bit flipped", parallel="fsdp", accumulation=2, channels_last=True)
+    train(folder / "frozen", parallel="fsdp", updates=4, frozen=True)
+    results["frozen"] = train(folder / "frozen", parallel="fsdp", updates=8, frozen=True)
+    results["full disk"] = full_disk(folder / "full disk")
     scheme = plan(tiny_denoiser(), num_steps=3)
     results["samples"] = draw_to(folder / "parts", scheme, range(5, 12), LABELS, batch_size=2).x
     results["errors"] = [
@@ -82,6 +90,49 @@ def work(folder):
     results["gradients"] = averaged_gradients()
     results["finished"] = seen_finished(folder / "mark")
     return results
+
+
+def flip_a_bit(checkpoints):
+    path = checkpoints / "0000050.2of2.pt"
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 4
+    path.write_bytes(content)
+
+
+HARMS = {
+    "bit flipped": flip_a_bit,
+    "part missing": lambda checkpoints: (checkpoints / "0000050.2of2.pt").unlink(),
+    "killed before the record": lambda checkpoints: (checkpoints / "0000050.json").unlink(),
+}
+
+
+def found_in_harmed(folder, name):
+    """The update that each process goes on from, in a copy of a run whose newest checkpoint is harmed."""
+    if rank() == 0:
+        shutil.copytree(folder / "fsdp", folder / name)
+        HARMS[name](folder / name / "checkpoints")
+    barrier()
+    return Run(folder / name, {}).load_checkpoint().update
+
+
+def full_disk(path):
+    """The error, and the files that are left, when process 1 cannot write its part of the second checkpoint."""
+    train(path, parallel="fsdp", updates=2)
+
+    def full(state, file, save=torch.save):
+        save(state, file)
+        if rank() == 1:
+            raise OSError(28, "No space left on device")
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(torch, "save", full)
+        error = message(lambda: train(path, parallel="fsdp", updates=4))
+    barrier()
+    return error, names(path)
+
+
+def names(path):
+    return sorted(file.name for file in (path / "checkpoints").iterdir())
 
 
 def seen_finished(folder):
@@ -99,7 +150,7 @@ def work_of_four(folder):
     """What four processes do: the first updates, the last ones of a run begun by two, and samples."""
     return {
         "first": train(folder / "four", updates=6),
-        "resumed": train(folder / "begun by two", updates=55),
+        "resumed": train(folder / "begun by two", parallel="fsdp", updates=55),
         "samples": draw_to(
             folder / "parts of four", plan(tiny_denoiser(), num_steps=3), range(5, 12), LABELS, batch_size=2
         ).x,
@@ -135,12 +186,13 @@ def one(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def two(one):
-    return several(2, work, one[0])
+    results = several(2, work, one[0])
+    shutil.copytree(one[0] / "fsdp", one[0] / "begun by two")
+    return results
 
 
 @pytest.fixture(scope="module")
 def four(one, two):
-    shutil.copytree(one[0] / "ddp", one[0] / "begun by two")
     return several(4, work_of_four, one[0])
 
 
@@ -182,10 +234,78 @@ def test_split_parameters_lie_in_parts_and_can_be_evaluated_while_training(one, 
     torch.testing.assert_close(pictures[-1], expected[0], rtol=1e-4, atol=1e-4)
 
 
-def test_one_process_reads_the_checkpoint_of_two(one, two, longer):
-    again = train(one[0] / "fsdp", updates=55)
+PARTS_OF_50 = ["0000050.1of2.pt", "0000050.2of2.pt", "0000050.json"]
+
+
+@pytest.mark.parametrize("how", ["ddp", "fsdp"])
+def test_one_process_reads_the_checkpoint_of_two(one, two, longer, how, tmp_path):
+    shutil.copytree(one[0] / how, tmp_path, dirs_exist_ok=True)
+    again = train(tmp_path, updates=55)
     assert len(again["losses"]) == 55
     np.testing.assert_allclose(again["losses"], longer, rtol=1e-5)
+    earlier = PARTS_OF_50 if how == "fsdp" else ["0000050.json", "0000050.pt"]
+    assert names(tmp_path) == [*earlier, "0000055.json", "0000055.pt"]
+
+
+def test_each_process_writes_its_share(one, two):
+    folder = one[0] / "fsdp/checkpoints"
+    assert names(one[0] / "fsdp")[3:] == PARTS_OF_50
+    parts = [torch.load(folder / name, weights_only=True) for name in PARTS_OF_50[:2]]
+    held = [sum(t.untyped_storage().nbytes() for t in part["pieces"].values()) for part in parts]
+    assert sum(held) == 4 * 4 * one[1]["held"]  # weights, average and two moments
+    assert max(held) < 0.6 * sum(held) and not parts[1]["common"]
+    whole = (one[0] / "ddp/checkpoints/0000050.pt").stat().st_size
+    assert all((folder / name).stat().st_size < 0.75 * whole for name in PARTS_OF_50[:2])  # the rest is names
+
+
+def test_two_processes_continue_from_their_parts_bit_for_bit(two):
+    for result in two:
+        assert result["again"]["losses"] == result["fsdp"]["losses"]
+        torch.testing.assert_close(result["again"]["model"], result["fsdp"]["model"], rtol=0, atol=0)
+
+
+def test_a_harmed_part_gives_way_to_the_checkpoint_before_in_every_process(two):
+    for result in two:
+        assert result["found"] == dict.fromkeys(HARMS, 30)
+
+
+@pytest.mark.parametrize(("harm", "said"), [("bit flipped", "is damaged: its hash"), ("part missing", "No such file")])
+def test_one_process_verifies_all_parts(one, two, harm, said, tmp_path, caplog):
+    shutil.copytree(one[0] / "fsdp", tmp_path, dirs_exist_ok=True)
+    HARMS[harm](tmp_path / "checkpoints")
+    assert Run(tmp_path, {}).load_checkpoint().update == 30
+    assert "0000050.2of2.pt" in caplog.text and said in caplog.text and "going back" in caplog.text
+
+
+def test_parts_without_a_record_are_removed(one, two, tmp_path):
+    shutil.copytree(one[0] / "killed before the record", tmp_path, dirs_exist_ok=True)
+    parts_of_30 = [name.replace("50", "30") for name in PARTS_OF_50]
+    assert names(tmp_path) == [*parts_of_30, *PARTS_OF_50[:2]]
+    Run(tmp_path, {}).save_checkpoint(50, {})
+    assert names(tmp_path) == [*parts_of_30, "0000050.json", "0000050.pt"]
+
+
+def test_a_full_disk_of_one_process_stops_all_and_keeps_the_last_checkpoint(one, two):
+    folder = one[0] / "full disk/checkpoints"
+    for result in two:
+        error, left = result["full disk"]
+        assert left == ["0000002.1of2.pt", "0000002.2of2.pt", "0000002.json"]
+        assert error == (
+            f"could not write the checkpoint {folder / '0000004.2of2.pt'} ([Errno 28] No space left on device): "
+            f"the last good one is {folder / '0000002.json'}"
+        )
+
+
+def test_frozen_weights_are_split_but_neither_moved_nor_saved(one, two, tmp_path):
+    expected, found = train(tmp_path, updates=8, frozen=True), two[0]["frozen"]
+    np.testing.assert_allclose(found["losses"], expected["losses"], rtol=1e-5)
+    moved = {
+        name for name, value in tiny_denoiser().state_dict().items() if not torch.equal(found["model"][name], value)
+    }
+    trained = {name for name, parameter in tiny_denoiser().named_parameters() if parameter.ndim == 1}
+    assert moved == trained
+    part = torch.load(one[0] / "frozen/checkpoints/0000008.1of2.pt", weights_only=True)
+    assert {place[1] for place in part["pieces"] if place[0] == "average"} == trained
 
 
 def test_four_processes_have_the_losses_of_one_and_go_on_from_two(four, longer):

@@ -4,7 +4,6 @@ import pytest
 import torch
 
 from diffdistill.training import CheckpointError, Run
-from diffdistill.training import run as run_module
 
 CONFIG = {"seed": 1, "trainer": {"updates": 10, "log_every": 5, "betas": (0.9, 0.99)}}
 
@@ -94,7 +93,7 @@ def test_a_full_disk_is_one_line_and_keeps_the_last_checkpoint(tmp_path, monkeyp
         path.write_bytes(b"some of it")
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(run_module.torch, "save", full)
+    monkeypatch.setattr(torch, "save", full)
     with pytest.raises(CheckpointError, match="No space left on device.*last good one is .*0000010.pt") as caught:
         run.save_checkpoint(20, {})
     assert "\n" not in str(caught.value)

@@ -88,8 +88,8 @@ def mean(values: Tensor) -> Tensor:
     return values
 
 
-def from_main(value: int) -> int:
-    """The integer that process 0 passes, in every process."""
+def from_main(value: T) -> T:
+    """What process 0 passes, in every process. It travels as a pickle."""
     if world_size() == 1:
         return value
     box = [value]

@@ -4,42 +4,24 @@ from __future__ import annotations
 
 import hashlib
 import json
-import logging
 import os
 from collections.abc import Collection, Iterable, Mapping
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
-
-from diffdistill.atomic import replacing, write_text
+from diffdistill.atomic import write_text
+from diffdistill.training.checkpoints import Checkpoint, Checkpoints, one_line, sha256
 from diffdistill.training.config import HARMLESS
 from diffdistill.training.distributed import barrier, from_main, rank
-
-logger = logging.getLogger(__name__)
-
-
-class CheckpointError(ValueError):
-    """A checkpoint that cannot be read or written; the message is one line."""
-
-
-@dataclass(frozen=True)
-class Checkpoint:
-    """What was saved after `update` updates."""
-
-    update: int
-    state: dict[str, Any]
-    path: Path
 
 
 class Run:
     """A folder that belongs to one configuration. Opening it again with the same configuration continues the run.
 
     Files: `config.yaml`, `accepted.json` (configurations that it had before changes were accepted), `metrics.jsonl`,
-    `checkpoints/0001000.pt` each with `0001000.json` (size, SHA-256 and configuration), `samples/*.png`, `curves.png`,
-    `stages/NAME/` (runs of their own), and `finished.json` once `finish` was called.
-    All but metrics.jsonl are written whole or not at all, by process 0.
+    `checkpoints/` (see `checkpoints`), `samples/*.png`, `curves.png`, `stages/NAME/` (runs of their own), and
+    `finished.json` once `finish` was called.
+    All but metrics.jsonl are written whole or not at all; all but parts of checkpoints by process 0.
 
     Args:
         path: the folder; it is made if it is not there.
@@ -79,6 +61,7 @@ class Run:
                 write_text(self.path / "accepted.json", json.dumps([*self._digests()[1:], before]) + "\n")
             _write_yaml(self.path / "config.yaml", self.config)
         barrier()
+        self._checkpoints = Checkpoints(self.path / "checkpoints", self._digests())
 
     def _check_same(self, stored: Any) -> None:
         found = [d for d in differences(stored, self.config) if d[0].rpartition(".")[2] not in self.harmless]
@@ -119,17 +102,17 @@ class Run:
     def _marked_finished(self) -> bool:
         try:
             record = json.loads((self.path / "finished.json").read_text(encoding="utf-8"))
-            return all(_sha256(self.path / name) == digest for name, digest in record["files"].items())
+            return all(sha256(self.path / name) == digest for name, digest in record["files"].items())
         except (OSError, ValueError, KeyError):
             return False
 
     def finish(self, files: Iterable[str] = (), *, keep_checkpoints: bool = False) -> None:
         """Mark the run as done: `files`, named relative to the folder, are its results. Checkpoints are removed."""
         if rank() == 0:
-            digests = {name: _sha256(self.path / name) for name in files}
+            digests = {name: sha256(self.path / name) for name in files}
             write_text(self.path / "finished.json", json.dumps({"files": digests}, indent=2) + "\n")
             if not keep_checkpoints:
-                self._prune(keep=0)
+                self._checkpoints.prune(keep=0)
         barrier()
 
     def log(self, record: Mapping[str, Any]) -> None:
@@ -152,109 +135,26 @@ class Run:
     def save_checkpoint(self, update: int, state: Mapping[str, Any], *, keep: int = 2) -> Path:
         """Write a checkpoint (tensors, numbers, strings, lists, dicts), then remove all but the last `keep`.
 
-        It counts only once its `.json` with size and hash is there, which is written last.
+        All processes call it. Of tensors that are split over them, each writes its part; of all else, process 0.
 
         Raises:
             CheckpointError: it could not be written; earlier checkpoints are untouched.
         """
-        path = self._path(update)
-        if rank() != 0:
-            return path
-        try:
-            path.with_suffix(".json").unlink(missing_ok=True)
-            with replacing(path) as temporary:
-                torch.save(dict(state), temporary)
-                manifest = {"update": update, "bytes": temporary.stat().st_size, "sha256": _sha256(temporary)}
-                manifest["config"] = self._digest(self.config)
-            write_text(path.with_suffix(".json"), json.dumps(manifest) + "\n")
-        except (OSError, RuntimeError) as error:  # torch's writer reports a full disk as a RuntimeError
-            last = self.newest_checkpoint()
-            left = f"the last good one is {last}" if last else "there is none before it"
-            raise CheckpointError(f"could not write the checkpoint {path} ({_line(error)}): {left}") from error
-        self._prune(keep, newest=update)
-        return path
+        return self._checkpoints.save(update, state, keep=keep)
 
-    def load_checkpoint(self, map_location: torch.device | str = "cpu") -> Checkpoint | None:
-        """The newest checkpoint whose size and hash are right, or None if none was written.
+    def load_checkpoint(self) -> Checkpoint | None:
+        """The newest checkpoint whose size and hash are right, or None if none was written. All processes call it.
 
         A damaged one is passed over with a warning; the one before it is taken.
 
         Raises:
             CheckpointError: there are checkpoints, but none can be read, or one was written by another run.
         """
-        found = self._newest_good(map_location) if rank() == 0 else None
-        update = from_main(-1 if found is None else found.update)
-        if rank() != 0 and update >= 0:
-            found = Checkpoint(update, read_checkpoint(self._path(update), map_location), self._path(update))
-        return found
-
-    def _newest_good(self, map_location: torch.device | str) -> Checkpoint | None:
-        updates = self._updates()
-        for update in reversed(updates):
-            path = self._path(update)
-            if _manifest(path).get("config", self._digest(self.config)) not in self._digests():
-                raise CheckpointError(
-                    f"the checkpoint {path} was written by a run of other settings: remove what is not of this run"
-                )
-            try:
-                return Checkpoint(update, read_checkpoint(path, map_location), path)
-            except CheckpointError as error:
-                logger.warning("%s; going back to the checkpoint before it", error)
-        if updates:
-            raise CheckpointError(f"no checkpoint in {self.path / 'checkpoints'} can be read: remove it to start again")
-        return None
+        return self._checkpoints.load()
 
     def newest_checkpoint(self) -> Path | None:
         """The path of the newest complete checkpoint, or None."""
-        updates = self._updates()
-        return self._path(updates[-1]) if updates else None
-
-    def _path(self, update: int) -> Path:
-        return self.path / "checkpoints" / f"{update:07d}.pt"
-
-    def _updates(self) -> list[int]:
-        """The updates of complete checkpoints, in order."""
-        return sorted(int(p.stem) for p in (self.path / "checkpoints").glob("*.json") if p.stem.isdigit())
-
-    def _prune(self, keep: int, newest: int = -1) -> None:
-        """Remove all but the last checkpoints up to `newest` (later ones are damaged), and what crashes left behind."""
-        updates = [update for update in self._updates() if update <= newest]
-        kept = {f"{u:07d}" for u in updates[max(len(updates) - keep, 0) :]}
-        folder = self.path / "checkpoints"
-        if not folder.exists():
-            return
-        for path in sorted(folder.iterdir()):  # a .json goes before its .pt, so that no .json is ever without
-            if path.name.split(".")[0] not in kept:
-                path.unlink(missing_ok=True)
-
-
-def read_checkpoint(path: Path, map_location: torch.device | str = "cpu") -> dict[str, Any]:
-    """Read and verify one checkpoint; nothing in it is executed.
-
-    Raises:
-        CheckpointError: it is missing, truncated, altered, or no checkpoint.
-    """
-    try:
-        manifest = json.loads(path.with_suffix(".json").read_text(encoding="utf-8"))
-        size, expected = path.stat().st_size, manifest["bytes"]
-        if size != expected:
-            raise CheckpointError(f"the checkpoint {path} is damaged: it has {size} bytes instead of {expected}")
-        if _sha256(path) != manifest["sha256"]:
-            raise CheckpointError(f"the checkpoint {path} is damaged: its hash is not the one recorded")
-        return torch.load(path, map_location=map_location, weights_only=True)
-    except CheckpointError:
-        raise
-    except Exception as error:  # torch.load has no common error class for damaged files
-        raise CheckpointError(f"the checkpoint {path} cannot be read ({_line(error)})") from error
-
-
-def _manifest(path: Path) -> dict[str, Any]:
-    """The record of a checkpoint, or nothing where it is damaged."""
-    try:
-        record = json.loads(path.with_suffix(".json").read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return {}
-    return record if isinstance(record, dict) else {}
+        return self._checkpoints.newest()
 
 
 def _without(config: Any, names: Collection[str]) -> Any:
@@ -313,16 +213,4 @@ def _read_yaml(path: Path) -> Any:
     try:
         return OmegaConf.to_container(OmegaConf.load(path), resolve=False)
     except Exception as error:  # yaml and omegaconf have no common error class
-        raise ValueError(f"{path} cannot be read ({_line(error)})") from error
-
-
-def _sha256(path: Path) -> str:
-    digest = hashlib.sha256()
-    with open(path, "rb") as file:
-        while chunk := file.read(2**22):
-            digest.update(chunk)
-    return digest.hexdigest()
-
-
-def _line(error: BaseException) -> str:
-    return str(error).strip().split("\n")[0] or type(error).__name__
+        raise ValueError(f"{path} cannot be read ({one_line(error)})") from error

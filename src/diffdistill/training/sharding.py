@@ -1,12 +1,13 @@
-"""Modules whose parameters are split over the processes (FSDP2), and the whole tensors that files hold.
+"""Modules whose parameters are split over the processes (FSDP2), and how their state is written and read.
 
-A checkpoint holds whole tensors under the names of one process, so that any number of processes can read it.
+Each process holds some rows of every parameter, and writes those; any number of processes can read them.
 """
 
 from __future__ import annotations
 
 import copy
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -56,63 +57,110 @@ def local(tensor: Tensor) -> Tensor:
     return tensor.to_local() if is_split(tensor) else tensor  # pyright: ignore[reportAttributeAccessIssue]
 
 
-def whole(value: Any, *, keep: bool = True) -> Any:
-    """Nested dicts and lists with split tensors put together, on the CPU. All processes must call it.
-
-    With `keep=False` this process takes part, but gets None in place of those tensors.
-    """
-    if isinstance(value, Mapping):
-        return {name: whole(item, keep=keep) for name, item in value.items()}
-    if isinstance(value, (list, tuple)):
-        return type(value)(whole(item, keep=keep) for item in value)
-    if not is_split(value):
-        return value
-    tensor = value.full_tensor().detach()
-    return tensor.cpu() if keep else None
-
-
-def summed(tensor: Tensor) -> Tensor:
-    """A split scalar, such as a norm, as one number in every process."""
+def whole(tensor: Tensor) -> Tensor:
+    """A split tensor put together, which all processes must call; any other as it is."""
     return tensor.full_tensor() if is_split(tensor) else tensor  # pyright: ignore[reportAttributeAccessIssue]
 
 
-def split_like(value: Tensor, model: Tensor) -> Tensor:
-    """A whole tensor, split as `model` is."""
+Place = tuple[Any, ...]
+"""Where a value lies in nested dicts: the keys from the outermost inwards."""
+
+
+def separate(state: Any, place: Place = ()) -> tuple[Any, dict[Place, Tensor]]:
+    """Nested dicts with None in place of their split tensors, and the pieces of those that this process holds."""
+    if is_split(state):
+        piece = local(state).detach()
+        padded = piece.untyped_storage().nbytes() > piece.nbytes  # as FSDP2 keeps the last piece; files need it not
+        return None, {place: piece.clone() if padded else piece}
+    if not isinstance(state, Mapping):
+        return state, {}
+    separated = {key: separate(value, (*place, key)) for key, value in state.items()}
+    common = {key: value for key, (value, _) in separated.items()}
+    return common, {place: piece for _, pieces in separated.values() for place, piece in pieces.items()}
+
+
+def join(common: Any, parts: Sequence[Mapping[Place, Tensor]]) -> Any:
+    """Undo `separate`, given the pieces of all processes in their order: split tensors come as `Pieces`."""
+    for *above, key in parts[0]:
+        inner = common
+        for outer in above:
+            inner = inner[outer]
+        inner[key] = Pieces(tuple(part[(*above, key)] for part in parts))
+    return common
+
+
+@dataclass(frozen=True)
+class Pieces:
+    """A tensor whose rows lie in several tensors, one after the other."""
+
+    pieces: tuple[Tensor, ...]
+
+    @property
+    def shape(self) -> torch.Size:
+        """Of the whole tensor."""
+        return torch.Size((sum(len(piece) for piece in self.pieces), *self.pieces[0].shape[1:]))
+
+    def rows(self, start: int, stop: int) -> Tensor:
+        """Some of its rows, as a new tensor; other pieces are not looked at."""
+        found, first = [], 0
+        for piece in self.pieces:
+            found.append(piece[max(start - first, 0) : max(stop - first, 0)])
+            first += len(piece)
+        return torch.cat(found)
+
+
+def taken(saved: Tensor | Pieces, model: Tensor) -> Tensor:
+    """A new tensor with what a saved one holds for this process: the rows that it has of `model`, or all."""
     if not is_split(model):
-        return value
-    from torch.distributed.tensor import distribute_tensor
+        return saved.rows(0, saved.shape[0]) if isinstance(saved, Pieces) else saved.clone()
+    rows = model.shape[0]
+    most = -(-rows // dist.get_world_size())  # as torch.chunk splits them
+    start, stop = (min(place * most, rows) for place in (dist.get_rank(), dist.get_rank() + 1))
+    return (saved if isinstance(saved, Pieces) else Pieces((saved,))).rows(start, stop)
 
-    mesh, placements = model.device_mesh, model.placements  # pyright: ignore[reportAttributeAccessIssue]
-    # Every process has read the whole tensor: nothing is sent.
-    return distribute_tensor(value.to(model.device), mesh, placements, src_data_rank=None)
 
-
+@torch.no_grad()
 def load_module(module: nn.Module, state: Mapping[str, Any], *, keep: Collection[str] = ()) -> None:
-    """`module.load_state_dict`, strictly, of whole tensors; the entries named in `keep` stay as they are."""
-    own = module.state_dict()
-    kept = {name: own[name] for name in keep}
-    module.load_state_dict({**kept, **{n: split_like(v, own[n]) if n in own else v for n, v in state.items()}})
+    """Copy what was saved of a module into it, one tensor at a time; the entries named in `keep` stay as they are.
+
+    Raises:
+        ValueError: the names or the shapes are not those of the module.
+    """
+    own = {name: tensor for name, tensor in module.state_dict().items() if name not in keep}
+    if others := [*(own.keys() - state.keys()), *(state.keys() - own.keys())]:
+        raise ValueError(f"not in both: {', '.join(sorted(others))}")
+    for name, tensor in own.items():
+        if state[name].shape != tensor.shape:
+            raise ValueError(f"{name} has the shape {list(state[name].shape)} instead of {list(tensor.shape)}")
+        local(tensor).copy_(taken(state[name], tensor))
 
 
 def load_optimizer(optimizer: torch.optim.Optimizer, state: Mapping[str, Any]) -> None:
-    """`optimizer.load_state_dict` of whole tensors; settings such as `betas` stay the optimizer's own."""
+    """`optimizer.load_state_dict` of what was saved; settings such as `betas` stay the optimizer's own."""
     settings = [{k: v for k, v in group.items() if k != "params"} for group in optimizer.param_groups]
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
-    values = {i: {k: _placed(v, parameters[i]) for k, v in moments.items()} for i, moments in state["state"].items()}
+    values = {i: {k: _moment(v, parameters[i]) for k, v in moments.items()} for i, moments in state["state"].items()}
     optimizer.load_state_dict({**state, "state": values})
     for group, own in zip(optimizer.param_groups, settings, strict=True):
         group.update(own)
 
 
-def _placed(value: Any, parameter: Tensor) -> Any:
-    """A moment of a parameter, split as it is; counts and the like stay as they are."""
-    alike = isinstance(value, Tensor) and value.shape == parameter.shape
-    return split_like(value, parameter) if alike else value
+def _moment(value: Any, parameter: Tensor) -> Any:
+    """A moment of a parameter, laid out and split as it is; counts and the like as they are."""
+    if not isinstance(value, (Tensor, Pieces)) or value.shape != parameter.shape:
+        return value
+    saved = taken(value, parameter)
+    moment = torch.empty_like(parameter, dtype=saved.dtype)
+    local(moment).copy_(saved)
+    return moment
 
 
+@torch.no_grad()
 def gather_into(target: nn.Module, source: nn.Module) -> nn.Module:
     """Give `target` the weights of the split `source`. All processes must call it, and each gets them."""
-    target.load_state_dict(whole(source.state_dict()))
+    own = target.state_dict()
+    for name, tensor in source.state_dict().items():
+        own[name].copy_(whole(tensor))
     return target
 
 

@@ -18,12 +18,13 @@ from diffdistill.pictures import plot_curves, save_grid
 from diffdistill.training import distributed, sharding
 from diffdistill.training.average import WeightAverage
 from diffdistill.training.batches import Batches, DataError, MapData, split
+from diffdistill.training.checkpoints import CheckpointError
 from diffdistill.training.config import TrainerConfig
 from diffdistill.training.journal import Journal, NonFiniteLossError
 from diffdistill.training.objective import Objective
 from diffdistill.training.optimizers import make_optimizer
 from diffdistill.training.randomness import BatchGenerator, seed_from
-from diffdistill.training.run import CheckpointError, Run
+from diffdistill.training.run import Run
 from diffdistill.training.signals import Interrupted, StopRequest
 
 logger = logging.getLogger(__name__)
@@ -70,8 +71,8 @@ class Trainer:
         splits = distributed.world_size() > 1 and config.parallel == "fsdp"
         frozen = {name: p for name, p in objective.trained.named_parameters() if not p.requires_grad}
         self._frozen = frozenset(frozen)
-        # What is frozen is the same in the average, so that memory holds it once.
-        shared = {} if splits else {id(p): p for p in frozen.values()}
+        # What is frozen is the same in the average, so that memory holds it once, until both are split.
+        shared = {id(p): p for p in frozen.values()}
         averaged = None if config.ema_half_life is None else copy.deepcopy(objective.trained, shared)
         self._result = self._split(averaged) if splits else None
         self.parameters = [p for p in objective.trained.parameters() if p.requires_grad]
@@ -208,7 +209,7 @@ class Trainer:
         self.gradients.finish()
         if self.config.clip is not None:
             norm = nn.utils.clip_grad_norm_(self.parameters, self.config.clip)
-            logs[0]["grad_norm"] = norm if self._result is None else sharding.summed(norm)
+            logs[0]["grad_norm"] = sharding.whole(norm)
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
         self.journal.add(self.update + 1, logs)
@@ -294,11 +295,8 @@ class Trainer:
             "journal": self.journal.state(),
             "seconds": self._seconds(),
         }
-        if self._result is not None:
-            state = sharding.whole(state, keep=distributed.rank() == 0)
         self.run.save_checkpoint(self.update, state, keep=self.config.keep)
         self._saved_at = time.monotonic()
-        distributed.barrier()
 
     def _learned(self, module: nn.Module) -> dict[str, Tensor]:
         """The state without the parameters that are frozen, such as those that adapters leave alone."""
@@ -306,7 +304,7 @@ class Trainer:
 
     def _resume(self) -> None:
         """Take the state of the newest good checkpoint, if there is one."""
-        checkpoint = self.run.load_checkpoint(self.device if self._result is None else "cpu")
+        checkpoint = self.run.load_checkpoint()
         if checkpoint is None:
             self.run.rewind(0)
             return
