@@ -26,7 +26,8 @@ from diffdistill.data import load_data
 from diffdistill.devices import device_of
 from diffdistill.evaluation import solver_comparison as comparison
 from diffdistill.evaluation import solver_report as report
-from diffdistill.evaluation.features import gaussian_of, make_features
+from diffdistill.evaluation.extractors import make_features
+from diffdistill.evaluation.features import gaussian_of
 from diffdistill.evaluation.frechet import frechet_distance
 from diffdistill.evaluation.solver_comparison import Candidate, Grid, Problem, Row
 from diffdistill.generation import spread_labels

@@ -15,7 +15,7 @@ from common import command, plain
 from diffdistill.data import load_data
 from diffdistill.devices import device_of
 from diffdistill.evaluation.collect import Keep, collect
-from diffdistill.evaluation.features import make_features
+from diffdistill.evaluation.extractors import make_features
 from diffdistill.evaluation.reference import reference_of, save_reference
 from diffdistill.evaluation.sources import StoredImages
 from diffdistill.training.distributed import processes, rank

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from diffdistill.evaluation.classifier import DigitClassifier, load_classifier
 from diffdistill.evaluation.collect import Collected, Keep, collect
-from diffdistill.evaluation.features import FEATURES, Features, extract, gaussian_of, make_features
+from diffdistill.evaluation.extractors import FEATURES, make_features
+from diffdistill.evaluation.features import Features, extract, gaussian_of
 from diffdistill.evaluation.frechet import (
     FeatureStatistics,
     Gaussian,

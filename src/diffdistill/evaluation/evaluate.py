@@ -15,7 +15,7 @@ from torch import Tensor
 
 from diffdistill.atomic import write_text
 from diffdistill.evaluation.collect import Source, collect, shard
-from diffdistill.evaluation.features import make_features
+from diffdistill.evaluation.extractors import make_features
 from diffdistill.evaluation.measures import MEASURES, Measured, measure, needed, spread
 from diffdistill.evaluation.sources import reference_from
 from diffdistill.evaluation.text import measured

@@ -1,11 +1,9 @@
-"""Feature extractors behind one interface: images `[B, C, H, W]` in [-1, 1] to features `[B, D]`."""
+"""What a feature extractor is, from images `[B, C, H, W]` in [-1, 1] to features `[B, D]`, and those of our own."""
 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable
 from functools import cached_property
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -14,7 +12,6 @@ from torch.nn.functional import adaptive_avg_pool2d
 from diffdistill.evaluation.classifier import load_classifier
 from diffdistill.evaluation.frechet import FeatureStatistics, Gaussian
 from diffdistill.models.files import fingerprint
-from diffdistill.registry import construct
 
 
 class Features(ABC):
@@ -97,40 +94,6 @@ def to_bytes(x: Tensor) -> Tensor:
     """Images in [-1, 1] as the bytes that an image file would hold, RGB: uint8 `[B, 3, H, W]`."""
     x = (x.float() * 127.5 + 128).clamp(0, 255).to(torch.uint8)
     return x.expand(-1, 3, -1, -1) if x.shape[1] == 1 else x
-
-
-def _inception(**options: Any) -> Features:
-    from diffdistill.evaluation.networks import Inception
-
-    return Inception(**options)
-
-
-def _dinov2(**options: Any) -> Features:
-    from diffdistill.evaluation.networks import DINOv2
-
-    return DINOv2(**options)
-
-
-FEATURES: dict[str, Callable[..., Features]] = {
-    "pixels": Pixels,
-    "pixels_8x8": Blocks,
-    "digit_pixels": DigitPixels,
-    "digits_classifier": DigitsClassifierFeatures,
-    "inception": lambda path=None: _inception(path=path),
-    "dinov2": lambda model="facebook/dinov2-large": _dinov2(model=model),
-}
-
-
-def make_features(name: str, **options: Any) -> Features:
-    """Build a feature extractor by name; `FEATURES` lists them.
-
-    Raises:
-        ValueError: an unknown name.
-        TypeError: an option that the extractor does not have.
-        ImportError: an optional package is missing; the message names the extra to install.
-        FileNotFoundError: its weights are not there and cannot be fetched.
-    """
-    return construct("feature extractor", name, FEATURES, **options)
 
 
 @torch.no_grad()

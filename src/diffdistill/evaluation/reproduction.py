@@ -13,7 +13,7 @@ from tqdm import tqdm
 
 from diffdistill.atomic import write_text
 from diffdistill.evaluation.cells import Clock, Laboratory, Models, Result, prepare, sha256
-from diffdistill.evaluation.features import make_features
+from diffdistill.evaluation.extractors import make_features
 from diffdistill.evaluation.sources import reference_from
 from diffdistill.evaluation.tables import Cell, Need, Table
 from diffdistill.generation import count_nfe

@@ -10,7 +10,7 @@ from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any, Literal
 
-from diffdistill.evaluation.features import FEATURES
+from diffdistill.evaluation.extractors import FEATURES
 from diffdistill.evaluation.measures import MEASURES
 from diffdistill.generation import statistics_of
 from diffdistill.learned import shipped_predictors
