@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -105,23 +105,75 @@ def build_strictly(config: Mapping[str, Any], records: Mapping[str, Any], checkp
     Raises:
         ForeignFileError: the config is invalid, or the state belongs to another architecture.
     """
+    # The table of the noise levels has values, which a module without memory cannot hold.
+    light = {**config, "preconditioning": {"name": "edm"}}
+    return build_part(lambda: build_denoiser(config), records, checkpoint, skeleton=lambda: build_denoiser(light))
+
+
+def build_part(
+    make: Callable[[], Any],
+    records: Mapping[str, Any],
+    checkpoint: Checkpoint,
+    *,
+    part: str = "file",
+    skeleton: Callable[[], Any] | None = None,
+) -> Any:
+    """A module with the tensors of the file, strictly.
+
+    Args:
+        make: makes it, with any weights.
+        records: its state.
+        checkpoint: the file.
+        part: what errors call it.
+        skeleton: makes a module with the same parameters, on the device "meta"; `make` itself by default.
+
+    Raises:
+        ForeignFileError: the options are invalid, or the state belongs to another architecture.
+    """
     try:
-        # A network without memory first: a damaged size must not allocate.
+        # A module without memory first: a damaged size must not allocate.
         with torch.device("meta"):
-            skeleton = build_denoiser({**config, "preconditioning": {"name": "edm"}})
             shapes = {name: torch.empty(_shape(record)) for name, record in records.items()}
-        load_state(skeleton, shapes, source="the file")
+            load_state((skeleton or make)(), shapes, source=f"the {part}")
         state = checkpoint.tensors(records)
-        denoiser = build_denoiser(config)
-        load_state(denoiser, state, source="the file")
+        module: nn.Module = make()
+        load_state(module, state, source=f"the {part}")
     except ForeignFileError:
         raise
     except (ValueError, TypeError, ArithmeticError, RuntimeError, LookupError) as error:
         raise ForeignFileError(str(error).partition("\n")[0]) from None
-    return denoiser.eval()
+    return module.eval()
+
+
+def within(state: Mapping[str, Any], prefix: str) -> dict[str, Any]:
+    """The entries whose names begin with `prefix`, without it."""
+    return {name.removeprefix(prefix): record for name, record in state.items() if name.startswith(prefix)}
+
+
+def size_of(records: Mapping[str, Any], name: str, axis: int, part: str = "network") -> int:
+    """The length of a tensor along an axis.
+
+    Raises:
+        ForeignFileError: the part misses the tensor, or it has no such axis.
+    """
+    record = records.get(name)
+    if not isinstance(record, TensorRecord) or len(record.size) <= axis:
+        raise ForeignFileError(f"the {part} misses {name}")
+    return whole(record.size[axis], name, low=1)
+
+
+def count_of(records: Mapping[str, Any], beginning: str) -> int:
+    """Elements of a list of modules, the names of whose parameters begin so.
+
+    Raises:
+        ForeignFileError: there are none, or too many.
+    """
+    return whole(len({name.partition(".")[0] for name in within(records, beginning)}), beginning, low=1, high=512)
 
 
 def _shape(record: Any) -> tuple[int, ...]:
+    if not isinstance(record, (TensorRecord, ArrayRecord)):
+        raise ForeignFileError(f"a {type(record).__name__} stands where a tensor should")
     return record.size if isinstance(record, TensorRecord) else record.shape
 
 

@@ -16,6 +16,8 @@ Records = dict[str, TensorRecord]
 UNET_TOP = {
     "time_embed.0": "time_embedding.linear_1",
     "time_embed.2": "time_embedding.linear_2",
+    "label_emb.0.0": "add_embedding.linear_1",
+    "label_emb.0.2": "add_embedding.linear_2",
     "input_blocks.0.0": "conv_in",
     "out.0": "conv_norm_out",
     "out.2": "conv_out",
@@ -30,6 +32,7 @@ UNET_RESIDUAL = {
 }
 MIDDLE = ("mid_block.resnets.0", "mid_block.attentions.0", "mid_block.resnets.1")
 VAE_ATTENTION = {"norm": "group_norm", "q": "to_q", "k": "to_k", "v": "to_v", "proj_out": "to_out.0"}
+PROJECTION = "text_projection"
 OPEN_CLIP = {
     "ln_1": "layer_norm1",
     "ln_2": "layer_norm2",
@@ -119,18 +122,19 @@ def _linear(record: TensorRecord) -> TensorRecord:
 
 
 def clip(records: Mapping[str, Any]) -> Records:
-    """Parameters of the text encoder of Stable Diffusion 1, as `CLIPTextModel` names them, without `text_model.`."""
+    """Parameters of CLIP's text encoder, as `CLIPTextModel` names them, without `text_model.`."""
     kept = {name: record for name, record in records.items() if not name.endswith("position_ids")}
     return renamed(kept, lambda name: name.removeprefix("text_model."), "text encoder")
 
 
-def open_clip(records: Mapping[str, Any], layers: int) -> Records:
-    """The first `layers` layers of the text encoder of Stable Diffusion 2, as `CLIPTextModel` names them.
+def open_clip(records: Mapping[str, Any], dropped: tuple[str, ...] = ()) -> Records:
+    """Parameters of OpenCLIP's text encoder, as `CLIPTextModelWithProjection` names them, without `text_model.`.
 
-    The last layer is left out, since Stable Diffusion 2 takes the features before it; so is what makes a pooled text.
+    Those whose names begin with one of `dropped` are left out.
     """
-    dropped = ("text_projection", "logit_scale", "attn_mask", f"transformer.resblocks.{layers}.")
+    dropped = ("logit_scale", "attn_mask", *dropped)
     top = {
+        PROJECTION: f"{PROJECTION}.weight",
         "token_embedding.weight": "embeddings.token_embedding.weight",
         "positional_embedding": "embeddings.position_embedding.weight",
         "ln_final.weight": "final_layer_norm.weight",
@@ -151,7 +155,14 @@ def open_clip(records: Mapping[str, Any], layers: int) -> Records:
         index, kind = name.split(".")[2], name.rpartition("_")[2]
         for part, record in zip("qkv", _thirds(joint[name]), strict=True):
             result[f"encoder.layers.{int(index)}.self_attn.{part}_proj.{kind}"] = record
+    if PROJECTION in kept:
+        result[f"{PROJECTION}.weight"] = _transposed(result[f"{PROJECTION}.weight"])
     return result
+
+
+def _transposed(record: TensorRecord) -> TensorRecord:
+    """A matrix that multiplies from the right as one that multiplies from the left."""
+    return TensorRecord(record.storage, record.offset, record.size[::-1], record.stride[::-1])
 
 
 def _thirds(record: Any) -> list[TensorRecord]:

@@ -7,10 +7,11 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
-from diffdistill.interop.building import check_size, whole
+from diffdistill.interop.building import check_size, size_of, within
 from diffdistill.interop.records import ForeignFileError
 from diffdistill.interop.tensors import TensorRecord
 
+VECTOR = "label_emb.0.0.weight"
 _STAGE = re.compile(r"(input_blocks|output_blocks)\.(\d{1,4})\.(\d)\.")
 
 
@@ -63,17 +64,20 @@ class Architecture:
     Attributes:
         img_channels, out_channels: of the image and the result.
         label_dim: class labels.
+        vector_dim: numbers of a vector that is a further condition, as in Stable Diffusion XL; 0 for none.
         model_channels: base number of channels.
         channel_mult: channels of each level over it.
         num_blocks: residual blocks of each level.
         attention: whether each level has attention.
         adaptive_scale, resample, context_dim: as in `OpenAIUNet`.
+        transformer_depth: transformer blocks in the attention of each level; of the middle block for levels without.
         planar_attention: q, k and v are made by a convolution over the plane, as in the code of consistency models.
     """
 
     img_channels: int
     out_channels: int
     label_dim: int
+    vector_dim: int
     model_channels: int
     channel_mult: tuple[float, ...]
     num_blocks: int
@@ -81,6 +85,7 @@ class Architecture:
     adaptive_scale: bool
     resample: str
     context_dim: int
+    transformer_depth: tuple[int, ...]
     planar_attention: bool
 
     def options(self, hints: Hints) -> dict[str, Any]:
@@ -119,30 +124,35 @@ def infer(records: Mapping[str, Any], *, decoder: bool = True) -> Architecture:
         ForeignFileError: the parameters are not those of such a network.
     """
     stages, resample = _levels(records)
-    channels = [_width(records, f"input_blocks.{1 + level[0]}.0.out_layers.0.weight", 0) for level in stages]
+    channels = [size_of(records, f"input_blocks.{1 + level[0]}.0.out_layers.0.weight", 0) for level in stages]
     num_blocks = len(stages[0])
     if any(len(level) != num_blocks for level in stages):
         raise ForeignFileError("the levels of the network have different numbers of blocks")
     check_size(len(stages), num_blocks)
-    model_channels = _width(records, "time_embed.0.weight", 1)
-    scaled = _width(records, "input_blocks.1.0.emb_layers.1.weight", 0) == 2 * channels[0]
+    model_channels = size_of(records, "time_embed.0.weight", 1)
+    scaled = size_of(records, "input_blocks.1.0.emb_layers.1.weight", 0) == 2 * channels[0]
     attention = tuple(any(_has_attention(records, 1 + index) for index in level) for level in stages)
     to_context = "middle_block.1.transformer_blocks.0.attn2.to_k.weight"
     context = records.get(to_context)
     plain = records.get("middle_block.1.qkv.weight")
+    places = [
+        f"input_blocks.{1 + level[0]}" if has else "middle_block" for level, has in zip(stages, attention, strict=True)
+    ]
     if not isinstance(context if plain is None else plain, TensorRecord):
         raise ForeignFileError("the network has no attention in its middle block")
     return Architecture(
-        img_channels=_width(records, "input_blocks.0.0.weight", 1),
-        out_channels=_width(records, "out.2.weight", 0) if decoder else _width(records, "out.2.c_proj.weight", 0),
-        label_dim=_width(records, "label_emb.weight", 0) if "label_emb.weight" in records else 0,
+        img_channels=size_of(records, "input_blocks.0.0.weight", 1),
+        out_channels=size_of(records, "out.2.weight", 0) if decoder else size_of(records, "out.2.c_proj.weight", 0),
+        label_dim=size_of(records, "label_emb.weight", 0) if "label_emb.weight" in records else 0,
+        vector_dim=size_of(records, VECTOR, 1) if VECTOR in records else 0,
         model_channels=model_channels,
         channel_mult=tuple(_ratio(width, model_channels) for width in channels),
         num_blocks=num_blocks,
         attention=attention,
         adaptive_scale=scaled,
         resample=resample,
-        context_dim=0 if context is None else _width(records, to_context, 1),
+        context_dim=0 if context is None else size_of(records, to_context, 1),
+        transformer_depth=tuple(_depth(records, place) for place in places),
         planar_attention=plain is not None and len(plain.size) == 4,
     )
 
@@ -213,7 +223,7 @@ def _changes(records: Mapping[str, Any], stage: int) -> bool:
 
 def _uniform(records: Mapping[str, Any], level: range) -> bool:
     kinds = {
-        (_width(records, f"input_blocks.{1 + index}.0.out_layers.0.weight", 0), _has_attention(records, 1 + index))
+        (size_of(records, f"input_blocks.{1 + index}.0.out_layers.0.weight", 0), _has_attention(records, 1 + index))
         for index in level
     }
     return len(kinds) == 1
@@ -223,11 +233,9 @@ def _has_attention(records: Mapping[str, Any], stage: int) -> bool:
     return any(f"input_blocks.{stage}.1.{name}.weight" in records for name in ("qkv", "proj_in"))
 
 
-def _width(records: Mapping[str, Any], name: str, axis: int) -> int:
-    record = records.get(name)
-    if not isinstance(record, TensorRecord) or len(record.size) <= axis:
-        raise ForeignFileError(f"the network misses {name}")
-    return whole(record.size[axis], name, low=1)
+def _depth(records: Mapping[str, Any], place: str) -> int:
+    """Transformer blocks of a block's attention."""
+    return len({name.partition(".")[0] for name in within(records, f"{place}.1.transformer_blocks.")})
 
 
 def _ratio(width: int, base: int) -> float:

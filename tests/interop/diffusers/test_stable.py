@@ -70,10 +70,10 @@ def as_original(name, value):
     return value[:, :, None, None] if ".attn_1." in name and value.ndim == 2 else value
 
 
-def tokenizer_folder(folder):
-    """CLIP's layout: letters, then the two tokens around every text."""
+def tokenizer_folder(folder, *, first="a"):
+    """CLIP's layout: letters, then the two tokens around every text; the first letter may be another sign."""
     folder.mkdir(exist_ok=True)
-    tokens = [*LETTERS, *(f"{letter}</w>" for letter in LETTERS), "<|startoftext|>", "<|endoftext|>"]
+    tokens = [first, *LETTERS[1:], *(f"{letter}</w>" for letter in LETTERS), "<|startoftext|>", "<|endoftext|>"]
     (folder / "vocab.json").write_text(json.dumps({token: i for i, token in enumerate(tokens)}))
     (folder / "merges.txt").write_text("#version: 0.2\n")
     return folder

@@ -1,0 +1,59 @@
+"""Stable Diffusion from its own file as a folder of diffusers."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Any
+
+from diffdistill.interop.building import Found
+from diffdistill.interop.diffusers.extra import diffusers
+
+
+def write_pipeline(found: Found, tokenizer: str | os.PathLike[str], folder: str | os.PathLike[str]) -> Path:
+    """Write Stable Diffusion as a folder of diffusers, with a tokenizer from elsewhere.
+
+    Args:
+        found: from `read_foreign`.
+        tokenizer: the folder of CLIP's tokenizer, with `vocab.json` and `merges.txt`; both text encoders of XL use it.
+        folder: where to write; it must be empty or new.
+
+    Raises:
+        ValueError: another model, one without autoencoder or text encoders, no tokenizer there, one of another
+            vocabulary, or a folder with files in it.
+    """
+    folder, parts = Path(folder), dict(found.settings)
+    if found.kind != "stable-diffusion" or any(part is None for part in parts.values()):
+        raise ValueError("only Stable Diffusion with its autoencoder and text encoders becomes a folder of diffusers")
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise ValueError(f"{folder} is not empty: choose a new folder")
+    parts["tokenizer"] = _tokenizer(tokenizer, parts["text_encoder"])
+    if "text_encoder_2" in parts:
+        parts["tokenizer_2"] = _tokenizer(tokenizer, parts["text_encoder_2"])
+        family, options = "StableDiffusionXL", {"add_watermarker": False}
+    else:
+        family = "StableDiffusion"
+        options = dict.fromkeys(("safety_checker", "feature_extractor")) | {"requires_safety_checker": False}
+    task = "Inpaint" if parts["unet"].config.in_channels == 9 else ""
+    pipeline = getattr(diffusers(), f"{family}{task}Pipeline")(**parts, **options)
+    pipeline.save_pretrained(folder, safe_serialization=True)
+    return folder
+
+
+def _tokenizer(source: str | os.PathLike[str], encoder: Any) -> Any:
+    """The tokenizer of a folder, with the padding of a text encoder.
+
+    Raises:
+        ValueError: there is none, or it has another vocabulary.
+    """
+    length, vocabulary = encoder.config.max_position_embeddings, encoder.config.vocab_size
+    padding = {} if encoder.config.pad_token_id else {"pad_token": "!"}
+    try:
+        made = diffusers("transformers").CLIPTokenizer.from_pretrained(
+            str(source), local_files_only=True, model_max_length=length, **padding
+        )
+    except (OSError, ValueError, TypeError) as error:
+        raise ValueError(f"no tokenizer of CLIP at {str(source)!r}: {' '.join(str(error).split())[:200]}") from None
+    if len(made) != vocabulary:
+        raise ValueError(f"the tokenizer has {len(made)} tokens, but the text encoder {vocabulary}")
+    return made
