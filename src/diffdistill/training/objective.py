@@ -55,7 +55,7 @@ class Objective(nn.Module):
         return {}
 
     def load_extra_state(self, state: Mapping[str, Any]) -> None:
-        """Take back what `extra_state` gave."""
+        """Take back what `extra_state` gave; tensors come on the CPU."""
         if state:
             raise ValueError(f"{type(self).__name__} keeps no state, but the checkpoint holds {', '.join(state)}")
 

@@ -70,7 +70,7 @@ def separate(state: Any, place: Place = ()) -> tuple[Any, dict[Place, Tensor]]:
     """Nested dicts with None in place of their split tensors, and the pieces of those that this process holds."""
     if is_split(state):
         piece = local(state).detach()
-        padded = piece.untyped_storage().nbytes() > piece.nbytes  # as FSDP2 keeps the last piece; files need it not
+        padded = piece.untyped_storage().nbytes() > piece.nbytes  # FSDP2 pads the last pieces; a file would hold that
         return None, {place: piece.clone() if padded else piece}
     if not isinstance(state, Mapping):
         return state, {}
