@@ -126,5 +126,24 @@ def test_trailing_levels_nest_under_halving():
         make_schedule("trailing", num_steps=4, table=table, sigma_max=80.0)
 
 
+@pytest.mark.parametrize("shift", [1.0, 3.0])
+def test_flow_levels_are_uniform_in_shifted_time_and_nest(shift):
+    for num_steps in (1, 2, 3, 8):
+        sigmas = make_schedule("flow", num_steps=num_steps, shift=shift)
+        t = torch.linspace(1, 0, num_steps + 1, dtype=torch.float64)
+        torch.testing.assert_close(sigmas / (1 + sigmas), shift * t / (1 + (shift - 1) * t), rtol=1e-7, atol=0)
+        assert float((sigmas / (1 + sigmas))[0].float()) == 1.0
+        longer = make_schedule("flow", num_steps=2 * num_steps, shift=shift)
+        assert torch.equal(longer[::2], sigmas)
+    assert make_schedule("flow", num_steps=4, sigma_max=999.0, shift=shift)[0] == 999
+    for options, match in (
+        ({"sigma_min": 0.1}, "ends at 0"),
+        ({"shift": 0.0}, "shift"),
+        ({"sigma_max": 1.0}, "decrease"),
+    ):
+        with pytest.raises(ValueError, match=match):
+            make_schedule("flow", num_steps=4, **{"shift": 3.0, **options})
+
+
 def test_every_schedule_is_tested():
-    assert set(SCHEDULES) == {*FORMULAS, "discrete", "align_your_steps", "gits", "trailing"}
+    assert set(SCHEDULES) == {*FORMULAS, "discrete", "align_your_steps", "gits", "trailing", "flow"}

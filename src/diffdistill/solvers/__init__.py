@@ -30,6 +30,7 @@ from diffdistill.solvers.schedules import (
     check_sigmas,
     cosine,
     discrete,
+    flow_levels,
     logsnr,
     polynomial,
     time_uniform,
@@ -67,6 +68,7 @@ SCHEDULES: dict[str, Callable[..., Tensor]] = {
     "align_your_steps": align_your_steps,
     "gits": gits,
     "trailing": trailing,
+    "flow": flow_levels,
 }
 
 

@@ -11,7 +11,7 @@ from diffdistill.solvers.step import Correction, Evaluation, History, Interval, 
 
 
 class Euler(Solver):
-    """`x_next = x + (sigma_next - sigma) * eps`. First order, one evaluation per step."""
+    """`x_next = x + (sigma_next - sigma) * eps = denoised + sigma_next * eps`. First order, one evaluation per step."""
 
     def update(
         self,
@@ -22,8 +22,11 @@ class Euler(Solver):
         correction: Correction | None,
     ) -> Tensor:
         sigma, sigma_next = interval.ends
-        scale = None if correction is None else correction.scale_dir
-        return weighted_sum(evaluation.x, None, [sigma_next - sigma], [evaluation.eps], scale=scale)
+        # From the denoised image, since from x = denoised + sigma eps digits are lost where sigma is large.
+        kept = sigma_next
+        if correction is not None and correction.scale_dir is not None:
+            kept = sigma + correction.scale_dir * (sigma_next - sigma)
+        return weighted_sum(evaluation.denoised, None, [kept], [evaluation.eps])
 
     @staticmethod
     def invert(x: Tensor, x_next: Tensor, interval: Interval) -> Tensor:

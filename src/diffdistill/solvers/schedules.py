@@ -143,6 +143,30 @@ def trailing(
     return torch.cat([levels[places - 1], levels.new_zeros(1)])
 
 
+NOISE_ALONE = 2.0**26
+"""A level at which the time of rectified flow, `sigma / (1 + sigma)`, is 1 in float32."""
+
+
+def flow_levels(
+    *, num_steps: int, sigma_min: float = 0.0, sigma_max: float = NOISE_ALONE, shift: float = 1.0
+) -> Tensor:
+    """The levels of stock flow-matching pipelines: uniform in the time t of rectified flow, from noise alone to 0.
+
+    `t = sigma / (1 + sigma)`, shifted to `shift t / (1 + (shift - 1) t)` (Esser et al. 2024, Section 5.3). At the
+    first level Euler's steps keep their digits in float32; solvers that extrapolate need a `sigma_max` such as 1000.
+
+    Raises:
+        ValueError: a `sigma_min` other than 0, a `shift` that is not positive, or a `sigma_max` below the second level.
+    """
+    check_num_steps(num_steps)
+    if sigma_min != 0:
+        raise ValueError(f"a flow schedule ends at 0, not at {sigma_min}")
+    if not 0 < shift < math.inf:
+        raise ValueError(f"shift must be positive, but is {shift}")
+    index = torch.arange(num_steps + 1, dtype=torch.float64)
+    return _ends(shift * (num_steps - index) / index, 0.0, sigma_max)
+
+
 ALIGN_YOUR_STEPS = {
     "sd15": (14.615, 6.475, 3.861, 2.697, 1.886, 1.396, 0.963, 0.652, 0.399, 0.152, 0.029),
     "sdxl": (14.615, 6.315, 3.771, 2.181, 1.342, 0.862, 0.555, 0.380, 0.234, 0.113, 0.029),
