@@ -11,14 +11,10 @@ pytest.importorskip("diffusers")
 
 from diffdistill import load_denoiser
 from diffdistill.data import load_data
-from diffdistill.guidance.stage1 import GuidanceDistillation
 from diffdistill.interop.diffusers import Parts, from_network, from_pipeline
 from diffdistill.interop.diffusers.export import export_student
 from diffdistill.models import guidance_student, guided, save_denoiser
-from diffdistill.training import Run, Trainer
-from diffdistill.training.noise_levels import make_noise_levels
 from diffdistill.training.sharding import recompute
-from diffdistill.training.weighting import make_weighting
 from tests.interop.diffusers.builders import (
     diffusers,
     dit,
@@ -33,7 +29,6 @@ from tests.interop.diffusers.builders import (
     unet_2d,
     vae,
 )
-from tests.training.problems import settings
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[3] / "scripts"))
 import cache_latents
@@ -104,65 +99,6 @@ def test_gradient_checkpointing_computes_the_same_gradients(family):
         guided(student, 5.0)(x, sigma, cond).square().sum().backward()
         gradients.append([p.grad.clone() for p in student.parameters() if p.grad is not None])
     torch.testing.assert_close(gradients[0], gradients[1])
-
-
-class Latents:
-    def __init__(self):
-        generator = torch.Generator().manual_seed(3)
-        x = torch.randn(8, 4, 6, 8, generator=generator)
-        self.held = {"x": x, **{f"y.{name}": value for name, value in pooled_text(8).items()}}
-
-    def __len__(self):
-        return 8
-
-    def __getitem__(self, index):
-        return {name: value[index] for name, value in self.held.items()}
-
-    def tensors(self):
-        return self.held
-
-
-def test_stage_one_of_flux_runs_in_the_stock_pipeline(tmp_path):
-    """A student in FLUX's convention: the pipeline passes its guidance scale, w + 1, to `guidance_embeds`."""
-    teacher = from_network(filled(flux(guidance_embeds=False)), FLOW(), null=NULL)
-    objective = GuidanceDistillation(
-        teacher,
-        guidance_student(teacher, (0.0, 7.0)),
-        noise_levels=make_noise_levels("on_schedule", sigmas=torch.tensor([2.0, 1.0, 0.5])),
-        weighting=make_weighting("snr_plus_one", sigma_data=1.0),
-    )
-    fast = {"updates": 40, "batch_size": 8, "learning_rate": 5e-3, "decay": "linear", "ema_half_life": None}
-    run = Run(tmp_path / "run", {})
-    student = Trainer(objective, Latents(), settings(**fast, log_every=10), run).train()
-    losses = [record["loss"] for record in run.metrics()]
-    print(f"loss {losses[0]:.3g} -> {losses[-1]:.3g}")
-    assert losses[-1] < losses[0] / 2
-    pipe = diffusers.FluxPipeline(FLOW(), vae(), None, None, None, None, flux(guidance_embeds=False))
-    folder = export_student(student, Parts(teacher, None, None, pipe), tmp_path / "out")
-    absent = dict.fromkeys(("text_encoder", "text_encoder_2", "tokenizer", "tokenizer_2"))
-    stock = diffusers.FluxPipeline.from_pretrained(folder, **absent)
-    stock.set_progress_bar_config(disable=True)
-    assert stock.transformer.config.guidance_embeds
-    noise, cond = torch.randn(2, 4, 6, 8), {name: value[:2] for name, value in pooled_text().items()}
-    for scale in (1.0, 3.0, 8.0):
-        latents = stock(
-            prompt_embeds=cond["encoder_hidden_states"],
-            pooled_prompt_embeds=cond["pooled_projections"],
-            latents=diffusers.FluxPipeline._pack_latents(noise, 2, 4, 6, 8),
-            height=12,
-            width=16,
-            num_inference_steps=3,
-            guidance_scale=scale,
-            output_type="latent",
-        ).images
-        z, times = noise, stock.scheduler.sigmas
-        with torch.no_grad():
-            for t, t_next in zip(times[:-1], times[1:], strict=True):
-                velocity = student.model(z, t.expand(2), cond, torch.full((2,), scale - 1))
-                z = z + (t_next - t) * velocity
-        expected = diffusers.FluxPipeline._pack_latents(z, 2, 4, 6, 8)
-        torch.testing.assert_close(latents, expected, rtol=1e-5, atol=1e-5 * float(expected.abs().max()))
-    assert from_network(stock.transformer, FLOW()).w_range == (0.0, 7.0)
 
 
 @pytest.mark.parametrize("family", ["UNet2DModel", "DiT", "SD3"])

@@ -33,9 +33,10 @@ def guidance_scale_embedding(w: Tensor, channels: int) -> Tensor:
     return torch.nn.functional.pad(embedding, (0, channels % 2))
 
 
-def as_in_stock_pipelines(noise: Tensor, sigma_max: float) -> Tensor:
+def as_in_stock_pipelines(noise: Tensor, sigma_max: float, *, flow: bool = False) -> Tensor:
     """Noise for `diffdistill.sample` that starts where a stock pipeline starts with the same `noise`.
 
-    Stock variance-preserving pipelines start from `x / sqrt(1 + sigma^2) = noise`, ours from `x = sigma noise`.
+    Stock variance-preserving pipelines start from `x / sqrt(1 + sigma^2) = noise`, those of flow matching from
+    `x / (1 + sigma) = noise`, ours from `x = sigma noise`.
     """
-    return noise * math.sqrt(1 + sigma_max**-2)
+    return noise * (1 + 1 / sigma_max if flow else math.sqrt(1 + sigma_max**-2))

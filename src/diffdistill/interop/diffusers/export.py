@@ -14,9 +14,10 @@ from torch import Tensor
 from diffdistill.atomic import write_text
 from diffdistill.interop.diffusers.adapters import adapter_state, remove
 from diffdistill.interop.diffusers.base import DiffusersNetwork
+from diffdistill.interop.diffusers.card import model_card
 from diffdistill.interop.diffusers.conventions import GUIDANCE_CONVENTIONS
 from diffdistill.interop.diffusers.extra import diffusers
-from diffdistill.interop.diffusers.levels import sigma_table
+from diffdistill.interop.diffusers.levels import flow_shift, sigma_table
 from diffdistill.interop.diffusers.networks import FluxTransformer, UNet2DCondition
 from diffdistill.interop.diffusers.parts import RECORD, Parts
 from diffdistill.models.network import NetworkDenoiser
@@ -35,10 +36,12 @@ def export_student(
     """Write a student with the other parts of its teacher's pipeline, as a folder of diffusers.
 
     The stock pipelines then take `guidance_scale = w + 1` and the student's number of steps, and evaluate once a step.
+    A student of flow matching whose levels are not those of the schedule "flow" needs the argument `sigmas=` too; the
+    model card says so.
 
     Args:
-        student: of stage 1 (any number of steps) or stage 2, a `UNet2DConditionModel` that takes w as its own; or of
-            stage 1, a `FluxTransformer2DModel`.
+        student: of stage 1 (any number of steps) or stage 2, a `UNet2DConditionModel` or `FluxTransformer2DModel` that
+            takes w as its own.
         teacher: the pipeline whose autoencoder, text encoder and tokenizer the student shares, from `from_pipeline`.
         folder: where to write; it must be empty or new.
         adapters: of a student that has some: "merged" into its weights, or "apart", in a file for the pipeline's
@@ -105,21 +108,25 @@ def checked(student: NetworkDenoiser) -> DiffusersNetwork:
 def stock_scheduler(student: NetworkDenoiser, teacher_scheduler: Any) -> Any:
     """The stock scheduler that samples a student exactly: DPM-Solver++ of first order on the trailing grid.
 
-    Flow matching has a first-order scheduler already, which takes any number of steps.
+    Flow matching has a first-order scheduler already, which takes any number of steps; a few-step student fixes its
+    shift.
 
     Raises:
         ValueError: the student is for the stochastic sampler, or for other noise levels.
     """
     distilled = student.distilled
+    flow = isinstance(student.preconditioning, Flow)
     if distilled is not None and distilled.sampler != "deterministic":
+        own = "run this student with SolverScheduler, or " if distilled.sampler == "stochastic" and not flow else ""
         raise ValueError(
-            "stock diffusers has no stochastic N-step sampler: run this student with SolverScheduler, or distil one "
-            'with sampler="deterministic"'
+            f'stock diffusers has no {distilled.sampler} sampler: {own}distil one with sampler="deterministic"'
         )
-    if isinstance(student.preconditioning, Flow):
-        if distilled is not None:
-            raise ValueError("stock flow-matching schedulers do not have a student's noise levels: use SolverScheduler")
-        return teacher_scheduler
+    if flow:
+        if distilled is None:
+            return teacher_scheduler
+        return diffusers().FlowMatchEulerDiscreteScheduler(
+            num_train_timesteps=teacher_scheduler.config.num_train_timesteps, shift=flow_shift(distilled.sigmas) or 1.0
+        )
     if distilled is not None and not on_trailing_grid(distilled.sigmas, sigma_table(teacher_scheduler)):
         raise ValueError(
             f"the student's noise levels {[round(sigma, 3) for sigma in distilled.sigmas]} are not on the trailing "
@@ -157,34 +164,3 @@ def guidance_record(student: NetworkDenoiser) -> dict[str, Any]:
     if student.distilled is not None:
         record["distilled"] = {"sigmas": list(student.distilled.sigmas), "sampler": student.distilled.sampler}
     return record
-
-
-def model_card(student: NetworkDenoiser, pipeline: str, *, apart: bool = False) -> str:
-    """What a user of the folder must know."""
-    assert student.w_range is not None
-    low, high = (f"{w + 1:g}" for w in student.w_range)
-    steps = student.distilled.num_steps if student.distilled else None
-    count = f"{steps} step{'s' * (steps > 1)}" if steps else "any number of steps"
-    example = steps or 20
-    loading = "\n    pipeline.load_lora_weights(FOLDER)" if apart else ""
-    scale = f"{min(max(student.w_range[0] + 1, 7.5), student.w_range[1] + 1):g}"
-    return f"""---
-library_name: diffusers
----
-# A guidance-distilled model of {count}
-
-Distilled with diffdistill (Meng et al. 2023, On Distillation of Guided Diffusion Models). It runs in stock diffusers:
-
-    from diffusers import {pipeline}
-    pipeline = {pipeline}.from_pretrained(FOLDER){loading}
-    image = pipeline("a prompt", num_inference_steps={example}, guidance_scale={scale}).images[0]
-
-- Guidance scales: {low} to {high}. The scale is an input of the network, w = guidance_scale - 1, so that a step is one
-  evaluation and not two.
-- Steps: {count}. Keep the scheduler of this folder.
-- A negative prompt has no effect: classifier-free guidance is off, because the network contains it.
-- It runs in text-to-image, image-to-image and inpainting of Stable Diffusion and SDXL, in ControlNet text-to-image and
-  with T2I adapters. These run it without guidance and do not say so: pix2pix, depth2img, upscaling, image variation,
-  image-to-image and inpainting with ControlNet.
-- Keep it as a folder: a single-file export drops the weight `time_embedding.cond_proj`.
-"""

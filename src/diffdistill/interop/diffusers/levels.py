@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -9,6 +10,7 @@ import torch
 from torch import Tensor
 
 from diffdistill.registry import choose
+from diffdistill.solvers.schedules import flow_levels
 
 PREDICTIONS = {"epsilon": "eps", "v_prediction": "v", "sample": "x0"}
 FLOW_END = 0.999
@@ -70,8 +72,13 @@ def sigma_table(scheduler: Any) -> Tensor:
     return ((1 - alpha_bar) / alpha_bar).sqrt()
 
 
-def timestep_of(sigma: Tensor, table: Tensor) -> Tensor:
-    """The continuous timestep of noise levels: log sigma linear between the entries of the table."""
-    from diffdistill.models import make_preconditioning
+def flow_shift(sigmas: Sequence[float]) -> float | None:
+    """The `shift` at which a stock flow-matching scheduler has these noise levels, or None if it has them at none.
 
-    return make_preconditioning("eps", table=table.tolist()).c_noise(torch.as_tensor(sigma, dtype=torch.float64))
+    Args:
+        sigmas: decreasing, down to 0.
+    """
+    num_steps = len(sigmas) - 1
+    shift = float(sigmas[1]) / (num_steps - 1) if num_steps > 1 else 1.0
+    stock = flow_levels(num_steps=num_steps, shift=shift)
+    return shift if torch.allclose(torch.tensor(sigmas, dtype=torch.float64), stock, rtol=1e-5, atol=0) else None
