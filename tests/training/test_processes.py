@@ -10,9 +10,9 @@ import torch
 from diffdistill.generation import plan, spread_labels
 from diffdistill.models import save_denoiser
 from diffdistill.samples import draw_to
-from diffdistill.training import Run, Trainer, TrainerConfig
+from diffdistill.training import Run, Trainer, TrainerConfig, sharding
 from diffdistill.training.denoising import Denoising
-from diffdistill.training.distributed import GradientAverage, barrier, rank
+from diffdistill.training.distributed import GradientAverage, barrier, gather, rank
 from diffdistill.training.noise_levels import make_noise_levels
 from diffdistill.training.weighting import make_weighting
 from tests.builders import tiny_denoiser
@@ -146,11 +146,30 @@ def seen_finished(folder):
     return before, run.finished
 
 
+def uneven_rows():
+    """Whether 1 to 9 rows, split over the processes, are read back as they were, from whole tensors and from pieces."""
+    module = torch.nn.ParameterList(
+        [torch.randn(n, 3, generator=torch.Generator().manual_seed(n)) for n in range(1, 10)]
+    )
+    whole = {name: value.clone() for name, value in module.state_dict().items()}
+    sharding.shard(module, torch.device("cpu"))
+    before = [sharding.local(value).clone() for value in module.state_dict().values()]
+    common, pieces = sharding.separate(module.state_dict())
+    same = []
+    for saved in (whole, sharding.join(common, gather(pieces))):
+        for value in module.state_dict().values():
+            sharding.local(value).zero_()
+        sharding.load_module(module, saved)
+        same += [torch.equal(sharding.local(v), b) for v, b in zip(module.state_dict().values(), before, strict=True)]
+    return same
+
+
 def work_of_four(folder):
     """What four processes do: the first updates, the last ones of a run begun by two, and samples."""
     return {
         "first": train(folder / "four", updates=6),
         "resumed": train(folder / "begun by two", parallel="fsdp", updates=55),
+        "uneven": uneven_rows(),
         "samples": draw_to(
             folder / "parts of four", plan(tiny_denoiser(), num_steps=3), range(5, 12), LABELS, batch_size=2
         ).x,
@@ -313,6 +332,10 @@ def test_four_processes_have_the_losses_of_one_and_go_on_from_two(four, longer):
     assert len(four[0]["first"]["losses"]) == 6 and len(four[0]["resumed"]["losses"]) == 55
     np.testing.assert_allclose(four[0]["first"]["losses"], longer[:6], rtol=1e-5)
     np.testing.assert_allclose(four[0]["resumed"]["losses"], longer, rtol=1e-5)
+
+
+def test_rows_that_do_not_divide_are_read_back(four):
+    assert [result["uneven"] for result in four] == [[True] * 18] * 4
 
 
 def test_samples_do_not_depend_on_the_number_of_processes(one, two, four):
