@@ -182,5 +182,5 @@ def test_students_for_other_samplers_are_not_exported(stage_one, tmp_path):
     student = from_network(stage_one.model.module, FLOW(), null=NULL, w_range=(0.0, 7.0))
     for sampler in ("stochastic", "encoder"):
         student.distilled = Distilled((2.0, 1.0, 0.0), sampler)
-        with pytest.raises(ValueError, match=f"no {sampler} sampler: distil one"):
+        with pytest.raises(ValueError, match=f"no {sampler} sampler: "):
             exported(student, stage_one, tmp_path / "out")

@@ -117,7 +117,7 @@ def stock_scheduler(student: NetworkDenoiser, teacher_scheduler: Any) -> Any:
     distilled = student.distilled
     flow = isinstance(student.preconditioning, Flow)
     if distilled is not None and distilled.sampler != "deterministic":
-        own = "run this student with SolverScheduler, or " if distilled.sampler == "stochastic" and not flow else ""
+        own = "run this student with student_scheduler, or " if distilled.sampler == "stochastic" else ""
         raise ValueError(
             f'stock diffusers has no {distilled.sampler} sampler: {own}distil one with sampler="deterministic"'
         )
@@ -130,7 +130,7 @@ def stock_scheduler(student: NetworkDenoiser, teacher_scheduler: Any) -> Any:
     if distilled is not None and not on_trailing_grid(distilled.sigmas, sigma_table(teacher_scheduler)):
         raise ValueError(
             f"the student's noise levels {[round(sigma, 3) for sigma in distilled.sigmas]} are not on the trailing "
-            "grid of stock schedulers: distil it with schedule=trailing, or run it with SolverScheduler"
+            "grid of stock schedulers: distil it with schedule=trailing, or run it with student_scheduler"
         )
     config = teacher_scheduler.config
     kept = ("num_train_timesteps", "beta_start", "beta_end", "beta_schedule", "trained_betas", "prediction_type")
