@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from diffdistill.interop.building import Found, build_strictly, load_strictly
+from diffdistill.interop.building import Found, build_strictly, load_strictly, sizes_of
 from diffdistill.interop.checkpoints import Checkpoint
 from diffdistill.interop.records import ForeignFileError
 from diffdistill.interop.tensors import TensorRecord
@@ -71,7 +71,7 @@ def _read_diffusion(
     config["provenance"] = {"format": "adm"}
     denoiser = build_strictly(config, _prefixed(records), checkpoint)
     variance = " and the variance" if architecture.out_channels > channels else ""
-    text = f"ADM, predicting the noise{variance}, {_shape(config)}, noise levels {table}"
+    text = f"ADM, predicting the noise{variance}, {sizes_of(config)}, noise levels {table}"
     return Found("adm", denoiser, text)
 
 
@@ -96,7 +96,7 @@ def _read_consistency(
         config["distilled"] = {"sigmas": [sigma_max, 0.0], "sampler": "deterministic"}
     denoiser = build_strictly(config, _prefixed(_linear_attention(records)), checkpoint)
     what = "consistency model" if family == "consistency" else "EDM model in the layout of consistency models"
-    return Found("consistency" if family == "consistency" else "edm", denoiser, f"{what}, {_shape(config)}")
+    return Found("consistency" if family == "consistency" else "edm", denoiser, f"{what}, {sizes_of(config)}")
 
 
 def _read_classifier(records: Mapping[str, Any], checkpoint: Checkpoint, hints: Hints) -> Found:
@@ -137,11 +137,6 @@ def _config(architecture: Architecture, hints: Hints, sigma_min: float, sigma_ma
         "sigma_min": sigma_min,
         "sigma_max": sigma_max,
     }
-
-
-def _shape(config: Mapping[str, Any]) -> str:
-    labels = f"{config['num_classes']} classes" if config["num_classes"] else "no classes"
-    return f"{'x'.join(str(n) for n in config['data_shape'])}, {labels}"
 
 
 def _prefixed(records: Mapping[str, Any]) -> dict[str, Any]:

@@ -145,6 +145,12 @@ def build_part(
     return module.eval()
 
 
+def sizes_of(config: Mapping[str, Any]) -> str:
+    """The sizes of images and the number of classes of a denoiser's config, for people."""
+    labels = f"{config['num_classes']} classes" if config["num_classes"] else "no classes"
+    return f"{'x'.join(str(n) for n in config['data_shape'])}, {labels}"
+
+
 def within(state: Mapping[str, Any], prefix: str) -> dict[str, Any]:
     """The entries whose names begin with `prefix`, without it."""
     return {name.removeprefix(prefix): record for name, record in state.items() if name.startswith(prefix)}

@@ -12,6 +12,7 @@ from diffdistill.interop.building import (
     load_strictly,
     module_state,
     real,
+    sizes_of,
     whole,
 )
 from diffdistill.interop.checkpoints import Checkpoint
@@ -80,10 +81,8 @@ def read_edm(checkpoint: Checkpoint) -> Found:
         "provenance": {"format": "edm", "class": record.kind, "source_sha256": record.source_sha256},
     }
     denoiser = build_strictly(config, records, checkpoint)
-    labels = f"{num_classes} classes" if num_classes else "no classes"
     description = (
-        f"EDM pickle: {network.kind} in {record.kind}, {channels}x{resolution}x{resolution}, {labels}, "
-        f"sigma {sigma_min:g} to {sigma_max:g}"
+        f"EDM pickle: {network.kind} in {record.kind}, {sizes_of(config)}, sigma {sigma_min:g} to {sigma_max:g}"
     )
     return Found("edm", denoiser, description)
 

@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from diffdistill.interop.building import Found, build_strictly, real
+from diffdistill.interop.building import Found, build_strictly, real, sizes_of
 from diffdistill.interop.checkpoints import Checkpoint
 from diffdistill.interop.records import ForeignFileError
 from diffdistill.interop.stable import read_stable_diffusion
@@ -68,10 +68,9 @@ def read_ldm(checkpoint: Checkpoint, hints: Hints | None = None) -> Found:
         "provenance": {"format": "ldm", "averaged": averaged, "scale_factor": _scale(checkpoint, state)},
     }
     denoiser = build_strictly(config, {f"model.{name}": record for name, record in records.items()}, checkpoint)
-    labels = f"{num_classes} classes" if num_classes else "no classes"
     text = (
-        f"latent diffusion, U-Net on {'x'.join(str(n) for n in config['data_shape'])} latents, {labels}, "
-        f"{'averaged' if averaged else 'last'} weights, sigma {levels[0]:.3g} to {levels[-1]:.3g}"
+        f"latent diffusion, U-Net on latents of {sizes_of(config)}, {'averaged' if averaged else 'last'} weights, "
+        f"sigma {levels[0]:.3g} to {levels[-1]:.3g}"
     )
     return Found("ldm", denoiser, text, settings={"scale_factor": config["provenance"]["scale_factor"]})
 

@@ -6,6 +6,7 @@ import os
 from pathlib import Path
 from typing import Any
 
+from diffdistill.atomic import new_folder
 from diffdistill.interop.building import Found
 from diffdistill.interop.diffusers.extra import diffusers
 
@@ -22,11 +23,15 @@ def write_pipeline(found: Found, tokenizer: str | os.PathLike[str], folder: str 
         ValueError: another model, one without autoencoder or text encoders, no tokenizer there, one of another
             vocabulary, or a folder with files in it.
     """
-    folder, parts = Path(folder), dict(found.settings)
+    parts = dict(found.settings)
     if found.kind != "stable-diffusion" or any(part is None for part in parts.values()):
         raise ValueError("only Stable Diffusion with its autoencoder and text encoders becomes a folder of diffusers")
-    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-        raise ValueError(f"{folder} is not empty: choose a new folder")
+    with new_folder(folder) as made:
+        _pipeline(parts, tokenizer).save_pretrained(made, safe_serialization=True)
+    return Path(folder)
+
+
+def _pipeline(parts: dict[str, Any], tokenizer: str | os.PathLike[str]) -> Any:
     parts["tokenizer"] = _tokenizer(tokenizer, parts["text_encoder"])
     if "text_encoder_2" in parts:
         parts["tokenizer_2"] = _tokenizer(tokenizer, parts["text_encoder_2"])
@@ -35,9 +40,7 @@ def write_pipeline(found: Found, tokenizer: str | os.PathLike[str], folder: str 
         family = "StableDiffusion"
         options = dict.fromkeys(("safety_checker", "feature_extractor")) | {"requires_safety_checker": False}
     task = "Inpaint" if parts["unet"].config.in_channels == 9 else ""
-    pipeline = getattr(diffusers(), f"{family}{task}Pipeline")(**parts, **options)
-    pipeline.save_pretrained(folder, safe_serialization=True)
-    return folder
+    return getattr(diffusers(), f"{family}{task}Pipeline")(**parts, **options)
 
 
 def _tokenizer(source: str | os.PathLike[str], encoder: Any) -> Any:

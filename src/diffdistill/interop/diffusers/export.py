@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import copy
 import os
-import shutil
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
-from diffdistill.atomic import write_text
+from diffdistill.atomic import new_folder
 from diffdistill.interop.diffusers.adapters import adapter_state, remove
 from diffdistill.interop.diffusers.base import DiffusersNetwork
 from diffdistill.interop.diffusers.card import model_card
@@ -51,9 +50,13 @@ def export_student(
         ValueError: a student of another kind or convention, one for the stochastic sampler, one whose noise levels
             are not those of the stock scheduler, or a folder with other files in it; "apart" without adapters.
     """
-    folder, apart = Path(folder), choose("adapters", adapters, {"merged": False, "apart": True})
-    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-        raise ValueError(f"{folder} is not empty: choose a new folder")
+    apart = choose("adapters", adapters, {"merged": False, "apart": True})
+    with new_folder(folder) as made:
+        _write(student, teacher, made, apart=apart)
+    return Path(folder)
+
+
+def _write(student: NetworkDenoiser, teacher: Parts, folder: Path, *, apart: bool) -> None:
     network, pipeline = checked(student), teacher.pipeline
     if apart and network.lora is None:
         raise ValueError('this student has no adapters: export it with adapters="merged"')
@@ -65,18 +68,13 @@ def export_student(
     parts = {**pipeline.components, EXPORTED[type(network)]: module, "scheduler": scheduler}
     flags = ("force_zeros_for_empty_prompt", "requires_safety_checker")
     exported = type(pipeline)(**parts, **{flag: pipeline.config[flag] for flag in flags if flag in pipeline.config})
-    temporary = folder.with_name(folder.name + ".part")
-    shutil.rmtree(temporary, ignore_errors=True)
-    exported.save_pretrained(temporary, safe_serialization=True)
+    exported.save_pretrained(folder, safe_serialization=True)
     if apart:
         assert network.lora is not None
         layers = {f"{EXPORTED[type(network)]}_lora_layers": adapter_state(network.module, network.lora)}
-        exported.save_lora_weights(temporary, **layers)
-    write_text(temporary / "README.md", model_card(student, type(pipeline).__name__, apart=apart))
-    if folder.exists():
-        folder.rmdir()
-    temporary.rename(folder)
-    return folder
+        exported.save_lora_weights(folder, **layers)
+    card = model_card(student, type(pipeline).__name__, apart=apart)
+    (folder / "README.md").write_text(card, encoding="utf-8")
 
 
 EXPORTED: dict[type, str] = {UNet2DCondition: "unet", FluxTransformer: "transformer"}

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from diffdistill.denoiser import per_sample
 from diffdistill.interop.diffusers.levels import FLOW_END
-from diffdistill.interop.diffusers.solver_scheduler import FrozenDict, SchedulerOutput, SolverScheduler
+from diffdistill.interop.diffusers.solver_scheduler import FrozenDict, SolverScheduler
 from diffdistill.solvers import Solver
 
 SHIFTING = ("use_dynamic_shifting", "base_shift", "max_shift", "base_image_seq_len", "max_image_seq_len")
@@ -84,26 +84,16 @@ class FlowSolverScheduler(SolverScheduler):
         """`sample` itself."""
         return sample
 
-    def step(
-        self,
-        model_output: Tensor,
-        timestep: Any,
-        sample: Tensor,
-        generator: Any = None,
-        return_dict: bool = True,
-    ) -> Any:
-        """Take the network's answer at `sample`, and return where the next evaluation or the next step begins.
-
-        Raises:
-            ValueError: a learned solver that gives the first evaluation another level than its schedule has.
-        """
-        dtype, sample = sample.dtype, sample.float()  # large levels lose too much in half precision
+    def _entered(self, sample: Tensor) -> Tensor:
+        sample = sample.float()  # large levels lose too much in half precision
         x = sample / self._scale(self._level, sample)
         ask = self._next(x).ask
         assert ask is not None
         if not torch.allclose(self._given(ask), self._level, rtol=1e-9, atol=0):
             raise ValueError("this learned solver moves the first evaluation, for which flow pipelines have no place")
-        (x,) = super().step(model_output.float(), timestep, x, generator, return_dict=False)
+        return x
+
+    def _left(self, x: Tensor) -> Tensor:
         if self._place.step == self.num_inference_steps:
             self._level = self.sigmas[-1:]
         else:
@@ -112,8 +102,7 @@ class FlowSolverScheduler(SolverScheduler):
             self._level = self._given(ask)
             # In place: the pipeline iterates over views of this tensor.
             self.timesteps[self._evaluations] = float(self._time(self._level))
-        z = (x * self._scale(self._level, x)).to(dtype)
-        return SchedulerOutput(prev_sample=z) if return_dict else (z,)
+        return x * self._scale(self._level, x)
 
     def _scale(self, level: Tensor, like: Tensor) -> Tensor:
         """What the network's input is over x, at a level `[1]` that the batch shares."""
@@ -124,6 +113,3 @@ class FlowSolverScheduler(SolverScheduler):
         t = torch.as_tensor(timestep).reshape(-1) / self.levels.preconditioning["time_scale"]
         t = per_sample(t.to(sample.device).expand(len(sample)), sample)
         return (1 - t) * sample + t * noise
-
-
-__all__ = ["FlowSolverScheduler"]

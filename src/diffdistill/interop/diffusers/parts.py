@@ -271,11 +271,12 @@ def load_pipeline(folder: str | Path, **options: Any) -> Parts:
     library = diffusers()
     folder = Path(folder)
     try:
-        json.loads((folder / "model_index.json").read_text())
+        index = json.loads((folder / "model_index.json").read_text())
+        unchecked = {"safety_checker": None} if "safety_checker" in index else {}
         pipeline = library.DiffusionPipeline.from_pretrained(
-            folder, local_files_only=True, use_safetensors=True, safety_checker=None
+            folder, local_files_only=True, use_safetensors=True, **unchecked
         )
-    except (OSError, ValueError, RuntimeError, AttributeError) as error:
+    except (OSError, ValueError, RuntimeError, AttributeError, TypeError) as error:
         raise ValueError(f"cannot read the diffusers folder {folder}: {' '.join(str(error).split())[:300]}") from None
     if (folder / ADAPTERS).is_file():  # of a student whose adapters lie apart
         pipeline.load_lora_weights(folder, weight_name=ADAPTERS)

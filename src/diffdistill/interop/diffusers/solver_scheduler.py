@@ -246,6 +246,7 @@ class SolverScheduler(SchedulerMixin, ConfigMixin):
         return_dict: bool = True,
     ) -> Any:
         """Take the network's answer at `sample`, and return where the next evaluation or the next step begins."""
+        dtype, sample = sample.dtype, self._entered(sample)
         place = self._next(sample)
         assert place.ask is not None
         answers = (*place.answers, self._evaluation(model_output, place.ask))
@@ -256,7 +257,16 @@ class SolverScheduler(SchedulerMixin, ConfigMixin):
         self._evaluations += 1
         x = self._place.start if self._place.ask is None else self._place.ask.x
         assert x is not None
+        x = self._left(x).to(dtype)
         return SchedulerOutput(prev_sample=x) if return_dict else (x,)
+
+    def _entered(self, sample: Tensor) -> Tensor:
+        """A pipeline's latents as the state of the solver."""
+        return sample
+
+    def _left(self, x: Tensor) -> Tensor:
+        """The state of the solver, after a step has been taken, as a pipeline's latents."""
+        return x
 
     def _evaluation(self, model_output: Tensor, ask: _Ask) -> Evaluation:
         """The network's answer as one of the denoiser."""
@@ -281,4 +291,4 @@ class SolverScheduler(SchedulerMixin, ConfigMixin):
         return len(self.timesteps)
 
 
-__all__ = ["FrozenDict", "SchedulerOutput", "SolverScheduler"]
+__all__ = ["FrozenDict", "SolverScheduler"]
