@@ -78,8 +78,8 @@ def work(folder):
     results["resumed"] = train(folder / "one", parallel="fsdp")
     results["found"] = {name: found_in_harmed(folder, name) for name in HARMS}
     results["again"] = train(folder / "bit flipped", parallel="fsdp", accumulation=2, channels_last=True)
-    train(folder / "frozen", parallel="fsdp", updates=4, frozen=True)
-    results["frozen"] = train(folder / "frozen", parallel="fsdp", updates=8, frozen=True)
+    train(folder / "frozen", parallel="fsdp", updates=2, frozen=True)
+    results["frozen"] = train(folder / "frozen", parallel="fsdp", updates=4, frozen=True)
     results["full disk"] = full_disk(folder / "full disk")
     scheme = plan(tiny_denoiser(), num_steps=3)
     results["samples"] = draw_to(folder / "parts", scheme, range(5, 12), LABELS, batch_size=2).x
@@ -117,7 +117,7 @@ def found_in_harmed(folder, name):
 
 def full_disk(path):
     """The error, and the files that are left, when process 1 cannot write its part of the second checkpoint."""
-    train(path, parallel="fsdp", updates=2)
+    train(path, parallel="fsdp", updates=1)
 
     def full(state, file, save=torch.save):
         save(state, file)
@@ -126,7 +126,7 @@ def full_disk(path):
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(torch, "save", full)
-        error = message(lambda: train(path, parallel="fsdp", updates=4))
+        error = message(lambda: train(path, parallel="fsdp", updates=2))
     barrier()
     return error, names(path)
 
@@ -309,22 +309,22 @@ def test_a_full_disk_of_one_process_stops_all_and_keeps_the_last_checkpoint(one,
     folder = one[0] / "full disk/checkpoints"
     for result in two:
         error, left = result["full disk"]
-        assert left == ["0000002.1of2.pt", "0000002.2of2.pt", "0000002.json"]
+        assert left == ["0000001.1of2.pt", "0000001.2of2.pt", "0000001.json"]
         assert error == (
-            f"could not write the checkpoint {folder / '0000004.2of2.pt'} ([Errno 28] No space left on device): "
-            f"the last good one is {folder / '0000002.json'}"
+            f"could not write the checkpoint {folder / '0000002.2of2.pt'} ([Errno 28] No space left on device): "
+            f"the last good one is {folder / '0000001.json'}"
         )
 
 
 def test_frozen_weights_are_split_but_neither_moved_nor_saved(one, two, tmp_path):
-    expected, found = train(tmp_path, updates=8, frozen=True), two[0]["frozen"]
+    expected, found = train(tmp_path, updates=4, frozen=True), two[0]["frozen"]
     np.testing.assert_allclose(found["losses"], expected["losses"], rtol=1e-5)
     moved = {
         name for name, value in tiny_denoiser().state_dict().items() if not torch.equal(found["model"][name], value)
     }
     trained = {name for name, parameter in tiny_denoiser().named_parameters() if parameter.ndim == 1}
     assert moved == trained
-    part = torch.load(one[0] / "frozen/checkpoints/0000008.1of2.pt", weights_only=True)
+    part = torch.load(one[0] / "frozen/checkpoints/0000004.1of2.pt", weights_only=True)
     assert {place[1] for place in part["pieces"] if place[0] == "average"} == trained
 
 
