@@ -10,7 +10,7 @@ import torch
 
 from diffdistill.training.distributed import processes
 
-SECONDS = 300
+SECONDS = 900
 """How long the processes may take, and may wait for each other."""
 CONTEXT = multiprocessing.get_context("forkserver")
 CONTEXT.set_forkserver_preload(["tests.training.test_processes", "tests.faults.pipeline"])
