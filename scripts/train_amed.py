@@ -14,6 +14,8 @@ from omegaconf import DictConfig
 from common import command, plain, provenance
 from diffdistill import load_denoiser
 from diffdistill.devices import device_of
+from diffdistill.evaluation.reproduction import Files
+from diffdistill.evaluation.tables import Need
 from diffdistill.learned import make_learned, make_task, save_predictor, trained
 from diffdistill.models import guided
 from diffdistill.solvers import make_schedule
@@ -27,6 +29,8 @@ def train(config: DictConfig) -> None:
     if source and not Path(model).exists():
         raise FileNotFoundError(f"{model} is not there: get it from {source}, or say model=PATH")
     run = Run(settings["out"], settings)
+    if Path(model).exists():
+        Files(run.path / "files.json").check(Need(model, source or "", settings["sha256"]))
     denoiser = load_denoiser(model, device=device_of(settings["trainer"]["device"]))
     if settings["w"] is not None:
         denoiser = guided(denoiser, settings["w"])

@@ -69,6 +69,11 @@ CASES = {
     "sides of an autoencoder": ("train_autoencoder", ["data.resolution=30", "data.size=10"], ["multiples of 4", "30"]),
     "nothing to encode": ("cache_latents", ["model=TEACHER"], ["data=shapes", "images=FOLDER"]),
     "no autoencoder to encode with": ("cache_latents", ["model=TEACHER", "data=shapes"], ["holds no autoencoder"]),
+    "another file than the preset's": (
+        "train_amed",
+        ["model=TEACHER", "sha256=0123456789abcdef01"],
+        ["SHA-256", "config says 0123456789abcdef..."],
+    ),
     "form of a learned solver": ("train_amed", ["form=nope"], ["nope", "plugin"]),
     "objective of a learned solver": ("train_amed", ["objective.name=nope"], ["nope", "stepwise"]),
     # runs

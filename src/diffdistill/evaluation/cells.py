@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 import platform
@@ -23,7 +22,7 @@ from diffdistill.evaluation.features import Features
 from diffdistill.evaluation.measures import Measured, measure, needed
 from diffdistill.evaluation.reference import Reference
 from diffdistill.evaluation.sources import Sampler
-from diffdistill.evaluation.tables import Cell, Table, located
+from diffdistill.evaluation.tables import Cell, Table
 from diffdistill.generation import Plan, count_nfe, plan, spread_labels
 from diffdistill.learned import load_predictor
 from diffdistill.models import guided
@@ -225,16 +224,6 @@ def hardware(device: torch.device) -> str:
 def versions() -> dict[str, str]:
     """Versions that matter to a number."""
     return {"diffdistill": diffdistill.__version__, "torch": torch.__version__, "python": platform.python_version()}
-
-
-def sha256(name: str) -> str:
-    """The SHA-256 of a file by its path, or of a shipped model by its name; of a folder, of all its files."""
-    path, digest = located(name), hashlib.sha256()
-    for file in sorted(p for p in path.rglob("*") if p.is_file()) if path.is_dir() else [path]:
-        with open(file, "rb") as stream:
-            while chunk := stream.read(2**22):
-                digest.update(chunk)
-    return digest.hexdigest()
 
 
 class Clock:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import importlib
 import os
 from functools import cached_property
@@ -15,6 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from diffdistill.evaluation.features import Features, to_bytes
+from diffdistill.hashes import sha256
 from diffdistill.models.files import fingerprint
 
 
@@ -64,7 +64,7 @@ class Inception(Features):
 
     @cached_property
     def _sha256(self) -> str:
-        return hashlib.sha256(self.path.read_bytes()).hexdigest()
+        return sha256(self.path)
 
     @property
     def weights(self) -> str | None:

@@ -12,11 +12,12 @@ import torch
 from tqdm import tqdm
 
 from diffdistill.atomic import write_text
-from diffdistill.evaluation.cells import Clock, Laboratory, Models, Result, prepare, sha256
+from diffdistill.evaluation.cells import Clock, Laboratory, Models, Result, prepare
 from diffdistill.evaluation.extractors import make_features
 from diffdistill.evaluation.sources import reference_from
-from diffdistill.evaluation.tables import Cell, Need, Table
+from diffdistill.evaluation.tables import Cell, Need, Table, located
 from diffdistill.generation import count_nfe
+from diffdistill.hashes import sha256
 from diffdistill.training import distributed
 
 
@@ -54,7 +55,7 @@ class Files:
             ValueError: it is not the one that the config states, or that was met before.
         """
         if need.path not in self.hashes:
-            self.hashes[need.path] = sha256(need.path)
+            self.hashes[need.path] = sha256(located(need.path))
             record = self.recorded()
             for expected, by in ((need.sha256, "the config"), (record.get(need.path), str(self.path))):
                 if expected is not None and expected != self.hashes[need.path]:

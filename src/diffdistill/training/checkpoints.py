@@ -7,7 +7,6 @@ of its files: `0001000.pt`, or `0001000.1of2.pt` and so on. Any number of proces
 from __future__ import annotations
 
 import contextlib
-import hashlib
 import json
 import logging
 from collections.abc import Iterator, Mapping, Sequence
@@ -18,6 +17,7 @@ from typing import Any
 import torch
 
 from diffdistill.atomic import replacing, write_text
+from diffdistill.hashes import sha256
 from diffdistill.training import sharding
 from diffdistill.training.distributed import barrier, from_main, gather, rank, world_size
 
@@ -204,15 +204,6 @@ def _verify(path: Path, expected: Mapping[str, Any]) -> None:
         raise CheckpointError(f"the checkpoint {path} is damaged: it has {size} bytes instead of {expected['bytes']}")
     if sha256(path) != expected["sha256"]:
         raise CheckpointError(f"the checkpoint {path} is damaged: its hash is not the one recorded")
-
-
-def sha256(path: Path) -> str:
-    """The hash of a file, in hexadecimal."""
-    digest = hashlib.sha256()
-    with open(path, "rb") as file:
-        while chunk := file.read(2**22):
-            digest.update(chunk)
-    return digest.hexdigest()
 
 
 def one_line(error: BaseException) -> str:

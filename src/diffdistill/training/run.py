@@ -10,7 +10,8 @@ from pathlib import Path
 from typing import Any
 
 from diffdistill.atomic import write_text
-from diffdistill.training.checkpoints import Checkpoint, Checkpoints, one_line, sha256
+from diffdistill.hashes import sha256
+from diffdistill.training.checkpoints import Checkpoint, Checkpoints, one_line
 from diffdistill.training.config import HARMLESS
 from diffdistill.training.distributed import barrier, from_main, rank
 
