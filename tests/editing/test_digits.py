@@ -54,7 +54,7 @@ def test_encoding_and_decoding_reproduces_a_digit(teacher):
     found = {name: psnr(images, x0) for name, images in zip(codes, again, strict=True)}
     print("PSNR of codes by", ", ".join(f"{name} {value:.1f} dB" for name, value in found.items()))
     assert found["256 steps"] >= 35
-    assert found["4 distilled"] >= 35 - 6
+    assert found["4 distilled"] >= 35
     assert found["4 distilled"] >= found["4 Euler"] + 10
     assert 0.5 < codes["256 steps"].std() < 1.5
 
