@@ -24,7 +24,10 @@ FORMULAS = {
     "polynomial": ({"rho": 3.0}, lambda f: (14 ** (1 / 3) + f * (0.03 ** (1 / 3) - 14 ** (1 / 3))) ** 3),
     "logsnr": ({}, lambda f: 14.0 * (0.03 / 14.0) ** f),
     "time_uniform": ({"rho": 2.0}, lambda f: vp_sigma((1 + f * (1e-3**0.5 - 1)) ** 2)),
-    "cosine": ({}, lambda f: math.tan(math.atan(14) + f * (math.atan(0.03) - math.atan(14)))),
+    "cosine": (
+        {"scale": 0.5},
+        lambda f: 0.5 * math.tan(math.atan(14 / 0.5) + f * (math.atan(0.03 / 0.5) - math.atan(14 / 0.5))),
+    ),
 }
 
 
@@ -36,6 +39,13 @@ def test_formula(name, num_steps):
     expected = torch.tensor([formula(i / num_steps) for i in range(num_steps + 1)], dtype=torch.float64)
     torch.testing.assert_close(sigmas, expected, rtol=1e-10, atol=0)
     assert (sigmas[0].item(), sigmas[-1].item()) == (14.0, 0.03)
+
+
+def test_cosine_is_that_of_data_of_unit_variance_unless_told_otherwise():
+    expected = [14.0, math.tan((math.atan(14) + math.atan(0.03)) / 2), 0.03]
+    torch.testing.assert_close(make_schedule("cosine", num_steps=2, **ENDS), torch.tensor(expected).double())
+    with pytest.raises(ValueError, match="scale must be positive, but is 0"):
+        make_schedule("cosine", num_steps=2, scale=0.0, **ENDS)
 
 
 def test_discrete_visits_the_entries_of_its_table():

@@ -112,11 +112,19 @@ def discrete(
     return _ends(interpolate(t, index, log_levels).exp(), sigma_min, sigma_max)
 
 
-def cosine(*, num_steps: int, sigma_min: float, sigma_max: float) -> Tensor:
-    """Uniform in the time t of the cosine process, `sigma = tan(pi t / 2)` (Salimans and Ho 2022, Section 2)."""
+def cosine(*, num_steps: int, sigma_min: float, sigma_max: float, scale: float = 1.0) -> Tensor:
+    """Uniform in the time t of the cosine process, `sigma = scale tan(pi t / 2)` (Salimans and Ho 2022, Section 2).
+
+    Their data have unit variance; `scale` is the standard deviation of data of another.
+
+    Raises:
+        ValueError: a `scale` that is not positive.
+    """
     check_range(sigma_min, sigma_max)
-    t_max, t_min = math.atan(sigma_max), math.atan(sigma_min)
-    return _ends((t_max + _unit(num_steps) * (t_min - t_max)).tan(), sigma_min, sigma_max)
+    if not 0 < scale < math.inf:
+        raise ValueError(f"scale must be positive, but is {scale}")
+    t_max, t_min = math.atan(sigma_max / scale), math.atan(sigma_min / scale)
+    return _ends(scale * (t_max + _unit(num_steps) * (t_min - t_max)).tan(), sigma_min, sigma_max)
 
 
 def trailing(
