@@ -135,14 +135,19 @@ def plain(config: DictConfig) -> dict[str, Any]:
     return {str(key): value for key, value in resolved.items()}
 
 
-def faster(scheme: Plan, settings: dict[str, Any]) -> Plan:
-    """A plan with the switches `precision`, `channels_last`, `compile` and `cuda_graph` of a script."""
-    bf16 = choose("precision", settings["precision"], {"fp32": False, "bf16": True})
-    switches = {name: settings[name] for name in ("channels_last", "compile", "cuda_graph")}
-    for name, value in switches.items():
+def switches(settings: dict[str, Any]) -> dict[str, bool]:
+    """The settings `channels_last`, `compile` and `cuda_graph` of a script."""
+    found = {name: settings[name] for name in ("channels_last", "compile", "cuda_graph")}
+    for name, value in found.items():
         if not isinstance(value, bool):
             raise ValueError(f"{name} must be true or false, but is {value!r}")
-    return replace(scheme, denoiser=accelerated(scheme.denoiser, **switches), bf16=bf16)
+    return found
+
+
+def faster(scheme: Plan, settings: dict[str, Any]) -> Plan:
+    """A plan with the switches of a script, and its `precision`."""
+    bf16 = choose("precision", settings["precision"], {"fp32": False, "bf16": True})
+    return replace(scheme, denoiser=accelerated(scheme.denoiser, **switches(settings)), bf16=bf16)
 
 
 def compose(config_name: str, overrides: list[str]) -> DictConfig:

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 from omegaconf import DictConfig
 
-from common import command, plain
+from common import command, faster, plain
 from diffdistill import load_denoiser
 from diffdistill.devices import device_of
 from diffdistill.evaluation.evaluate import Evaluation, describe, evaluate, write_record
@@ -38,7 +38,7 @@ def main(config: DictConfig) -> None:
             scheme = plan(
                 load_denoiser(settings["model"], device=device), **{name: settings.get(name) for name in PLAN}
             )
-            source = Sampler(scheme, settings["num_samples"] or 10_000, seed=settings["seed"])
+            source = Sampler(faster(scheme, settings), settings["num_samples"] or 10_000, seed=settings["seed"])
         record = evaluate(source, options, data=settings["data"], device=device)
         if rank() == 0:
             print(describe(record))

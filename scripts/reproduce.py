@@ -15,7 +15,7 @@ from pathlib import Path
 from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig
 
-from common import command, plain
+from common import command, plain, switches
 from diffdistill.devices import device_of
 from diffdistill.evaluation.html import write_pages
 from diffdistill.evaluation.pages import markdown, status
@@ -36,7 +36,8 @@ def main(config: DictConfig) -> None:
         return
     with processes():
         options["device"] = device_of(settings["device"])  # torchrun gives every process a GPU of its own
-        outcome = reproduce(table, folder, **options, save_samples=settings["save_samples"], again=settings["again"])
+        options |= {name: settings[name] for name in ("save_samples", "again")}
+        outcome = reproduce(table, folder, **options, switches=switches(settings))
         if rank() != 0:
             return
     print(markdown(outcome))

@@ -87,6 +87,20 @@ def test_a_cell_is_what_sampling_and_measuring_by_hand_give(model, done):
     assert Image.open(done.folder / "cells/euler-b__3.png").size[0] == 10 * (16 + 2) - 2
 
 
+def test_switches_are_those_of_the_denoiser_and_change_nothing(model, done, tmp_path, monkeypatch):
+    given = []
+
+    def accelerated(denoiser, **switches):
+        given.append(switches)
+        return denoiser
+
+    monkeypatch.setattr("diffdistill.evaluation.cells.accelerated", accelerated)
+    outcome = reproduce(table(model), tmp_path, device=CPU, batch_size=50, switches={"compile": True})
+    assert given == [{"compile": True}] * 3
+    for slug, result in done.results.items():
+        assert outcome.results[slug].measures["fid"].value == pytest.approx(result.measures["fid"].value, rel=1e-6)
+
+
 def test_only_what_can_be_measured_is(done):
     assert sorted(done.results) == ["euler-b__2", "euler-b__3", "heun__2"]
     assert [(need.path, need.get) for need in done.missing] == [

@@ -119,6 +119,8 @@ CASES = {
     "data of an edit": ("edit", ["data=shapes"], ["[3, 32, 32]", "[1, 8, 8]"]),
     # evaluation, conversion
     "nothing to measure": ("evaluate", [], ["samples=PATH", "model=NAME"]),
+    "a switch": ("evaluate", ["model=STUDENT", "compile=maybe"], ["compile", "true or false", "maybe"]),
+    "a switch of a table": ("reproduce", ["table=digits_students", "out=/nowhere", "compile=1"], ["compile", "1"]),
     "samples that are not there": ("evaluate", ["samples=/nowhere.npz"], ["/nowhere.npz"]),
     "measure": ("evaluate", ["samples=EMPTY", "measures=[fdi]"], ["'fdi'", "inception_score"]),
     "features": ("make_reference", ["features=nope", "out=OUT"], ["nope", "digits_classifier"]),

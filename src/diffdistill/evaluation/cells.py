@@ -7,7 +7,7 @@ import os
 import platform
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 import diffdistill
+from diffdistill.acceleration import accelerated
 from diffdistill.atomic import write_text
 from diffdistill.denoiser import Denoiser
 from diffdistill.evaluation.collect import Collected, collect
@@ -142,6 +143,7 @@ class Laboratory:
         models: loads denoisers onto the device.
         batch_size: of sampling.
         save_samples: keep the samples of each cell as an npz.
+        switches: those of `acceleration.accelerated`, which change samples by rounding only.
     """
 
     features: Features
@@ -149,6 +151,7 @@ class Laboratory:
     models: Models
     batch_size: int = 256
     save_samples: bool = False
+    switches: Mapping[str, bool] = field(default_factory=dict)
 
     def measure(self, table: Table, cell: Cell, folder: Path, digest: str, on_images: Callable[[int], None]) -> Result:
         """Sample and measure a cell, and write its grid (and samples) to `folder`. Every process draws its share.
@@ -163,6 +166,7 @@ class Laboratory:
                 f"row {cell.row!r}: a run of {prepared.plan.num_steps} steps takes {nfe} evaluations, "
                 f"not the {cell.column:g} of its column"
             )
+        scheme = replace(prepared.plan, denoiser=accelerated(prepared.plan.denoiser, **self.switches))
         drawn: list[Tensor] = []
 
         def watch(start: int, x: Tensor) -> None:
@@ -170,7 +174,7 @@ class Laboratory:
                 drawn.append(x.float().clamp(-1, 1).cpu())
             on_images(len(x))
 
-        sampler = Sampler(prepared.plan, table.num_samples, seed=table.seed, on_images=watch)
+        sampler = Sampler(scheme, table.num_samples, seed=table.seed, on_images=watch)
         collected = collect(
             sampler,
             self.features,

@@ -93,6 +93,7 @@ def reproduce(
     batch_size: int = 256,
     save_samples: bool = False,
     again: bool = False,
+    switches: Mapping[str, bool] | None = None,
 ) -> Outcome:
     """Measure the cells of a table whose files are there and that were not measured before.
 
@@ -107,6 +108,7 @@ def reproduce(
         batch_size: of sampling.
         save_samples: keep the samples of each cell.
         again: measure all cells again.
+        switches: those of `acceleration.accelerated`.
 
     Raises:
         ValueError, FileNotFoundError: files that are damaged or do not fit; a file that is merely absent is reported
@@ -131,7 +133,7 @@ def reproduce(
     if todo:
         features = make_features(table.features)
         reference = reference_from(table.reference, features, table.measures, device=device)
-        laboratory = Laboratory(features, reference, models, batch_size, save_samples)
+        laboratory = Laboratory(features, reference, models, batch_size, save_samples, switches or {})
         total, mine = len(todo) * table.num_samples, distributed.rank() == 0
         with tqdm(total=total, desc=table.name, unit="image", disable=None if mine else True) as bar:
             update = _scaled(bar)
