@@ -96,10 +96,8 @@ def add_adapters(denoiser: NetworkDenoiser, **options: Any) -> NetworkDenoiser:
     Raises:
         ValueError: a network that is not of diffusers, or has other adapters already.
     """
-    from diffdistill.interop.diffusers.base import DiffusersNetwork
-
-    network = denoiser.model
-    if not isinstance(network, DiffusersNetwork):
+    network: Any = denoiser.model
+    if not hasattr(network, "lora"):
         raise ValueError(f"adapters are for networks of diffusers, not for {type(network).__name__}: leave out lora")
     wanted = construct("adapters", "lora", {"lora": Adapters}, **options)
     if network.lora is None:
