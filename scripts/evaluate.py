@@ -18,7 +18,7 @@ from diffdistill.devices import device_of
 from diffdistill.evaluation.evaluate import Evaluation, describe, evaluate, write_record
 from diffdistill.evaluation.sources import Sampler, StoredImages, open_images
 from diffdistill.generation import plan
-from diffdistill.training.distributed import processes, rank
+from diffdistill.training.distributed import rank
 
 PLAN = ("w", "num_steps", "solver", "schedule", "start")
 
@@ -29,20 +29,17 @@ def main(config: DictConfig) -> None:
     if (settings["samples"] is None) == (settings["model"] is None):
         raise ValueError("give either samples=PATH (a folder, .zip or .npz) or model=NAME")
     options = Evaluation(**{name: settings[name] for name in Evaluation.__dataclass_fields__})
-    with processes():
-        device = device_of(settings["device"])
-        if settings["samples"] is not None:
-            images = open_images(settings["samples"], resolution=settings["resolution"])
-            source = StoredImages(images, limit=settings["num_samples"])
-        else:
-            scheme = plan(
-                load_denoiser(settings["model"], device=device), **{name: settings.get(name) for name in PLAN}
-            )
-            source = Sampler(faster(scheme, settings), settings["num_samples"] or 10_000, seed=settings["seed"])
-        record = evaluate(source, options, data=settings["data"], device=device)
-        if rank() == 0:
-            print(describe(record))
-            write_record(record, settings, settings["out"])
+    device = device_of(settings["device"])
+    if settings["samples"] is not None:
+        images = open_images(settings["samples"], resolution=settings["resolution"])
+        source = StoredImages(images, limit=settings["num_samples"])
+    else:
+        scheme = plan(load_denoiser(settings["model"], device=device), **{name: settings.get(name) for name in PLAN})
+        source = Sampler(faster(scheme, settings), settings["num_samples"] or 10_000, seed=settings["seed"])
+    record = evaluate(source, options, data=settings["data"], device=device)
+    if rank() == 0:
+        print(describe(record))
+        write_record(record, settings, settings["out"])
 
 
 if __name__ == "__main__":

@@ -21,7 +21,7 @@ from diffdistill.evaluation.html import write_pages
 from diffdistill.evaluation.pages import markdown, status
 from diffdistill.evaluation.reproduction import dry_run, reproduce
 from diffdistill.evaluation.tables import Table
-from diffdistill.training.distributed import processes, rank
+from diffdistill.training.distributed import rank
 
 
 @command("reproduce")
@@ -34,12 +34,10 @@ def main(config: DictConfig) -> None:
     if settings["dry_run"]:
         print(dry_run(table, folder, **options))
         return
-    with processes():
-        options["device"] = device_of(settings["device"])  # torchrun gives every process a GPU of its own
-        options |= {name: settings[name] for name in ("save_samples", "again")}
-        outcome = reproduce(table, folder, **options, switches=switches(settings))
-        if rank() != 0:
-            return
+    options |= {name: settings[name] for name in ("save_samples", "again")}
+    outcome = reproduce(table, folder, **options, switches=switches(settings))
+    if rank() != 0:
+        return
     print(markdown(outcome))
     print(f"written: {', '.join(str(path) for path in write_pages(outcome))}")
     if not outcome.results:
