@@ -8,8 +8,9 @@ from pathlib import Path
 import pytest
 import torch
 from torch import nn
+from torch.torch_version import TorchVersion
 
-from diffdistill.training import CheckpointError, Loss, NonFiniteLossError, Objective, Run, Trainer
+from diffdistill.training import CheckpointError, Loss, NonFiniteLossError, Objective, Run, Trainer, sharding
 from diffdistill.training.average import WeightAverage
 from diffdistill.training.randomness import rand
 from tests.training.problems import Fit, HeldRows, Rows, settings
@@ -317,3 +318,9 @@ def test_a_signal_writes_a_checkpoint_and_ends_the_run(tmp_path, signum, code):
     checkpoint = Run(tmp_path, {}).load_checkpoint()
     assert checkpoint is not None and checkpoint.update >= 2
     assert json.loads(checkpoint.path.with_suffix(".json").read_text())["update"] == checkpoint.update
+
+
+def test_an_old_pytorch_is_refused_before_it_splits(monkeypatch):
+    monkeypatch.setattr(torch, "__version__", TorchVersion("2.6.0"))
+    with pytest.raises(ValueError, match=r"fsdp needs a PyTorch later than 2\.6\.0: update it, or choose ddp"):
+        sharding.shard(torch.nn.Linear(2, 3), torch.device("cpu"))

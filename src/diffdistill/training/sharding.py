@@ -27,7 +27,15 @@ def blocks(module: nn.Module) -> Iterator[nn.Module]:
 
 
 def shard(module: nn.Module, device: torch.device) -> None:
-    """Split the parameters of every block over all processes; `module` must then be used by calling it."""
+    """Split the parameters of every block over all processes; `module` must then be used by calling it.
+
+    Raises:
+        ValueError: with PyTorch 2.6, whose backward pass finds its split weights overwritten.
+    """
+    if torch.__version__ < "2.7":
+        raise ValueError(
+            f"trainer.parallel=fsdp needs a PyTorch later than {torch.__version__}: update it, or choose ddp"
+        )
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import fully_shard
 
