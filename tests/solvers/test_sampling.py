@@ -21,7 +21,7 @@ from diffdistill.solvers import (
     seeded_noise,
 )
 
-STOCHASTIC = {"edm_sde": {"s_churn": 10.0, "s_noise": 1.0}, "euler_ancestral": {"eta": 1.0}}
+STOCHASTIC = {"edm_sde": {"churn": 10.0, "s_noise": 1.0}, "euler_ancestral": {"eta": 1.0}}
 
 
 @pytest.mark.parametrize("name", STOCHASTIC)
@@ -120,6 +120,10 @@ def test_dynamic_thresholding():
     assert torch.equal(result[0], x[0])
     bound = torch.quantile(x[1].abs(), 0.995)
     torch.testing.assert_close(result[1], x[1].clamp(-bound, bound) / bound)
+    for dtype in (torch.bfloat16, torch.float16, torch.float64):
+        half = dynamic_thresholding(x.to(dtype))
+        assert half.dtype == dtype
+        torch.testing.assert_close(half.float(), result, rtol=0, atol=0.02)
 
 
 def test_thresholding_reaches_every_prediction():
@@ -143,6 +147,15 @@ def test_bad_input():
         sample(mixture, noise, cond=torch.tensor([0, 1]), **good)
     with pytest.raises(ValueError, match="0 to 1"):
         sample(mixture, noise, cond=torch.tensor([0, 1, 2]), **good)
+    for seeds in ([3], [3, 4, 5, 6]):
+        with pytest.raises(ValueError, match=f"each of the 3 samples, but there are {len(seeds)}"):
+            sample(mixture, noise, solver=make_solver("euler_ancestral"), sigmas=good["sigmas"], seeds=seeds)
+    with pytest.raises(ValueError, match=r"answers \[1, 2, 5\] for x of the shape \[3, 2, 5\]"):
+        sample(lambda x, sigma, cond: x[:1], noise, **good)
+    with pytest.raises(TypeError, match="solver must be a Solver, such as make_solver makes, but is 'euler'"):
+        sample(mixture, noise, solver="euler", sigmas=good["sigmas"])
+    with pytest.raises(TypeError, match=r"GaussianStart or None, but is 2\.5"):
+        sample(mixture, noise, start=2.5, **good)
 
 
 def test_imports_torch_numpy_and_scipy_only():

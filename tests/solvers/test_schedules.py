@@ -3,11 +3,12 @@
 import itertools
 import math
 
+import numpy as np
 import pytest
 import torch
 
 from diffdistill.models import GaussianMixture
-from diffdistill.solvers import SCHEDULES, make_schedule
+from diffdistill.solvers import SCHEDULES, make_schedule, make_solver
 from diffdistill.solvers.gits import shortest_path
 from diffdistill.solvers.schedules import ALIGN_YOUR_STEPS
 
@@ -39,6 +40,11 @@ def test_formula(name, num_steps):
     expected = torch.tensor([formula(i / num_steps) for i in range(num_steps + 1)], dtype=torch.float64)
     torch.testing.assert_close(sigmas, expected, rtol=1e-10, atol=0)
     assert (sigmas[0].item(), sigmas[-1].item()) == (14.0, 0.03)
+
+
+def test_integers_of_numpy_count():
+    assert len(make_schedule("polynomial", num_steps=np.int64(3), **ENDS)) == 4
+    assert make_solver("ipndm", order=np.int64(3)).memory == 2
 
 
 def test_cosine_is_that_of_data_of_unit_variance_unless_told_otherwise():
@@ -106,6 +112,8 @@ def test_gits_needs_few_steps_where_the_trajectory_bends():
         ("logsnr", {"num_steps": 3, **ENDS, "rho": 7}, TypeError, "num_steps, sigma_min, sigma_max"),
         ("polynomial", {"num_steps": 0, **ENDS}, ValueError, "at least 1"),
         ("polynomial", {"num_steps": 2.5, **ENDS}, ValueError, "integer"),
+        ("polynomial", {"num_steps": 6.0, **ENDS}, ValueError, "integer"),
+        ("polynomial", {"num_steps": "6", **ENDS}, ValueError, "integer of at least 1, but is '6'"),
         ("polynomial", {"num_steps": 3, "sigma_min": 2.0, "sigma_max": 1.0}, ValueError, "sigma_min < sigma_max"),
         ("polynomial", {"num_steps": 3, "sigma_min": -1.0, "sigma_max": 1.0}, ValueError, "0 <= sigma_min"),
         ("polynomial", {"num_steps": 3, **ENDS, "rho": 0.0}, ValueError, "rho"),
