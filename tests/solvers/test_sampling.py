@@ -1,5 +1,6 @@
 """Runs: stochastic solvers, thresholding, the analytical first step, labels, and what the package imports."""
 
+import itertools
 import subprocess
 import sys
 
@@ -34,6 +35,29 @@ def test_marginal_variance_on_a_gaussian(name):
     run = sample(gaussian, noise, solver=make_solver(name, **STOCHASTIC[name]), sigmas=sigmas, return_trajectory=True)
     measured = run.x.flatten(1).var(dim=1)
     torch.testing.assert_close(measured, variance + run.sigmas**2, rtol=0.08, atol=0.0)
+
+
+def test_edm_sde_is_algorithm_2_of_edm():
+    mixture = GaussianMixture([0.5, 0.5], torch.randn(2, 2, 5), [0.1, 0.2])
+    options = {"churn": 2.0, "s_min": 0.1, "s_max": 15.0, "s_noise": 1.01}
+    sigmas = [*make_schedule("polynomial", num_steps=5, sigma_min=0.05, sigma_max=20.0).tolist(), 0.0]
+    noise = seeded_noise([3, 11, 4], (2, 5), dtype=torch.float64)
+    stream = SampleNoise([3, 11, 4], (2, 5))
+    stream.draw()
+
+    def slope(x, t):
+        return (x - mixture(x, torch.full((3,), t, dtype=torch.float64))) / t
+
+    x = sigmas[0] * noise
+    for t, t_next in itertools.pairwise(sigmas):
+        t_hat = t * (1 + 2.0 / 6) if 0.1 <= t <= 15 else t
+        x_hat = x + (t_hat**2 - t**2) ** 0.5 * 1.01 * stream.draw(dtype=torch.float64)
+        d = slope(x_hat, t_hat)
+        x = x_hat + (t_next - t_hat) * d
+        if t_next > 0:
+            x = x_hat + (t_next - t_hat) * (d + slope(x, t_next)) / 2
+    found = sample(mixture, noise, solver=make_solver("edm_sde", **options), sigmas=sigmas, seeds=[3, 11, 4])
+    torch.testing.assert_close(found, x, rtol=1e-12, atol=1e-12)
 
 
 @pytest.mark.parametrize("name", STOCHASTIC)

@@ -54,9 +54,9 @@ class EDMStochastic(Heun):
         noise = self.check_noise(noise)
         sigma = interval.sigma
         gamma = min(self.churn / interval.total, math.sqrt(2) - 1)
-        churned = (sigma >= self.s_min) & (sigma <= self.s_max)
+        churned = sigma * ((sigma >= self.s_min) & (sigma <= self.s_max))  # 0 where nothing is added
         # sqrt(sigma_hat**2 - sigma**2), without a root whose gradient is infinite where nothing is added
-        added = sigma * churned * (math.sqrt(gamma * (2 + gamma)) * self.s_noise)
-        sigma_hat = sigma * (1 + gamma * churned)
+        added = churned * (math.sqrt(gamma * (2 + gamma)) * self.s_noise)
+        sigma_hat = sigma + gamma * churned
         x_hat = x + per_sample(added, x) * noise
         return super().step(flow, x_hat, replace(interval, sigma=sigma_hat), history, correction=correction)
