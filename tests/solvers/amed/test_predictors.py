@@ -47,6 +47,13 @@ def test_forward_pass_and_parameter_names_are_the_published_ones():
     torch.testing.assert_close(predictor(channels, sigma, sigma_next).r, correction.r, rtol=0, atol=1e-6)
 
 
+def test_autocast_leaves_the_predictor_alone():
+    predictor, features, sigma = AMEDPredictor(), torch.randn(3, 5, 8, 8), torch.tensor([40.0, 3.0, 0.2])
+    with torch.autocast("cpu", torch.bfloat16):
+        half = predictor(features, sigma, sigma / 2)
+    assert torch.equal(half.r, predictor(features, sigma, sigma / 2).r)
+
+
 def test_sizes_and_bounds():
     assert sum(p.numel() for p in AMEDPredictor(0, 0).parameters()) == 8929
     assert sum(p.numel() for p in AMEDPredictor(0.01, 0.2).parameters()) == 8929 + 2 * 21
