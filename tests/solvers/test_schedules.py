@@ -9,7 +9,7 @@ import torch
 
 from diffdistill.models import GaussianMixture
 from diffdistill.solvers import SCHEDULES, make_schedule, make_solver
-from diffdistill.solvers.gits import shortest_path
+from diffdistill.solvers.gits import METRICS, shortest_path
 from diffdistill.solvers.schedules import ALIGN_YOUR_STEPS
 
 ENDS = {"sigma_min": 0.03, "sigma_max": 14.0}
@@ -82,6 +82,27 @@ def test_shortest_path_is_that_of_brute_force(num_steps):
 
     paths = [(0, *inner, 6) for inner in itertools.combinations(range(1, 6), num_steps - 1)]
     assert tuple(shortest_path(cost, num_steps, 1.15)) == min(paths, key=total)
+
+
+@pytest.mark.parametrize("metric", METRICS)
+def test_costs_of_gits_are_those_of_each_jump(metric):
+    points, slopes = torch.randn(5, 3, 7).double().cumsum(0), torch.randn(4, 3, 7).double()
+    sigmas = make_schedule([9.0, 4.0, 2.0, 0.5, 0.1])
+    costs = METRICS[metric](points, slopes, sigmas - sigmas[:-1, None])
+
+    def deviation(x):
+        to_end, chord = points[-1] - x, points[-1] - points[0]
+        along = (to_end * chord).sum(1) / chord.norm(dim=1)
+        return (to_end.square().sum(1) - along**2).clamp(min=0).sqrt()
+
+    for i, j in itertools.combinations(range(5), 2):
+        jump = points[i] + (sigmas[j] - sigmas[i]) * slopes[i]
+        expected = {
+            "dev": deviation(jump) - deviation(points[j]),
+            "l1": (jump - points[j]).abs().sum(1),
+            "l2": (jump - points[j]).norm(dim=1),
+        }
+        torch.testing.assert_close(costs[i, j], expected[metric].mean())
 
 
 @pytest.mark.parametrize("metric", ["dev", "l1", "l2"])
