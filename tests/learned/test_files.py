@@ -113,6 +113,7 @@ def test_damaged_and_foreign_files_are_refused(tmp_path):
         ({"form": "heun"}, "amed, plugin, steps"),
         ({"predictor": {"name": "amed", "scale_dir": 2.0}}, r"\[0, 1\)"),
         ({"sigmas": [1.0, 2.0]}, "decrease"),
+        ({"predictor": {"name": "table", "num_intervals": 10**15}}, "make 3 intervals"),
         ({"extra": 1}, "builds no solver"),
     ):
         with pytest.raises(ValueError, match=message):

@@ -139,11 +139,11 @@ def make_learned(
     """
     sigmas = check_sigmas(torch.as_tensor(sigmas, dtype=torch.float64))
     options, inner = dict(predictor), dict(inner or {})
-    name = options.pop("name", None)
-    if name == "table":
-        options.setdefault("num_intervals", len(sigmas) - 1 - bool(sigmas[-1] == 0))
+    name, intervals = options.pop("name", None), len(sigmas) - 1 - bool(sigmas[-1] == 0)
+    if name == "table" and options.setdefault("num_intervals", intervals) != intervals:
+        raise ValueError(f"num_intervals={options['num_intervals']}: the noise levels make {intervals} intervals")
     built = construct("predictor", str(name), PREDICTORS, **options)
-    built.num_intervals = len(sigmas) - 1 - bool(sigmas[-1] == 0)
+    built.num_intervals = intervals
     solver = choose("form", form, FORMS)(built, inner)
     return LearnedSolver(form, inner, dict(predictor), sigmas, solver, start, trained_for, dict(provenance or {}))
 
