@@ -109,12 +109,14 @@ class Denoiser(nn.Module):
         """The condition of the same structure as `cond` that carries no information.
 
         Raises:
-            ValueError: `cond` is no class labels, of which -1 is the one.
+            ValueError: `cond` is not class labels, whose null is -1.
         """
         if cond is None:
             return None
         if not isinstance(cond, Tensor) or cond.is_floating_point():
-            raise ValueError("this condition is no class labels: say which one carries no information, with null=...")
+            raise ValueError(
+                "only class labels have a null of their own, -1: say which condition carries no information, null=..."
+            )
         return torch.full_like(cond, NULL_LABEL)
 
     def check_condition(self, cond: Any, batch: int) -> None:

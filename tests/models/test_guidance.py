@@ -71,7 +71,7 @@ def test_conditions_may_be_dicts_with_an_explicit_null():
 
 @pytest.mark.parametrize("cond", [torch.randn(3, 5), {"text": torch.randn(3, 5)}], ids=["tensor", "dict"])
 def test_a_condition_that_is_no_label_needs_an_explicit_null(cond):
-    with pytest.raises(ValueError, match="no class labels: say which one carries no information, with null="):
+    with pytest.raises(ValueError, match="say which condition carries no information, null="):
         ClassifierFreeGuidance(lambda x, sigma, cond: x, 1.0)(X, SIGMA, cond)
 
 

@@ -111,10 +111,10 @@ def sample(
         The sample `[B, ...]`, or a `Trajectory`.
 
     Raises:
-        ValueError: levels that do not decrease, unknown thresholding, labels or seeds of the wrong number, a learned
-            solver that reads the bottleneck of a denoiser that declares none, levels that do not begin where `start`
-            ends.
-        TypeError: a solver or a start that is none.
+        ValueError: levels that do not decrease, unknown thresholding, labels of the wrong shape, another number of
+            seeds than of samples, a learned solver that reads the bottleneck of a denoiser that declares none, levels
+            that do not begin where `start` ends, a denoiser that answers in another shape.
+        TypeError: `solver` is no `Solver`, or `start` no `GaussianStart`.
     """
     if not isinstance(solver, Solver):
         raise TypeError(f"solver must be a Solver, such as make_solver makes, but is {solver!r}")
