@@ -67,6 +67,8 @@ def stepwise(
     """
     if not isinstance(learned.solver, AMEDPlugin):
         raise ValueError(f"stepwise training is for the forms amed and plugin, not {learned.form}: use endpoint")
+    if learned.start is not None:
+        raise ValueError("stepwise training follows runs from noise, not from an analytic start: use endpoint")
     fine = make_schedule(**schedule, num_steps=(points + 1) * learned.num_steps)
     objective = StepwiseDistillation(
         denoiser,

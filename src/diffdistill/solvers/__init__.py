@@ -1,4 +1,4 @@
-"""Fast ODE solvers for diffusion models. Needs torch, numpy and scipy only."""
+"""Fast ODE solvers for diffusion models. Needs torch and numpy only."""
 
 from __future__ import annotations
 
