@@ -291,4 +291,4 @@ class SolverScheduler(SchedulerMixin, ConfigMixin):
         return len(self.timesteps)
 
 
-__all__ = ["FrozenDict", "SolverScheduler"]
+__all__ = ["FrozenDict", "SchedulerMixin", "SolverScheduler"]
