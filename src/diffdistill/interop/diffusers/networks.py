@@ -54,6 +54,12 @@ class DiT(Labelled):
 
     kind = "DiTTransformer2DModel"
 
+    def __init__(self, module: Any, **common: Any) -> None:
+        super().__init__(module, **common)
+        for place in self.places:
+            # In training every block would drop labels by itself: whether there is one is said by the condition.
+            place.get_submodule("class_embedder").dropout_prob = 0.0  # pyright: ignore[reportAttributeAccessIssue]
+
     @property
     def label_dim(self) -> int:
         return self.options.num_embeds_ada_norm
