@@ -60,7 +60,7 @@ def read_foreign(path: str | os.PathLike[str], hints: Hints | None = None) -> Fo
     with open_checkpoint(path) as checkpoint:
         if find_module(checkpoint.root) is not None:
             found = read_edm(checkpoint)
-        elif holds_latent_diffusion(checkpoint.root):
+        elif holds_latent_diffusion(checkpoint):
             found = read_ldm(checkpoint, hints)
         elif isinstance(checkpoint.root, dict) and "input_blocks.0.0.weight" in checkpoint.root:
             found = read_adm(checkpoint, path, hints)

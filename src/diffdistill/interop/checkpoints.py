@@ -43,6 +43,12 @@ class Checkpoint:
     root: Any
     nbytes: int
 
+    @property
+    def state(self) -> Mapping[Any, Any]:
+        """The state dict: the root, or what it holds under `state_dict`; empty if there is none."""
+        state = self.root.get("state_dict", self.root) if isinstance(self.root, dict) else None
+        return state if isinstance(state, dict) else {}
+
     def tensors(self, records: Mapping[str, Any]) -> dict[str, Tensor]:
         """The tensors of a state dict.
 
@@ -200,7 +206,7 @@ SAFE_DTYPES = {
 
 
 def _read_safetensors(path: Path, size: int) -> dict[str, Any]:
-    """The tensors of a safetensors file, as the state dict of a file of latent diffusion or as a flat one."""
+    """The tensors of a safetensors file."""
     try:
         with open(path, "rb") as file:
             length = int.from_bytes(file.read(8), "little")
@@ -210,12 +216,11 @@ def _read_safetensors(path: Path, size: int) -> dict[str, Any]:
         header.pop("__metadata__", None)
         if len(header) > MAX_TENSORS:
             raise ForeignFileError(f"the safetensors file lists {len(header)} tensors")
-        records = {name: _safe_record(path, entry, 8 + length, size) for name, entry in header.items()}
+        return {name: _safe_record(path, entry, 8 + length, size) for name, entry in header.items()}
     except (KeyError, TypeError, ValueError, AttributeError, RecursionError) as error:
         if isinstance(error, ForeignFileError):
             raise
         raise ForeignFileError("damaged header of a safetensors file") from None
-    return {"state_dict": records} if any("." in name and name.startswith("model.") for name in records) else records
 
 
 def _safe_record(path: Path, entry: Mapping[str, Any], start: int, size: int) -> TensorRecord:

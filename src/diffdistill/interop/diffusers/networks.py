@@ -57,8 +57,8 @@ class DiT(Labelled):
     def __init__(self, module: Any, **common: Any) -> None:
         super().__init__(module, **common)
         for place in self.places:
-            # In training every block would drop labels by itself: whether there is one is said by the condition.
-            place.get_submodule("class_embedder").dropout_prob = 0.0  # pyright: ignore[reportAttributeAccessIssue]
+            embedder: Any = place.get_submodule("class_embedder")
+            embedder.dropout_prob = 0.0  # it would drop labels in training, where the condition says if there is one
 
     @property
     def label_dim(self) -> int:
