@@ -196,9 +196,22 @@ NETWORKS = {
 }
 
 
+def fakes_a_gpu():
+    """Whether fake tensors compute on a GPU that is not there: in PyTorch 2.6 convolutions and copies ask for one."""
+    with FakeTensorMode():
+        x = torch.empty(3, device="cuda")
+        try:
+            x.copy_(x)
+        except RuntimeError:
+            return False
+    return True
+
+
 @pytest.mark.parametrize(("network", "solver"), [("dhariwal", "euler"), ("song", "heun"), ("song", "unipc")])
 def test_a_run_neither_waits_for_the_gpu_nor_copies(network, solver):
     # On PyTorch's fake tensors: a read by the host raises, and a copy between devices is seen by `Crossings`.
+    if not fakes_a_gpu():
+        pytest.skip("this PyTorch fakes no GPU without a driver")
     config = {**tiny_denoiser().config, **NETWORKS[network]}
     with FakeTensorMode(allow_non_fake_inputs=True), torch.no_grad():
         with torch.device("cuda"):

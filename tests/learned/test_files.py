@@ -5,7 +5,7 @@ import json
 import pytest
 import torch
 from safetensors import safe_open
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load, save_file
 
 from diffdistill.learned import (
     LearnedSampler,
@@ -95,7 +95,7 @@ def test_damaged_and_foreign_files_are_refused(tmp_path):
         with pytest.raises(ValueError, match="whole safetensors"):
             load_predictor(path)
     path.write_bytes(whole)
-    state = load_file(path)
+    state = load(whole)
     with safe_open(path, framework="pt") as file:
         record = json.loads(file.metadata()[PREDICTOR.key])
 

@@ -6,7 +6,7 @@ import sys
 
 import pytest
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load, save_file
 
 from diffdistill.denoiser import Distilled
 from diffdistill.models import (
@@ -31,7 +31,7 @@ def rewrite(path, change=lambda config: None, state=None):
     with safe_open(path, framework="pt") as file:
         config = json.loads(file.metadata()["diffdistill"])
     change(config)
-    save_file(state or load_file(path), path, metadata={"diffdistill": json.dumps(config)})
+    save_file(state or load(path.read_bytes()), path, metadata={"diffdistill": json.dumps(config)})
 
 
 @pytest.mark.parametrize("place", ["model.safetensors", "folder"])

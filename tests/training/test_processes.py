@@ -18,6 +18,9 @@ from diffdistill.training.weighting import make_weighting
 from tests.builders import tiny_denoiser
 from tests.training.several import several
 
+pytestmark = pytest.mark.skipif(
+    not hasattr(torch.cpu.Stream, "record_event"), reason="PyTorch 2.6 has no FSDP2 on CPUs"
+)
 LABELS = spread_labels(7, 4)
 
 

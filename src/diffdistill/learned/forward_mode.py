@@ -8,11 +8,14 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import replace
+from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd import forward_ad
 from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.overrides import TorchFunctionMode
 
 from diffdistill.solvers import Correction, Evaluation, ProbabilityFlow
 from diffdistill.solvers.levels import Level
@@ -42,6 +45,15 @@ class RecordingFlow(ProbabilityFlow):
         return evaluation
 
 
+class PlainNorms(TorchFunctionMode):
+    """Group norms see tensors in the plain layout: PyTorch 2.6 has their forward derivative in no other."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is F.group_norm:
+            args = (args[0].contiguous(), *args[1:])
+        return func(*args, **(kwargs or {}))
+
+
 def forward_mode_error(
     step: Step, flow: ProbabilityFlow, correction: Correction, target: Tensor
 ) -> tuple[Tensor, Tensor, tuple[Evaluation, ...]]:
@@ -60,7 +72,8 @@ def forward_mode_error(
     detached = replace(correction, **{name: value.detach().clone() for name, value in numbers.items()})
     recorder = RecordingFlow(flow)
     x_next, history, slopes = None, (), {}
-    with torch.no_grad(), sdpa_kernel(SDPBackend.MATH):  # the other kernels of attention have no forward derivative
+    # The other kernels of attention have no forward derivative.
+    with torch.no_grad(), sdpa_kernel(SDPBackend.MATH), PlainNorms():
         for name in sorted(numbers, key=lambda name: name == "scale_dir"):
             # Nothing that the network is given depends on scale_dir, so its answers can be played back.
             asked = ReplayFlow(recorder.answers) if name == "scale_dir" and x_next is not None else recorder

@@ -63,10 +63,11 @@ def vae(channels=4):
 
 def tokenizer():
     tokens = ["<|startoftext|>", "<|endoftext|>", *LETTERS, *(f"{letter}</w>" for letter in LETTERS)]
-    folder = Path(tempfile.mkdtemp())
-    (folder / "vocab.json").write_text(json.dumps({token: i for i, token in enumerate(tokens)}))
-    (folder / "merges.txt").write_text("#version: 0.2\n")
-    return transformers.CLIPTokenizer(str(folder / "vocab.json"), str(folder / "merges.txt"), model_max_length=7)
+    with tempfile.TemporaryDirectory() as folder:
+        vocabulary, merges = Path(folder, "vocab.json"), Path(folder, "merges.txt")
+        vocabulary.write_text(json.dumps({token: i for i, token in enumerate(tokens)}))
+        merges.write_text("#version: 0.2\n")
+        return transformers.CLIPTokenizer(str(vocabulary), str(merges), model_max_length=7)
 
 
 def text_encoder(width=12, projection=None):

@@ -64,7 +64,7 @@ def _write(student: NetworkDenoiser, teacher: Parts, folder: Path, *, apart: boo
     if apart and network.lora is None:
         raise ValueError('this student has no adapters: export it with adapters="merged"')
     scheduler = stock_scheduler(student, pipeline.scheduler)
-    module = copy.deepcopy(network.module).cpu()
+    module = copy.deepcopy(network.module).cpu().to(memory_format=torch.contiguous_format)  # as files hold weights
     if network.lora is not None:
         remove(module, merge=not apart)
     module.register_to_config(**{RECORD: guidance_record(student)})
