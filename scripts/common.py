@@ -20,7 +20,7 @@ import torch
 from hydra.core.hydra_config import HydraConfig
 from hydra.errors import HydraException, MissingConfigException
 from omegaconf import DictConfig, OmegaConf
-from omegaconf.errors import OmegaConfBaseException
+from omegaconf.errors import MissingMandatoryValue, OmegaConfBaseException
 
 from diffdistill.acceleration import accelerated
 from diffdistill.data import ImageData
@@ -131,6 +131,8 @@ def one_line(error: BaseException) -> str:
             str(p.relative_to(Path(CONFIGS, group)).with_suffix("")) for p in Path(CONFIGS, group).rglob("*.yaml")
         )
         return f"unknown {group} {name!r}: choose one of {', '.join(presets)}"
+    if isinstance(error, MissingMandatoryValue):
+        return f"the setting {error.full_key} is missing"
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     if isinstance(error, (HydraException, OmegaConfBaseException)):
         lines = [line for line in lines if not line.startswith(("full_key:", "object_type=", "reference_type="))]

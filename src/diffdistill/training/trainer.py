@@ -158,7 +158,8 @@ class Trainer:
                     self.save()
                 if stopped:
                     bar.close()
-                    print(f"stopped at update {self.update}; run it again to continue", file=sys.stderr)
+                    if distributed.rank() == 0:
+                        print(f"stopped at update {self.update}; run it again to continue", file=sys.stderr)
                     raise Interrupted(stopped)
 
     def _logs(self) -> bool:
