@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import os
 import shutil
 from collections.abc import Iterator
@@ -28,6 +27,8 @@ def locked(folder: Path) -> Iterator[None]:
     Raises:
         ValueError: another program holds it.
     """
+    import fcntl  # here, since sampling shall work where it is not
+
     with open(folder / ".lock", "w") as file:
         try:
             fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)

@@ -182,8 +182,9 @@ def _together(failed: str) -> Iterator[None]:
     except CheckpointError as error:
         fault = error
     except Exception as error:  # torch.save and torch.load have no common error class
-        named = isinstance(error, OSError) and error.filename is not None and str(error.filename) in failed
-        reason = f"[Errno {error.errno}] {error.strerror}" if named else one_line(error)
+        reason = one_line(error)
+        if isinstance(error, OSError) and error.filename is not None and str(error.filename) in failed:
+            reason = f"[Errno {error.errno}] {error.strerror}"
         fault = CheckpointError(f"{failed} ({reason})")
         fault.__cause__ = error
     for found in gather(fault):

@@ -149,7 +149,7 @@ class Trainer:
                 self.update += 1
                 bar.update()
                 done = self.update == config.updates
-                if self._logs():
+                if self._log_due():
                     self._write_log(bar)
                 if done or (config.sample_every and self.update % config.sample_every == 0):
                     self._write_pictures()
@@ -162,7 +162,7 @@ class Trainer:
                         print(f"stopped at update {self.update}; run it again to continue", file=sys.stderr)
                     raise Interrupted(stopped)
 
-    def _logs(self) -> bool:
+    def _log_due(self) -> bool:
         """Whether a line of the log follows the update that was done last."""
         return self.update % self.config.log_every == 0 or self.update == self.config.updates
 
@@ -271,7 +271,7 @@ class Trainer:
         """The signal that asks to stop, or 0. Several processes agree on it when they log."""
         if distributed.world_size() == 1:
             return stop.signum or 0
-        return distributed.largest(stop.signum or 0) if self._logs() else 0
+        return distributed.largest(stop.signum or 0) if self._log_due() else 0
 
     def _checkpoint_due(self) -> bool:
         config = self.config
@@ -282,7 +282,7 @@ class Trainer:
         due = time.monotonic() - self._saved_at > 60 * config.checkpoint_minutes
         if distributed.world_size() == 1:
             return due
-        return bool(distributed.from_main(int(due))) if self.update % config.log_every == 0 else False
+        return bool(distributed.from_main(int(due))) if self._log_due() else False
 
     def _seconds(self) -> float:
         return self._seconds_before + time.monotonic() - self._started
