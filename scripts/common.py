@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import os
+import signal
 import sys
 import time
 import warnings
@@ -19,7 +20,7 @@ import torch
 from hydra.core.hydra_config import HydraConfig
 from hydra.errors import HydraException, MissingConfigException
 from omegaconf import DictConfig, OmegaConf
-from omegaconf.errors import OmegaConfBaseException
+from omegaconf.errors import MissingMandatoryValue, OmegaConfBaseException
 
 from diffdistill.acceleration import accelerated
 from diffdistill.data import ImageData
@@ -28,7 +29,7 @@ from diffdistill.generation import Plan
 from diffdistill.models import save_denoiser
 from diffdistill.registry import choose
 from diffdistill.training import DataError, NonFiniteLossError, Run
-from diffdistill.training.distributed import processes, rank
+from diffdistill.training.distributed import LostProcessError, processes, rank
 
 CONFIGS = str(Path(__file__).resolve().parent.parent / "configs")
 TRACEBACK = os.environ.get("HYDRA_FULL_ERROR") == "1"
@@ -39,6 +40,7 @@ USER_ERRORS = (
     OSError,
     ImportError,
     DataError,
+    LostProcessError,
     NonFiniteLossError,
     HydraException,
     OmegaConfBaseException,
@@ -96,15 +98,22 @@ def quiet_unless_first() -> AbstractContextManager[Any]:
 
 @contextmanager
 def errors_in_one_line() -> Iterator[None]:
-    """End the program with one line and exit code 2 at an error that the user can mend."""
+    """End the program with one line and exit code 2 at an error that the user can mend, and with 130 at Ctrl-C."""
     try:
         yield
+    except KeyboardInterrupt:
+        if TRACEBACK:
+            raise
+        print("interrupted", file=sys.stderr)
+        sys.exit(128 + signal.SIGINT)
     except USER_ERRORS as error:
         if TRACEBACK:
             raise
         here = int(os.environ.get("RANK", "0"))
-        if here:
-            time.sleep(SAME_ERROR_SECONDS)  # an error of all is shown by the first; torchrun then ends the rest
+        # torchrun ends the rest once a process has ended: so an error of all is shown by the first, and a cause of its
+        # own in one process before what it brings about in the others.
+        later = 2 if isinstance(error, LostProcessError) else 1 if here else 0
+        time.sleep(later * SAME_ERROR_SECONDS)
         print(f"error{f' in process {here}' if here else ''}: {one_line(error)}", file=sys.stderr)
         sys.exit(2)
     except Exception as error:
@@ -122,6 +131,8 @@ def one_line(error: BaseException) -> str:
             str(p.relative_to(Path(CONFIGS, group)).with_suffix("")) for p in Path(CONFIGS, group).rglob("*.yaml")
         )
         return f"unknown {group} {name!r}: choose one of {', '.join(presets)}"
+    if isinstance(error, MissingMandatoryValue):
+        return f"the setting {error.full_key} is missing"
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     if isinstance(error, (HydraException, OmegaConfBaseException)):
         lines = [line for line in lines if not line.startswith(("full_key:", "object_type=", "reference_type="))]

@@ -1,5 +1,6 @@
 """Tasks of a Slurm step join as those of torchrun do, and the signal before a time limit is passed on after a stop."""
 
+import contextlib
 import os
 import signal
 
@@ -90,10 +91,17 @@ def test_a_job_is_requeued_after_its_checkpoint(requeued, first):
         signal.signal(signal.SIGTERM, before)
 
 
-def test_a_run_that_ends_by_itself_requeues_nothing(requeued):
+def test_a_signal_that_nobody_took_acts_as_usual_in_the_end(requeued):
     with StopRequest():
         os.kill(os.getpid(), signal.SIGUSR2)
-    assert not requeued
+        assert not requeued
+    assert requeued == [signal.SIGUSR2]
+    with pytest.raises(KeyboardInterrupt), StopRequest():
+        os.kill(os.getpid(), signal.SIGINT)
+    with contextlib.suppress(ValueError), StopRequest():
+        os.kill(os.getpid(), signal.SIGUSR2)
+        raise ValueError("an error, which comes first")
+    assert requeued == [signal.SIGUSR2]
 
 
 def test_without_a_job_the_signal_is_left_alone():

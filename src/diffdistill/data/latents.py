@@ -11,12 +11,13 @@ from typing import Any, TypeVar
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor
 
-from diffdistill.atomic import replacing, write_text
+from diffdistill.atomic import write_text
 from diffdistill.data.base import ImageData, checked_index
 from diffdistill.denoiser import Codec
+from diffdistill.records import save_tensors
 from diffdistill.registry import choose
 
 INDEX = "index.json"
@@ -77,9 +78,8 @@ def _wide(tensor: Tensor) -> Tensor:
 def write_shard(folder: Path, number: int, items: Mapping[str, Tensor], origin: Mapping[str, Any]) -> tuple[str, int]:
     """Write items `{"x": [n, ...], ...}` as one shard, and what they were made from; returns its name and n."""
     name = f"{number:06d}.safetensors"
-    with replacing(folder / name) as temporary:
-        state = {key: value.contiguous() for key, value in items.items()}
-        save_file(state, temporary, metadata={"origin": json.dumps(origin)})
+    state = {key: value.contiguous() for key, value in items.items()}
+    save_tensors(state, folder / name, {"origin": json.dumps(origin)})
     return name, len(items["x"])
 
 

@@ -135,7 +135,7 @@ def with_guidance_input(
     """
     if config.get("w_range") is not None:
         raise ValueError(f"this denoiser takes a guidance weight already, in the range {list(config['w_range'])}")
-    if not w_range[0] <= w_range[1]:
+    if len(w_range) != 2 or not w_range[0] <= w_range[1]:
         raise ValueError(f"w_range must be (least, greatest), but is {tuple(w_range)}")
     config = copy.deepcopy(dict(config))
     config["network"] = {**config["network"], "w_channels": w_channels}

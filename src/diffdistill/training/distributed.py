@@ -9,15 +9,23 @@ import contextlib
 import os
 import re
 from collections.abc import Iterator, Mapping, Sequence
+from datetime import timedelta
 from typing import Any, TypeVar, cast
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.distributed.rendezvous import rendezvous
 
 BUCKET_BYTES = 32 * 2**20
+JOIN_MINUTES = 10.0
+"""How long a process waits for the others to start."""
 
 T = TypeVar("T")
+
+
+class LostProcessError(RuntimeError):
+    """Another process ended or cannot be reached, so that this one cannot go on; the message is one line."""
 
 
 @contextlib.contextmanager
@@ -25,6 +33,9 @@ def processes() -> Iterator[None]:
     """Join the processes that `torchrun`, or Slurm, started, each on its own GPU where there are any.
 
     Nothing is done when alone.
+
+    Raises:
+        LostProcessError: a process did not start, or ended before the block did.
     """
     if world_size() == 1:
         os.environ.update(slurm_place(os.environ))
@@ -34,11 +45,21 @@ def processes() -> Iterator[None]:
     if torch.cuda.is_available():
         # Slurm may show each task its own GPU alone, which is then number 0.
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]) % torch.cuda.device_count())
-    dist.init_process_group("cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo")
     try:
+        # Alone, init_process_group would wait for half an hour for a process that does not start.
+        store, place, count = next(rendezvous("env://", timeout=timedelta(minutes=JOIN_MINUTES)))
+        backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
+        dist.init_process_group(backend, store=store, rank=place, world_size=count)
         yield
+    except RuntimeError as error:
+        if not (isinstance(error, dist.DistError) or "gloo/" in str(error)):
+            raise
+        # "[SOURCE FILE:LINE] REASON. This is typically ..."
+        reason = re.sub(r"^\[\S*\] |\. This is .*", "", str(error).strip().split("\n")[0])
+        raise LostProcessError(f"another process ended or cannot be reached ({reason})") from error
     finally:
-        dist.destroy_process_group()
+        if dist.is_initialized():
+            dist.destroy_process_group()
 
 
 def slurm_place(environment: Mapping[str, str]) -> dict[str, str]:

@@ -22,8 +22,9 @@ class Interrupted(SystemExit):
 class StopRequest:
     """Inside the context, the first SIGTERM or SIGINT only sets `signum`; a second one acts as usual.
 
-    SIGUSR2 does the same where a handler waits for it, which is called after the stop. Outside the main thread, where
-    Python handles no signals, nothing changes.
+    SIGUSR2 does the same where a handler waits for it, which is called after the stop. A signal that comes too late to
+    be answered by `Interrupted` acts as usual when the context ends, so that none is lost between two stages of a run.
+    Outside the main thread, where Python handles no signals, nothing changes.
     """
 
     def __init__(self) -> None:
@@ -49,5 +50,6 @@ class StopRequest:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self._restore(tuple(self._previous))
-        if isinstance(error, Interrupted) and self.signum == REQUEUE:
-            os.kill(os.getpid(), REQUEUE)
+        requeue = isinstance(error, Interrupted) and self.signum == REQUEUE
+        if self.signum is not None and (error is None or requeue):
+            os.kill(os.getpid(), self.signum)
