@@ -34,15 +34,26 @@ def processes() -> Iterator[None]:
     if torch.cuda.is_available():
         # Slurm may show each task its own GPU alone, which is then number 0.
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]) % torch.cuda.device_count())
-    dist.init_process_group("cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo")
+    _join("cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo")
     try:
         yield
     finally:
         dist.destroy_process_group()
 
 
+def _join(backend: str) -> None:
+    try:
+        dist.init_process_group(backend)
+    except dist.DistNetworkError as error:
+        where = f"MASTER_ADDR={os.environ['MASTER_ADDR']} MASTER_PORT={os.environ['MASTER_PORT']}"
+        raise ConnectionError(f"the processes cannot meet at {where}, which may be set: {error}") from error
+
+
 def slurm_place(environment: Mapping[str, str]) -> dict[str, str]:
-    """What `torchrun` would set for a task of a Slurm step of several; nothing for one task, or under `torchrun`."""
+    """What `torchrun` would set for a task of a Slurm step of several; nothing for one task, or under `torchrun`.
+
+    MASTER_ADDR and MASTER_PORT stay as they are where they are set.
+    """
     count = environment.get("SLURM_STEP_NUM_TASKS", "1")
     if count == "1" or "RANK" in environment:
         return {}
@@ -50,17 +61,22 @@ def slurm_place(environment: Mapping[str, str]) -> dict[str, str]:
         "RANK": environment["SLURM_PROCID"],
         "LOCAL_RANK": environment["SLURM_LOCALID"],
         "WORLD_SIZE": count,
-        "MASTER_ADDR": first_host(environment["SLURM_STEP_NODELIST"]),
-        "MASTER_PORT": str(20_000 + int(environment["SLURM_JOB_ID"]) % 20_000),
+        "MASTER_ADDR": environment.get("MASTER_ADDR") or first_host(environment["SLURM_STEP_NODELIST"]),
+        "MASTER_PORT": environment.get("MASTER_PORT") or str(_port(environment)),
     }
+
+
+def _port(environment: Mapping[str, str]) -> int:
+    """A port below those that Linux gives away, another for each step of a job and for the jobs of an array."""
+    return 12_000 + (int(environment["SLURM_JOB_ID"]) + 1009 * int(environment["SLURM_STEP_ID"])) % 20_000
 
 
 def first_host(nodes: str) -> str:
     """The first host of a list in Slurm's form, such as `gpu[003-007,012],login`."""
-    found = re.match(r"([^,\[]+)(?:\[([^\],-]+)[^\]]*\]([^,\[]*))?", nodes)
+    found = re.match(r"(?:[^,\[]|\[[^\]]+\])+", nodes)
     if found is None:
         raise ValueError(f"{nodes!r} is no list of hosts")
-    return "".join(part or "" for part in found.groups())
+    return re.sub(r"\[([^\],-]+)[^\]]*\]", r"\1", found[0])
 
 
 def world_size() -> int:

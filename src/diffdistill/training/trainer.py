@@ -157,7 +157,8 @@ class Trainer:
                     self.save()
                 if stopped and not done:
                     bar.close()
-                    print(f"stopped at update {self.update}; run it again to continue", file=sys.stderr)
+                    if distributed.rank() == 0:
+                        print(f"stopped at update {self.update}; run it again to continue", file=sys.stderr)
                     raise Interrupted(stopped)
 
     def _read_batches(self) -> Iterator[dict[str, Tensor]]:
