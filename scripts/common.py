@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+import atexit
 import io
+import logging
 import os
+import re
 import signal
+import subprocess
 import sys
 import time
+import traceback
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext, redirect_stdout
@@ -19,6 +24,7 @@ import hydra
 import torch
 from hydra.core.hydra_config import HydraConfig
 from hydra.errors import HydraException, MissingConfigException
+from hydra.experimental.callback import Callback
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import MissingMandatoryValue, OmegaConfBaseException
 
@@ -58,7 +64,8 @@ def command(config_name: str) -> Callable[[Callable[[DictConfig], Any]], Callabl
     def decorate(main: Callable[[DictConfig], Any]) -> Callable[[], None]:
         @wraps(main)
         def task(config: DictConfig) -> None:
-            with errors_in_one_line(), processes(), quiet_unless_first():
+            ends = errors_in_the_log if "SUBMITIT_EXECUTOR" in os.environ else errors_in_one_line
+            with ends(), processes(), quiet_unless_first():
                 torch.manual_seed(OmegaConf.select(config, "trainer.seed", default=0))  # for the first weights
                 main(config)
 
@@ -101,15 +108,15 @@ def errors_in_one_line() -> Iterator[None]:
     """End the program with one line and exit code 2 at an error that the user can mend, and with 130 at Ctrl-C."""
     try:
         yield
-    except KeyboardInterrupt:
+    except KeyboardInterrupt as error:
         if TRACEBACK:
             raise
-        print("interrupted", file=sys.stderr)
+        print(f"interrupted{'; what was submitted goes on' * from_submitit(error)}", file=sys.stderr)
         sys.exit(128 + signal.SIGINT)
     except USER_ERRORS as error:
         if TRACEBACK:
             raise
-        here = int(os.environ.get("RANK", "0"))
+        here = int(os.environ.get("RANK") or os.environ.get("SLURM_PROCID") or "0")
         # torchrun ends the rest once a process has ended: so an error of all is shown by the first, and a cause of its
         # own in one process before what it brings about in the others.
         later = 2 if isinstance(error, LostProcessError) else 1 if here else 0
@@ -117,15 +124,61 @@ def errors_in_one_line() -> Iterator[None]:
         print(f"error{f' in process {here}' if here else ''}: {one_line(error)}", file=sys.stderr)
         sys.exit(2)
     except Exception as error:
-        if TRACEBACK or not type(error).__module__.startswith("submitit"):
+        if TRACEBACK or not from_submitit(error):
             raise
-        print(f"error: a submitted job ended early ({one_line(error)})", file=sys.stderr)
+        print(f"error: {about_a_job(error)}", file=sys.stderr)
         sys.exit(2)
+
+
+@contextmanager
+def errors_in_the_log() -> Iterator[None]:
+    """Show progress and errors in the log of a submitted job, whose exit code then is 2.
+
+    The command that submitted it gets errors too, in a form that travels.
+    """
+    log = logging.StreamHandler()
+    log.setFormatter(logging.Formatter("%(asctime)s %(message)s", "%Y-%m-%d %H:%M:%S"))
+    logging.getLogger("diffdistill").addHandler(log)
+    logging.getLogger("diffdistill").setLevel(logging.INFO)
+    try:
+        yield
+    except Exception as error:
+        if isinstance(error, USER_ERRORS) or from_submitit(error):
+            print(f"error: {one_line(error)}", file=sys.stderr, flush=True)
+        else:
+            traceback.print_exc()
+        atexit.register(os._exit, 2)  # Hydra and submitit end well, having passed the error on
+        raise ValueError(one_line(error)) from None
+
+
+def from_submitit(error: BaseException) -> bool:
+    """Whether an error was raised while this command submitted a job or waited for it."""
+    frames = traceback.walk_tb(error.__traceback__)
+    return any(frame.f_globals.get("__name__", "").startswith("submitit.") for frame, _ in frames)
+
+
+def about_a_job(error: Exception) -> str:
+    """An error of submitit in one line: that Slurm refused the job, or how it ended, with the last line of its log."""
+    if isinstance(error.__cause__, subprocess.CalledProcessError):
+        return "the job was not submitted, for the reason above"
+    ended, *log = re.split(r"\n-{10,}\n?", str(error))
+    return f"{' '.join(ended.split())} {''.join(log[:1]).strip().rpartition(chr(10))[2]}".strip()
+
+
+class Submission(Callback):
+    """Says that a command becomes jobs, and where their logs will be."""
+
+    def on_multirun_start(self, config: DictConfig, **kwargs: Any) -> None:
+        """Called by Hydra before anything is submitted."""
+        folder = Path(config.hydra.sweep.dir, ".submitit").resolve()
+        print(f"submitting; the log of job N will be {folder}/N/N_0_log.out", flush=True)
 
 
 def one_line(error: BaseException) -> str:
     """The message of an error in one line; for a missing preset, with those there are."""
     if isinstance(error, MissingConfigException) and error.missing_cfg_file:
+        if error.missing_cfg_file.startswith("hydra/launcher/submitit"):
+            return 'jobs need hydra-submitit-launcher, which is not installed: pip install -e ".[slurm]"'
         group, _, name = error.missing_cfg_file.partition("/")
         presets = sorted(
             str(p.relative_to(Path(CONFIGS, group)).with_suffix("")) for p in Path(CONFIGS, group).rglob("*.yaml")
