@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from diffdistill.models.layers import GroupNorm, guidance_embedding, positional_embedding, upsample
+from diffdistill.models.layers import GroupNorm, for_fused_attention, guidance_embedding, positional_embedding, upsample
 from diffdistill.models.transformer import SpatialTransformer, attend, zeroed
 
 AttentionOrder = Literal["heads_first", "qkv_first"]
@@ -159,7 +159,7 @@ def self_attention(qkv: Tensor, num_heads: int, order: AttentionOrder) -> Tensor
         parts = qkv.view(batch, num_heads, 3, width // 3 // num_heads, length).permute(2, 0, 1, 4, 3)
     else:
         parts = qkv.view(batch, 3, num_heads, width // 3 // num_heads, length).permute(1, 0, 2, 4, 3)
-    q, k, v = parts.contiguous()  # with the channels of a head last, as the fast kernels want them
+    q, k, v = for_fused_attention(parts)
     return attend(q, k, v).transpose(2, 3).reshape(batch, -1, length)
 
 

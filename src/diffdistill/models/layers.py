@@ -149,6 +149,15 @@ class Conv2d(nn.Module):
         return self.resample_filter.to(x.dtype)
 
 
+def for_fused_attention(qkv: Tensor) -> Tensor:
+    """Queries, keys and values `[3, B, heads, L, C]` with their channels side by side, as PyTorch's fused kernels want.
+
+    For other layouts it falls back to a product that holds all `L * L` weights. That is the faster way to train on small
+    images on a CPU, so there they stay as they are.
+    """
+    return qkv.contiguous() if qkv.is_cuda or not torch.is_grad_enabled() else qkv
+
+
 @dataclass(frozen=True)
 class BlockStyle:
     """What all blocks of one network have in common.
@@ -231,9 +240,9 @@ class UNetBlock(nn.Module):
         return total if self.skip_scale == 1 else total * self.skip_scale
 
     def _attend(self, x: Tensor) -> Tensor:
-        # Channels are ordered (head, channel of the head, q k v). The fast kernels want the channels of a head last.
+        # Channels are ordered (head, channel of the head, q k v).
         qkv = self.qkv(self.norm2(x)).reshape(x.shape[0], self.num_heads, -1, 3, x.shape[2] * x.shape[3])
-        q, k, v = qkv.permute(3, 0, 1, 4, 2).contiguous()
+        q, k, v = for_fused_attention(qkv.permute(3, 0, 1, 4, 2))
         h = F.scaled_dot_product_attention(q, k, v)
         return h.transpose(1, 2).flatten(2).transpose(1, 2).unflatten(2, x.shape[2:])
 
