@@ -150,10 +150,10 @@ class Conv2d(nn.Module):
 
 
 def for_fused_attention(qkv: Tensor) -> Tensor:
-    """Queries, keys and values `[3, B, heads, L, C]` with their channels side by side, as PyTorch's fused kernels want.
+    """Queries, keys and values `[3, B, heads, L, C]` with their channels side by side, as the fused kernels want.
 
-    For other layouts it falls back to a product that holds all `L * L` weights. That is the faster way to train on small
-    images on a CPU, so there they stay as they are.
+    For other layouts PyTorch falls back to a product that holds all `L * L` weights. That is the faster way to train
+    on small images on a CPU, so there they stay as they are.
     """
     return qkv.contiguous() if qkv.is_cuda or not torch.is_grad_enabled() else qkv
 
