@@ -61,7 +61,8 @@ AMED_NETWORK, TRAJECTORIES = "ddpmpp_cifar10", 64
 
 def gpu_tests(device: torch.device) -> Iterator[str]:
     """The last line of pytest on the tests that need a GPU, and the names of those that fail."""
-    command = [sys.executable, "-m", "pytest", "tests/test_acceleration.py", "-k", "on_a_gpu", "-q", "-rf"]
+    files = ("tests/test_acceleration.py", "tests/models/test_layers.py")
+    command = [sys.executable, "-m", "pytest", *files, "-k", "on_a_gpu or cuda", "-q", "-rf"]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
     yield from (line for line in done.stdout.splitlines() if line.startswith("FAILED"))
     yield f"GPU tests: {(done.stdout.strip().splitlines() or [done.stderr.strip()])[-1]}"

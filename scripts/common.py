@@ -40,6 +40,7 @@ USER_ERRORS = (
     ImportError,
     DataError,
     NonFiniteLossError,
+    torch.OutOfMemoryError,
     HydraException,
     OmegaConfBaseException,
 )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -170,7 +171,9 @@ class CudaGraphs(_OneFunction):
             with torch.autocast(kind, cache_enabled=False, **state):
                 return self.evaluate(x, sigma, cond)
 
-        outputs, replay = self._record(evaluate)
+        # The streams of a recording are those of the current GPU.
+        with torch.cuda.device(x.device) if kind == "cuda" else nullcontext():
+            outputs, replay = self._record(evaluate)
         return _Graph(inputs, outputs, replay)
 
 

@@ -8,15 +8,19 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from diffdistill.models.adm_unet import AttentionBlock
 from diffdistill.models.layers import BlockStyle, GroupNorm, UNetBlock, upsample
 
+GPU = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
+DEVICES = pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=GPU)])
 
+
+@DEVICES
 @pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
 @pytest.mark.parametrize("offset", [0.0, 30.0])
-def test_the_norm_by_channel_is_the_norm(layout, offset):
+def test_the_norm_by_channel_is_the_norm(layout, offset, device):
     torch.manual_seed(0)
-    norm = GroupNorm(24, eps=1e-6)
+    norm = GroupNorm(24, eps=1e-6).to(device)
     for parameter in norm.parameters():
         parameter.data.normal_()
-    x = (3 * torch.randn(2, 24, 5, 7) + offset).bfloat16().to(memory_format=layout)
+    x = (3 * torch.randn(2, 24, 5, 7) + offset).bfloat16().to(device, memory_format=layout)
     double = norm.weight.double(), norm.bias.double()
     with torch.no_grad():
         expected = F.group_norm(x.double(), norm.num_groups, *double, norm.eps)
@@ -27,15 +31,17 @@ def test_the_norm_by_channel_is_the_norm(layout, offset):
         assert norm.by_channel(torch.full_like(x, 300.0)).isfinite().all()
 
 
+@DEVICES
 @pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
-def test_attention_takes_the_fused_kernel(layout):
+def test_attention_takes_the_fused_kernel(layout, device):
     style = BlockStyle(emb_channels=3, num_heads=2)
-    block = UNetBlock(16, 16, style, attention=True).to(memory_format=layout)
-    x = torch.randn(2, 16, 5, 7).to(memory_format=layout)
-    with torch.no_grad(), sdpa_kernel(SDPBackend.FLASH_ATTENTION):  # which refuses what it cannot do
-        block(x, torch.randn(2, 3))
+    block = UNetBlock(32, 32, style, attention=True).to(device, memory_format=layout)
+    x, emb = torch.randn(2, 32, 5, 7, device=device).to(memory_format=layout), torch.randn(2, 3, device=device)
+    half = torch.autocast(device, torch.bfloat16, enabled=device == "cuda")  # where the kernel takes no float32
+    with torch.no_grad(), sdpa_kernel(SDPBackend.FLASH_ATTENTION), half:  # which refuses what it cannot do
+        block(x, emb)
         for order in ("heads_first", "qkv_first"):
-            AttentionBlock(32, 2, order)(torch.randn(2, 32, 5, 7).to(memory_format=layout))
+            AttentionBlock(32, 2, order).to(device)(x)
 
 
 def test_upsampling_repeats_in_the_dtype_that_it_is_given():
