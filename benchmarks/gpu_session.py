@@ -25,8 +25,8 @@ from pathlib import Path
 
 import torch
 
+import amed_training
 import published_networks
-import train_amed
 from diffdistill import load_denoiser
 from diffdistill.acceleration import accelerated
 from diffdistill.devices import device_of
@@ -114,7 +114,9 @@ def ways_to_train(device: torch.device) -> Iterator[str]:
     """Milliseconds and memory for a trajectory of AMED training."""
     denoiser = network(AMED_NETWORK).to(device)
     for way in ("plain", "reuse", "reuse, forward mode"):
-        yield train_amed.measure(denoiser, "plugin ipndm", way, train_amed.WAYS[way], 2 * TRAJECTORIES, TRAJECTORIES)
+        yield amed_training.measure(
+            denoiser, "plugin ipndm", way, amed_training.WAYS[way], 2 * TRAJECTORIES, TRAJECTORIES
+        )
 
 
 def main(given: list[str] | None = None) -> None:
@@ -144,6 +146,8 @@ def main(given: list[str] | None = None) -> None:
             reason = (str(error).strip() or type(error).__name__).splitlines()[0]
             say(f"part {number} failed: {type(error).__name__}: {reason}")
         gc.collect()
+        if device.type == "cuda":
+            torch.cuda.empty_cache()
 
 
 if __name__ == "__main__":

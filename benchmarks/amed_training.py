@@ -1,6 +1,6 @@
 """Ways to train AMED's predictor: seconds and the memory that the graph holds, for the same trajectories.
 
-    python benchmarks/train_amed.py [network=digits] [trajectories=512] [batch=128]
+    python benchmarks/amed_training.py [network=digits] [trajectories=512] [batch=128]
 
 `network` names a file in configs/network; weights are random, which does for timing. On a GPU memory is the peak that
 was allocated during training; on a CPU it is what autograd saved for the backward pass.
