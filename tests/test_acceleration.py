@@ -4,6 +4,7 @@ from functools import partial
 
 import pytest
 import torch
+from torch._dynamo.testing import CompileCounter
 from torch._subclasses import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
@@ -162,6 +163,15 @@ def test_training_of_a_learned_solver_compiles():
         torch.testing.assert_close(values[1], values[0], rtol=0, atol=0)
         gradients = [torch.autograd.grad(value[-1], list(solver.predictor.parameters())) for value in values]
         torch.testing.assert_close(gradients[1], gradients[0])
+
+
+@torch.no_grad()
+def test_all_of_many_weights_are_compiled():
+    torch._dynamo.reset()
+    counter, denoiser = CompileCounter(), Small()
+    for w in range(1, 11):
+        Compiled(guided(denoiser, w / 10), backend=counter)(X, SIGMA, LABELS)
+    assert counter.frame_count == 10
 
 
 @torch.no_grad()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import dataclass
@@ -19,6 +20,7 @@ Record = Callable[[Callable[[], Outputs]], tuple[Outputs, Callable[[], object]]]
 """Evaluates a function, and returns the tensors that it filled and what fills them again."""
 
 MOST_GRAPHS = 8
+MOST_COMPILATIONS = 256
 WARM_UP = 3
 
 
@@ -82,7 +84,7 @@ class _OneFunction(Wrapper):
 
 
 class Compiled(_OneFunction):
-    """A denoiser compiled by `torch.compile`, once for every shape of its arguments.
+    """A denoiser compiled by `torch.compile`, once for every shape of its arguments and every number w that guides it.
 
     Args:
         denoiser: any callable `(x, sigma, cond) -> x0`.
@@ -91,6 +93,9 @@ class Compiled(_OneFunction):
 
     def __init__(self, denoiser: Callable[..., Tensor], *, backend: str = "inductor") -> None:
         super().__init__(denoiser)
+        # PyTorch counts the compilations of all denoisers together, and after 8 of them computes as if uncompiled.
+        dynamo: Any = importlib.import_module("torch._dynamo.config")
+        dynamo.cache_size_limit = max(dynamo.cache_size_limit, MOST_COMPILATIONS)
         self._compiled = torch.compile(self.evaluate, backend=backend, dynamic=False)
 
     def forward(self, x: Tensor, sigma: Tensor, cond: Any = None) -> Tensor:
