@@ -305,9 +305,11 @@ def objectives():
     yield "autoencoder", Reconstruction(autoencoder)
     plugin = AMEDPlugin(make_solver("ipndm"), AMEDPredictor(0.5, 0.5))
     yield "endpoint", EndpointDistillation(teacher, plugin, sigmas=grid)
+    options = {"sigmas": grid[::2], "teacher": make_solver("ipndm"), "teacher_sigmas": grid}
+    yield "stepwise", StepwiseDistillation(teacher, plugin, **options)
 
 
-@pytest.mark.parametrize("name", ["denoising", "stage 1", *STEPS, "autoencoder", "endpoint"])
+@pytest.mark.parametrize("name", ["denoising", "stage 1", *STEPS, "autoencoder", "endpoint", "stepwise"])
 def test_no_loss_waits_for_the_gpu_or_copies(name):
     objective = dict(objectives())[name]
     with FakeTensorMode(allow_non_fake_inputs=True):
