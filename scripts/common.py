@@ -48,6 +48,7 @@ USER_ERRORS = (
     DataError,
     LostProcessError,
     NonFiniteLossError,
+    torch.OutOfMemoryError,
     HydraException,
     OmegaConfBaseException,
 )

@@ -25,6 +25,14 @@ from diffdistill.solvers import (
 STOCHASTIC = {"edm_sde": {"churn": 10.0, "s_noise": 1.0}, "euler_ancestral": {"eta": 1.0}}
 
 
+@pytest.mark.parametrize("shape", [(), (3,), (2, 3, 7)])
+def test_the_numbers_of_a_seed_are_those_of_torch(shape):
+    seeds, stream = [5, 0, 2**40], SampleNoise([5, 0, 2**40], shape)
+    generators = [torch.Generator().manual_seed(seed) for seed in seeds]
+    for _ in range(2):
+        assert torch.equal(stream.draw(), torch.stack([torch.randn(shape, generator=g) for g in generators]))
+
+
 @pytest.mark.parametrize("name", STOCHASTIC)
 def test_marginal_variance_on_a_gaussian(name):
     """At every level the state is N(0, v + sigma^2) up to the error of the steps."""

@@ -96,11 +96,11 @@ class LearnedSolver:
             denoiser, noise, solver=self.solver, sigmas=self.sigmas, cond=cond, start=self.gaussian_start(), **options
         )
 
-    def gaussian_start(self) -> GaussianStart | None:
-        """The analytic start with its statistics, or None if the runs begin with noise."""
+    def gaussian_start(self, *, device: torch.device | str = "cpu") -> GaussianStart | None:
+        """The analytic start with its statistics on a device, or None if the runs begin with noise."""
         if self.start is None:
             return None
-        return GaussianStart(load_gaussian(self.start["statistics"]), float(self.start["sigma"]))
+        return GaussianStart(load_gaussian(self.start["statistics"], device=device), float(self.start["sigma"]))
 
 
 def identity(denoiser: nn.Module) -> dict[str, Any]:

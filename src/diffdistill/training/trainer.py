@@ -193,7 +193,7 @@ class Trainer:
         """Seed what dropout draws from; `torch.manual_seed` takes longer, since it looks at every device."""
         torch.default_generator.manual_seed(seed)
         if self.device.type == "cuda":
-            torch.cuda.manual_seed(seed)
+            torch.cuda.default_generators[self.device.index].manual_seed(seed)
 
     def _optimizer_step(self, streams: list[Iterator[Any]]) -> bool:
         """Accumulate the next loss of every part and step; False once the objective has no more."""
