@@ -73,7 +73,7 @@ class FileKind:
         try:
             record = json.loads(metadata[self.key])
             version = record["format"]
-        except (ValueError, KeyError, TypeError):
+        except (ValueError, KeyError, TypeError, RecursionError):
             raise ValueError(f"the record in {path} cannot be read: the file is damaged") from None
         if version != self.format:
             raise ValueError(f"{path} has {self.name} format {version}: this version reads format {self.format}")
