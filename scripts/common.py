@@ -19,8 +19,9 @@ import torch
 from hydra.core.hydra_config import HydraConfig
 from hydra.errors import HydraException, MissingConfigException
 from omegaconf import DictConfig, OmegaConf
-from omegaconf.errors import OmegaConfBaseException
+from omegaconf.errors import MissingMandatoryValue, OmegaConfBaseException
 
+from checks import check_settings
 from diffdistill.acceleration import accelerated
 from diffdistill.data import ImageData
 from diffdistill.denoiser import Denoiser
@@ -29,6 +30,7 @@ from diffdistill.models import save_denoiser
 from diffdistill.registry import choose
 from diffdistill.training import DataError, NonFiniteLossError, Run
 from diffdistill.training.distributed import processes, rank
+from usage import check_preset, names_of, usage
 
 CONFIGS = str(Path(__file__).resolve().parent.parent / "configs")
 TRACEBACK = os.environ.get("HYDRA_FULL_ERROR") == "1"
@@ -57,12 +59,17 @@ def command(config_name: str) -> Callable[[Callable[[DictConfig], Any]], Callabl
         @wraps(main)
         def task(config: DictConfig) -> None:
             with errors_in_one_line(), processes(), quiet_unless_first():
+                check_settings(plain(config), defaults_of(config_name))
                 torch.manual_seed(OmegaConf.select(config, "trainer.seed", default=0))  # for the first weights
                 main(config)
 
         @wraps(main)
         def program() -> None:
+            if {"--help", "-h"} & set(sys.argv[1:]):
+                print(usage(Path(CONFIGS), config_name, sys.modules[main.__module__].__doc__ or ""))
+                return
             with errors_in_one_line(), hydra_environment():
+                check_preset(Path(CONFIGS), config_name, sys.argv[1:])
                 hydra.main(version_base="1.3", config_path=CONFIGS, config_name=config_name)(task)()
 
         return program
@@ -118,14 +125,20 @@ def one_line(error: BaseException) -> str:
     """The message of an error in one line; for a missing preset, with those there are."""
     if isinstance(error, MissingConfigException) and error.missing_cfg_file:
         group, _, name = error.missing_cfg_file.partition("/")
-        presets = sorted(
-            str(p.relative_to(Path(CONFIGS, group)).with_suffix("")) for p in Path(CONFIGS, group).rglob("*.yaml")
-        )
-        return f"unknown {group} {name!r}: choose one of {', '.join(presets)}"
+        return f"unknown {group} {name!r}: choose one of {', '.join(names_of(Path(CONFIGS, group)))}"
+    if isinstance(error, MissingMandatoryValue):
+        return f"{error.full_key} is missing: give {error.full_key}=VALUE"
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     if isinstance(error, (HydraException, OmegaConfBaseException)):
         lines = [line for line in lines if not line.startswith(("full_key:", "object_type=", "reference_type="))]
     return " ".join(lines).replace("\t", ", ") or type(error).__name__
+
+
+def defaults_of(config_name: str) -> dict[str, Any]:
+    """The settings of a script as its file states them."""
+    found = OmegaConf.to_container(OmegaConf.load(Path(CONFIGS, f"{config_name}.yaml")))
+    assert isinstance(found, dict)
+    return {str(key): value for key, value in found.items()}
 
 
 def plain(config: DictConfig) -> dict[str, Any]:
@@ -137,11 +150,7 @@ def plain(config: DictConfig) -> dict[str, Any]:
 
 def switches(settings: dict[str, Any]) -> dict[str, bool]:
     """The settings `channels_last`, `compile` and `cuda_graph` of a script."""
-    found = {name: settings[name] for name in ("channels_last", "compile", "cuda_graph")}
-    for name, value in found.items():
-        if not isinstance(value, bool):
-            raise ValueError(f"{name} must be true or false, but is {value!r}")
-    return found
+    return {name: settings[name] for name in ("channels_last", "compile", "cuda_graph")}
 
 
 def faster(scheme: Plan, settings: dict[str, Any]) -> Plan:
