@@ -58,7 +58,8 @@ def comma_separated(rows: Sequence[Row]) -> str:
 
 def plot(rows: Sequence[Row], path: Path) -> None:
     """End point error against evaluations, without and with analytic start, as PNG; learned solvers are drawn bold."""
-    labels = list(dict.fromkeys(row.solver for row in sorted(rows, key=lambda row: bool(row.parameters))))
+    labels = list(dict.fromkeys(row.solver for row in sorted(rows, key=lambda row: (bool(row.parameters), row.error))))
+    learned = {row.solver for row in rows if row.parameters}
     panels = {
         "without start": [row for row in rows if row.start is None],
         "with analytic start": [row for row in rows if row.start is not None],
@@ -68,25 +69,26 @@ def plot(rows: Sequence[Row], path: Path) -> None:
         from matplotlib.ticker import MaxNLocator
 
         shown = {title: part for title, part in panels.items() if part}
+        handles: dict[str, Any] = {}
         for axes, (title, part) in zip(
             figure.subplots(1, len(shown), sharey=True, squeeze=False)[0], shown.items(), strict=True
         ):
             for index, label in enumerate(labels):
                 line = sorted((row for row in part if row.solver == label), key=lambda row: row.nfe)
                 if line:
-                    learned = bool(line[0].parameters)
-                    axes.plot(
+                    (handles[label],) = axes.plot(
                         [row.nfe for row in line],
                         [row.error for row in line],
                         marker="os^Dv"[index // 10 % 5],
                         color=f"C{index % 10}",
-                        label=label,
-                        markersize=6 if learned else 3.5,
-                        linewidth=3 if learned else 1.1,
+                        markersize=6 if label in learned else 3.5,
+                        linewidth=3 if label in learned else 1.1,
                     )
             axes.set(title=title, yscale="log", xlabel="network evaluations")
             axes.xaxis.set_major_locator(MaxNLocator(integer=True))
-            axes.legend(frameon=False, fontsize=6.5, ncols=2)
+            axes.yaxis.set_major_formatter("{x:g}")
+        order = [label for label in reversed(labels) if label in handles]
+        figure.legend([handles[n] for n in order], order, loc="outside right upper", frameon=False, fontsize=8)
         figure.axes[0].set_ylabel("mean L2 distance to the reference")
 
-    save_figure(draw, path, size=(11, 5))
+    save_figure(draw, path, size=(11, 4.6))
