@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 COUNTS = ("num_samples", "num_steps", "num_images", "num_trajectories", "tuning_samples", "batch_size", "shard_size")
-COUNTS += ("splits", "repeats", "updates")
+COUNTS += ("splits", "repeats", "updates", "components", "rank")
 SWITCHES = ("accept_changes", "channels_last", "compile", "cuda_graph", "dry_run", "again", "save_samples")
 SWITCHES += ("keep_features", "beside", "per_class", "analytic_first_step")
 NAMES = ("model", "teacher", "out", "dest", "features")
@@ -30,12 +30,26 @@ def is_weight(value: Any) -> bool:
     return all(isinstance(n, (int, float)) and not isinstance(n, bool) and math.isfinite(n) for n in numbers)
 
 
+def is_count(value: Any) -> bool:
+    return is_integer(value) and value >= 1
+
+
+def are_counts(values: Any) -> bool:
+    return isinstance(values, list) and all(map(is_count, values))
+
+
+def is_rate(value: Any) -> bool:
+    return is_weight(value) and not isinstance(value, list) and value > 0
+
+
 Rule = tuple[Callable[[Any], bool], str]
 RULES: dict[str, Rule] = {
-    **dict.fromkeys(COUNTS, (lambda value: is_integer(value) and value >= 1, "an integer of at least 1")),
+    **dict.fromkeys(COUNTS, (is_count, "an integer of at least 1")),
     **dict.fromkeys(SWITCHES, (lambda value: isinstance(value, bool), "true or false")),
     **dict.fromkeys(NAMES, (is_name, "a name or a path")),
     "seed": (is_integer, "an integer"),
+    "evaluations": (are_counts, "a list of integers of at least 1"),
+    "lr": (is_rate, "a positive number"),
     "w": (is_weight, "a finite number"),
 }
 
