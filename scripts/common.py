@@ -28,6 +28,7 @@ from hydra.experimental.callback import Callback
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import MissingMandatoryValue, OmegaConfBaseException
 
+from checks import check_settings
 from diffdistill.acceleration import accelerated
 from diffdistill.data import ImageData
 from diffdistill.denoiser import Denoiser
@@ -36,6 +37,7 @@ from diffdistill.models import save_denoiser
 from diffdistill.registry import choose
 from diffdistill.training import DataError, NonFiniteLossError, Run
 from diffdistill.training.distributed import LostProcessError, processes, rank
+from usage import check_preset, names_of, usage
 
 CONFIGS = str(Path(__file__).resolve().parent.parent / "configs")
 TRACEBACK = os.environ.get("HYDRA_FULL_ERROR") == "1"
@@ -67,12 +69,17 @@ def command(config_name: str) -> Callable[[Callable[[DictConfig], Any]], Callabl
         def task(config: DictConfig) -> None:
             ends = errors_in_the_log if "SUBMITIT_EXECUTOR" in os.environ else errors_in_one_line
             with ends(), processes(), quiet_unless_first():
+                check_settings(plain(config), defaults_of(config_name))
                 torch.manual_seed(OmegaConf.select(config, "trainer.seed", default=0))  # for the first weights
                 main(config)
 
         @wraps(main)
         def program() -> None:
+            if {"--help", "-h"} & set(sys.argv[1:]):
+                print(usage(Path(CONFIGS), config_name, sys.modules[main.__module__].__doc__ or ""))
+                return
             with errors_in_one_line(), hydra_environment():
+                check_preset(Path(CONFIGS), config_name, sys.argv[1:])
                 hydra.main(version_base="1.3", config_path=CONFIGS, config_name=config_name)(task)()
 
         return program
@@ -181,16 +188,20 @@ def one_line(error: BaseException) -> str:
         if error.missing_cfg_file.startswith("hydra/launcher/submitit"):
             return 'jobs need hydra-submitit-launcher, which is not installed: pip install -e ".[slurm]"'
         group, _, name = error.missing_cfg_file.partition("/")
-        presets = sorted(
-            str(p.relative_to(Path(CONFIGS, group)).with_suffix("")) for p in Path(CONFIGS, group).rglob("*.yaml")
-        )
-        return f"unknown {group} {name!r}: choose one of {', '.join(presets)}"
+        return f"unknown {group} {name!r}: choose one of {', '.join(names_of(Path(CONFIGS, group)))}"
     if isinstance(error, MissingMandatoryValue):
-        return f"the setting {error.full_key} is missing"
+        return f"{error.full_key} is missing: give {error.full_key}=VALUE"
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     if isinstance(error, (HydraException, OmegaConfBaseException)):
         lines = [line for line in lines if not line.startswith(("full_key:", "object_type=", "reference_type="))]
     return " ".join(lines).replace("\t", ", ") or type(error).__name__
+
+
+def defaults_of(config_name: str) -> dict[str, Any]:
+    """The settings of a script as its file states them."""
+    found = OmegaConf.to_container(OmegaConf.load(Path(CONFIGS, f"{config_name}.yaml")))
+    assert isinstance(found, dict)
+    return {str(key): value for key, value in found.items()}
 
 
 def plain(config: DictConfig) -> dict[str, Any]:
@@ -202,11 +213,7 @@ def plain(config: DictConfig) -> dict[str, Any]:
 
 def switches(settings: dict[str, Any]) -> dict[str, bool]:
     """The settings `channels_last`, `compile` and `cuda_graph` of a script."""
-    found = {name: settings[name] for name in ("channels_last", "compile", "cuda_graph")}
-    for name, value in found.items():
-        if not isinstance(value, bool):
-            raise ValueError(f"{name} must be true or false, but is {value!r}")
-    return found
+    return {name: settings[name] for name in ("channels_last", "compile", "cuda_graph")}
 
 
 def faster(scheme: Plan, settings: dict[str, Any]) -> Plan:

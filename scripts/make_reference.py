@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from omegaconf import DictConfig
 
+from checks import check_file
 from common import command, plain
 from diffdistill.data import load_data
 from diffdistill.devices import device_of
@@ -24,6 +25,7 @@ from diffdistill.training.distributed import rank
 @command("make_reference")
 def main(config: DictConfig) -> None:
     settings = plain(config)
+    check_file(settings["out"], ".npz")
     data = StoredImages(load_data(**settings["data"]), limit=settings["num_samples"])
     device, features = device_of(settings["device"]), make_features(settings["features"])
     keep = Keep(features=settings["keep_features"])

@@ -139,9 +139,9 @@ def start_for(model: Denoiser, start: float | Mapping[str, Any]) -> GaussianStar
     """The analytic start of `plan` for a model, checked."""
     options: dict[str, Any] = dict(start) if isinstance(start, Mapping) else {"sigma": start}
     wrong = next((name for name in options if name not in ("sigma", "statistics")), None)
-    if wrong is not None or "sigma" not in options:
+    sigma, given = options.get("sigma"), options.get("statistics")
+    if wrong is not None or not isinstance(sigma, (int, float)) or isinstance(sigma, bool):
         raise TypeError(f"a start is a noise level, or sigma and statistics, but is {start!r}")
-    sigma, given = float(options["sigma"]), options.get("statistics")
     if not model.sigma_min < sigma <= model.sigma_max:
         raise ValueError(
             f"a start at sigma = {sigma:g} is not in the range of the model, {model.sigma_min:g} to {model.sigma_max:g}"
@@ -183,7 +183,13 @@ def _gits(denoiser: Denoiser, options: Mapping[str, Any], start: GaussianStart |
 
 
 def spread_labels(num_samples: int, num_classes: int) -> Tensor | None:
-    """Labels `[num_samples]` spread evenly over the classes, or None where there are no classes."""
+    """Labels `[num_samples]` spread evenly over the classes, or None where there are no classes.
+
+    Raises:
+        ValueError: `num_samples` is no integer of at least 1.
+    """
+    if not isinstance(num_samples, int) or num_samples < 1:
+        raise ValueError(f"num_samples must be an integer of at least 1, but is {num_samples!r}")
     return torch.arange(num_samples) % num_classes if num_classes else None
 
 

@@ -1,7 +1,9 @@
 """What users do wrong: name: (script, overrides, what the one line must say).
 
 TEACHER, STUDENT and TRUNCATED stand for files of tiny models, TEXT for a file that holds a few words, EMPTY for an
-empty folder and OTHER for a folder with a file that is not a run's.
+empty folder and OTHER for a folder with a file that is not a run's. Of the archives of images, BYTES holds 0 to 255,
+DAMAGED has a flipped bit, NOTHING has no image and NO_X no array of that name; WRONG holds statistics that are not
+finite.
 """
 
 TRAIN = ["experiment=none", "data=digits"]
@@ -12,6 +14,11 @@ CASES = {
     "preset of stage 1": ("distill_guidance", ["experiment=nope"], ["nope", "digits/stage1"]),
     "preset of stage 2": ("distill_steps", ["experiment=nope"], ["nope", "digits/stage2"]),
     "preset of a learned solver": ("train_amed", ["experiment=nope"], ["nope", "digits/amed_5nfe"]),
+    "preset of another script": (
+        "distill_guidance",
+        ["experiment=digits/stage2"],
+        ["digits/stage2 is a preset of another script", "digits/stage1"],
+    ),
     "table": ("reproduce", ["table=nope"], ["nope", "digits_students"]),
     "no table": ("reproduce", [], ["table"]),
     "unknown setting": ("train_teacher", ["trainr.updates=3"], ["trainr"]),
@@ -66,6 +73,12 @@ CASES = {
         ["5", "4, 2, 1"],
     ),
     "nothing to compare": ("compare_solvers", ["evaluations=[]"], ["evaluations", "at least one"]),
+    "evaluations": ("compare_solvers", ["evaluations=[2.5]"], ["evaluations", "[2.5]", "integers of at least 1"]),
+    "a learned solver to compare": ("compare_solvers", ["learned=[nope]"], ["nope", "digits-steps-3nfe"]),
+    "a solver to compare": ("compare_solvers", ["solvers.heun.name=henu"], ["'henu'", "dpmpp"]),
+    "a mixture": ("analyze_trajectories", ["mixture.std=0"], ["mixture", "positive std", "'std': 0"]),
+    "components": ("analyze_trajectories", ["components=a"], ["components", "'a'", "integer"]),
+    "rank": ("gaussian_stats", ["form=low_rank", "rank=a"], ["rank", "'a'", "integer"]),
     "last_steps": ("distill_steps", ["teacher=STUDENT", "start_steps=8", "last_steps=8"], ["last_steps", "8", "4"]),
     "last_steps between": ("distill_steps", ["teacher=STUDENT", "start_steps=8", "last_steps=3"], ["3", "4, 2, 1"]),
     "last_steps that is no number": ("distill_steps", ["teacher=STUDENT", "last_steps=all"], ["all", "64, 32"]),
@@ -117,6 +130,22 @@ CASES = {
     ),
     "entry of a start": ("sample", ["model=TEACHER", "num_steps=3", "start={level:3}"], ["sigma and statistics"]),
     "statistics of a shipped model": ("gaussian_stats", ["beside=true"], ["digits-teacher", "leave out beside"]),
+    "no samples": ("sample", ["model=STUDENT", "num_samples=0"], ["num_samples", "0", "at least 1"]),
+    "samples below none": ("sample", ["model=STUDENT", "num_samples=-3"], ["num_samples", "-3", "at least 1"]),
+    "half a sample": ("sample", ["model=STUDENT", "num_samples=1.5"], ["num_samples", "1.5", "integer"]),
+    "batch of sampling": ("sample", ["model=STUDENT", "batch_size=0"], ["batch_size", "0", "at least 1"]),
+    "seed": ("sample", ["model=STUDENT", "seed=a"], ["seed", "'a'", "integer"]),
+    "weight in words": ("sample", ["model=STUDENT", "w=strong"], ["w must", "'strong'", "number"]),
+    "weight that is no number": ("sample", ["model=STUDENT", "w=nan"], ["w must", "nan", "finite"]),
+    "two weights": ("sample", ["model=STUDENT", "w=[1,2]"], ["w must", "[1, 2]"]),
+    "labels in words": ("sample", ["model=STUDENT", "labels=cat"], ["'cat'", "integers"]),
+    "no labels": ("sample", ["model=STUDENT", "labels=[]"], ["labels", "[]"]),
+    "nothing to save": ("sample", ["model=STUDENT", "save=[]"], ["save", "npz, png, grid"]),
+    "no model": ("sample", ["model=null"], ["model must", "None"]),
+    "steps in words": ("sample", ["model=TEACHER", "num_steps=few"], ["num_steps", "'few'", "integer"]),
+    "no predictor": ("sample", ["model=TEACHER", "solver=learned"], ["solver.predictor is missing"]),
+    "start in words": ("sample", ["model=TEACHER", "num_steps=3", "start=low"], ["'low'", "noise level"]),
+    "device that computes nothing": ("sample", ["model=STUDENT", "device=meta"], ["'meta'", "cuda:N"]),
     # editing
     "task": ("edit", ["task=colourise"], ["colourise", "style_transfer"]),
     "strength": ("edit", ["task=style_transfer", "strength=2", "encoder.num_steps=1"], ["strength", "2", "[0, 1]"]),
@@ -131,6 +160,29 @@ CASES = {
     "a switch": ("evaluate", ["model=STUDENT", "compile=maybe"], ["compile", "true or false", "maybe"]),
     "a switch of a table": ("reproduce", ["table=digits_students", "out=/nowhere", "compile=1"], ["compile", "1"]),
     "samples that are not there": ("evaluate", ["samples=/nowhere.npz"], ["/nowhere.npz"]),
+    "no samples of a model": ("evaluate", ["model=STUDENT", "num_samples=0"], ["num_samples", "0"]),
+    "samples of bytes": ("evaluate", ["samples=BYTES"], ["bytes.npz", "uint8 from 0 to 255", "[-1, 1]"]),
+    "damaged samples": ("evaluate", ["samples=DAMAGED"], ["damaged.npz", "CRC"]),
+    "samples without images": ("evaluate", ["samples=NOTHING"], ["nothing.npz", "at least one image"]),
+    "samples without x": ("evaluate", ["samples=NO_X"], ["no_x.npz", "it holds z"]),
+    "reference that is not finite": (
+        "evaluate",
+        ["samples=GREY", "features=pixels", "reference=WRONG", "splits=1"],
+        ["mean [4]", "not finite"],
+    ),
+    "a folder for the measures": ("evaluate", ["samples=GREY", "out=EMPTY"], ["is a folder", "result.json"]),
+    "a measure that stands alone": ("evaluate", ["samples=GREY", "measures=fdi"], ["'fdi'", "inception_score"]),
+    "no measures": ("evaluate", ["samples=GREY", "measures=[]"], ["nothing to measure", "captions"]),
+    "parts": ("evaluate", ["samples=GREY", "splits=1.5"], ["splits", "1.5", "integer"]),
+    "a folder for a reference": ("make_reference", ["features=pixels", "out=EMPTY"], ["is a folder", "result.npz"]),
+    "a file for a table": ("reproduce", ["table=digits_students", "out=TEXT"], ["text.safetensors"]),
+    "columns of a table": ("reproduce", ["table=digits_students", "table.columns=[a]"], ["columns", "'a'", "numbers"]),
+    "samples of a table": ("reproduce", ["table=digits_students", "table.num_samples=0"], ["num_samples", "0"]),
+    "parts of a table": ("reproduce", ["table=digits_students", "table.num_samples=2"], ["splits=5", "num_samples=2"]),
+    "rows of a table": ("reproduce", ["table=digits_students", "table.rows=[3]"], ["mapping", "not 3"]),
+    "no samples for statistics": ("gaussian_stats", ["model=TEACHER", "samples=0", "num_steps=2"], ["at least 1", "0"]),
+    "learning rate of the classifier": ("train_classifier", ["lr=fast"], ["lr", "'fast'", "positive number"]),
+    "updates of the classifier": ("train_classifier", ["updates=0"], ["updates", "0", "at least 1"]),
     "measure": ("evaluate", ["samples=EMPTY", "measures=[fdi]"], ["'fdi'", "inception_score"]),
     "features": ("make_reference", ["features=nope", "out=OUT"], ["nope", "digits_classifier"]),
     "file to convert": ("convert", ["source=/nowhere.pkl", "dest=OUT"], ["/nowhere.pkl"]),

@@ -127,7 +127,7 @@ def test_changes_of_a_finished_run_come_too_late(tmp_path):
 
 
 def test_a_folder_of_another_run_is_refused_and_the_difference_shown(tmp_path):
-    Run(tmp_path, CONFIG)
+    Run(tmp_path, CONFIG).log({"update": 1})
     with pytest.raises(
         ValueError, match="holds another run: seed was 1 and is now 2, trainer.updates was 10 and is now 20"
     ):
@@ -137,6 +137,12 @@ def test_a_folder_of_another_run_is_refused_and_the_difference_shown(tmp_path):
     Run(tmp_path, CONFIG)  # the refusals changed nothing
     Run(tmp_path, with_trainer(log_every=7))
     assert Run(tmp_path, with_trainer(updates=20), accept_changes=True).config["trainer"]["updates"] == 20
+
+
+def test_a_command_that_failed_at_once_leaves_the_folder_to_the_next(tmp_path):
+    Run(tmp_path, CONFIG)
+    assert Run(tmp_path, {**CONFIG, "seed": 2}).config["seed"] == 2
+    assert not (tmp_path / "accepted.json").exists() and "seed: 2" in (tmp_path / "config.yaml").read_text()
 
 
 def test_numbers_survive_the_config_file(tmp_path):

@@ -100,7 +100,7 @@ class ZipData(ImageData):
     def __init__(self, path: str | Path, *, resolution: int | None = None) -> None:
         self.path = Path(path)
         if not self.path.is_file():
-            raise FileNotFoundError(f"no zip data set at {str(path)!r}")
+            raise FileNotFoundError(f"no zip data set at {str(path)!r}: make one with dataset_tool.py of EDM")
         if not zipfile.is_zipfile(self.path):
             raise ValueError(f"{str(path)!r} is not a zip archive")
         self._archive: zipfile.ZipFile | None = None
@@ -194,7 +194,7 @@ def load_samples(*, path: str | Path) -> ImageData:
         ValueError: not an `.npz` of images `x` in [-1, 1] and labels `y` (-1 for none).
     """
     if not Path(path).is_file():
-        raise FileNotFoundError(f"no samples at {str(path)!r}")
+        raise FileNotFoundError(f"no samples at {str(path)!r}: make them with scripts/sample.py save=npz")
     try:
         with np.load(path, allow_pickle=False) as arrays:
             x, y = torch.from_numpy(arrays["x"]), torch.from_numpy(arrays["y"])

@@ -54,7 +54,8 @@ def made_on(outcome: Outcome) -> list[str]:
 
 def heading(outcome: Outcome, measure: str) -> str:
     """What a measure is, on which features, and which way is better."""
-    return f"{MEASURES[measure].label} ({outcome.table.features}; {MEASURES[measure].better} is better)"
+    label = MEASURES[measure].label
+    return f"{label[0].upper()}{label[1:]} ({outcome.table.features}; {MEASURES[measure].better} is better)"
 
 
 def explanation(outcome: Outcome) -> str:

@@ -51,10 +51,10 @@ class Run:
         if self.path.exists() and not self.path.is_dir():
             raise ValueError(f"{self.path} is a file: a run needs a folder")
         stored = None
-        if (self.path / "config.yaml").exists():
+        if (self.path / "config.yaml").exists() and _content(self.path):
             stored = _read_yaml(self.path / "config.yaml")
             self._check_same(stored)
-        elif self.path.exists() and (other := _foreign(self.path)):
+        elif self.path.exists() and (other := _content(self.path)):
             raise ValueError(f"{self.path} holds no run but other files ({other}): choose an empty or new folder")
         barrier()
         if rank() == 0:
@@ -221,9 +221,10 @@ def _plain(value: Any) -> Any:
     raise ValueError(f"a config holds plain values, not {type(value).__name__} ({value!r})")
 
 
-def _foreign(path: Path) -> str | None:
-    """The first entry that neither a run nor Hydra puts there."""
+def _content(path: Path) -> str | None:
+    """The first entry that is neither `config.yaml`, all that a command which failed at once leaves, nor Hydra's."""
     names = sorted(p.name for p in path.iterdir() if not p.name.startswith(".") and p.suffix != ".log")
+    names = [name for name in names if name != "config.yaml"]
     return names[0] if names else None
 
 
