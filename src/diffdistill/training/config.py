@@ -47,7 +47,8 @@ class TrainerConfig:
         channels_last: keep images and weights in the channels-last layout.
         compile: compile the modules of the objective with torch.compile.
         recompute: gradient checkpointing: keep no activations inside the blocks of the network, compute them again.
-        parallel: with several processes, "ddp" (each has the whole model) or "fsdp" (each has a part of it).
+        parallel: with several processes, "ddp" (each has the whole model) or "fsdp" (each has a part of it; on a CPU
+            since PyTorch 2.7).
         checkpoint_every: updates between checkpoints; None: only at the end (and when interrupted).
         checkpoint_minutes: also a checkpoint when this much time has passed since the last one, or None.
         keep: number of checkpoints that are kept.
