@@ -7,7 +7,7 @@
     python benchmarks/published_networks.py sd15_unet --batch 8 --vary resolution 32 64 96
     torchrun --nproc_per_node=8 benchmarks/published_networks.py adm_imagenet64 --batch 512 --parallel fsdp
 
-Prints a line for benchmarks/RESULTS.md; benchmarks/gpu_session.py makes the most important ones of one GPU. What it
+Prints a line for benchmarks/RESULTS.md; benchmarks/one_gpu.py makes the most important ones of one GPU. What it
 means:
 
 - share: operations of the bare network in a second over those of one large matrix product in the same precision, so

@@ -12,8 +12,8 @@ from __future__ import annotations
 
 from omegaconf import DictConfig
 
-from checks import check_file, several
 from common import command, faster, plain
+from common.checks import check_file, several
 from diffdistill import load_denoiser
 from diffdistill.devices import device_of
 from diffdistill.evaluation.evaluate import Evaluation, describe, evaluate, write_record

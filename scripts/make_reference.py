@@ -11,8 +11,8 @@ from __future__ import annotations
 
 from omegaconf import DictConfig
 
-from checks import check_file
 from common import command, plain
+from common.checks import check_file
 from diffdistill.data import load_data
 from diffdistill.devices import device_of
 from diffdistill.evaluation.collect import Keep, collect

@@ -9,8 +9,8 @@ from __future__ import annotations
 
 from omegaconf import DictConfig
 
-from checks import several
 from common import command, faster, plain
+from common.checks import several
 from diffdistill import load_denoiser
 from diffdistill.devices import device_of
 from diffdistill.generation import plan

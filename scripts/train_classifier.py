@@ -10,8 +10,8 @@ from pathlib import Path
 import torch
 from omegaconf import DictConfig
 
-from checks import check_file
 from common import command
+from common.checks import check_file
 from diffdistill.data import load_data
 from diffdistill.evaluation.classifier import SHIPPED, save_classifier, train_classifier
 

@@ -9,7 +9,7 @@ import torch
 pytest.importorskip("diffusers")
 sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "benchmarks"))
 
-import gpu_session  # noqa: E402
+import one_gpu  # noqa: E402
 import published_networks  # noqa: E402
 
 
@@ -31,14 +31,14 @@ def test_growth_takes_several_values(capsys):
     assert options.vary == ["batch", "2", "4"]
 
 
-def test_a_session_measures_all_parts_and_names_what_fails(monkeypatch, tmp_path, capsys):
+def test_one_gpu_measures_all_parts_and_names_what_fails(monkeypatch, tmp_path, capsys):
     tiny = "sd_tiny --batch 1 --steps 1 --rounds 1 --precision fp32 --only sampling"
     changes = {"PLAIN": tiny, "SAMPLING": (tiny,), "ROWS": (tiny, f"{tiny} --cuda-graph", tiny)}
     changes |= {"SAMPLES": 70, "STEPS": 1, "AMED_NETWORK": "digits", "TRAJECTORIES": 1}
     changes |= {"gpu_tests": lambda device: iter(["GPU tests: 14 passed"])}
     for name, value in changes.items():
-        monkeypatch.setattr(gpu_session, name, value)
-    gpu_session.main(["--device", "cpu", "--out", str(tmp_path / "session.md")])
+        monkeypatch.setattr(one_gpu, name, value)
+    one_gpu.main(["--device", "cpu", "--out", str(tmp_path / "session.md")])
     lines = capsys.readouterr().out.splitlines()
     assert lines == (tmp_path / "session.md").read_text().splitlines()
     starts = (
@@ -51,5 +51,5 @@ def test_a_session_measures_all_parts_and_names_what_fails(monkeypatch, tmp_path
     )
     counts = [sum(line.startswith(start) for line in lines) for start in starts]
     assert counts == [4, 1, 1, 3, 1, 1]
-    gpu_session.main(["--device", "cpu", "--out", str(tmp_path / "none.md"), "--minutes", "-1"])
+    one_gpu.main(["--device", "cpu", "--out", str(tmp_path / "none.md"), "--minutes", "-1"])
     assert capsys.readouterr().out == "0.0 minutes: parts 1 to 7 were not begun\n"

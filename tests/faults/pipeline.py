@@ -16,6 +16,7 @@ from diffdistill.training.distributed import processes
 sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "scripts"))
 
 import common
+import common.errors
 import distill_guidance
 import distill_steps
 
@@ -37,10 +38,10 @@ def one_of_several(pipe, place, parallel, *args):
     # Not Adam, which makes steps of full length of gradients that are rounding noise.
     settings = ["trainer.optimizer=sgd", "trainer.learning_rate=0.03", "trainer.precision=fp32"]
     settings += [f"trainer.parallel={parallel}"]
-    common.SAME_ERROR_SECONDS = 0.1
+    common.errors.SAME_ERROR_SECONDS = 0.1
     errors = io.StringIO()
     try:
-        with contextlib.redirect_stderr(errors), common.errors_in_one_line(), processes():
+        with contextlib.redirect_stderr(errors), common.errors.errors_in_one_line(), processes():
             both_stages(pipe, *args, settings)
     finally:
         pipe.send(errors.getvalue())

@@ -63,7 +63,7 @@ CASES = {
     "teacher": ("distill_guidance", ["teacher=nope"], ["nope", "digits-teacher"]),
     "teacher that is text": ("distill_guidance", ["teacher=TEXT"], ["text.safetensors"]),
     "range of w": ("distill_guidance", ["teacher=TEACHER", "w=[4,0]"], ["(4", "least, greatest"]),
-    "ends of the range of w": ("distill_guidance", ["teacher=TEACHER", "w=[1]"], ["(1,)", "least, greatest"]),
+    "ends of the range of w": ("distill_guidance", ["teacher=TEACHER", "w=[1]"], ["[1]", "the least and the greatest"]),
     "a student as the teacher of stage 1": ("distill_guidance", ["teacher=STUDENT"], ["guidance weight already"]),
     "start_steps": ("distill_steps", ["teacher=STUDENT", "start_steps=12"], ["12", "power of two"]),
     "sampler": ("distill_steps", ["teacher=STUDENT", "sampler=nope"], ["nope", "stochastic"]),

@@ -8,7 +8,7 @@ from hydra.errors import MissingConfigException
 
 from tests.scripts.calling import ROOT, command
 
-from common import about_a_job, one_line  # isort: skip
+from common.errors import about_a_job, one_line  # isort: skip
 
 INSTALLED = find_spec("hydra_plugins") is not None and find_spec("hydra_plugins.hydra_submitit_launcher") is not None
 needs_the_extra = pytest.mark.skipif(not INSTALLED, reason="needs hydra-submitit-launcher")

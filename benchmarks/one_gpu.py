@@ -1,6 +1,6 @@
 """All that one GPU can show, in one command, the most important first; meant for the first minutes on a machine.
 
-    python benchmarks/gpu_session.py [--minutes 8] [--out runs/gpu_session.md]
+    python benchmarks/one_gpu.py [--minutes 8] [--out runs/one_gpu.md]
 
 Every line is written as soon as it is measured, ready for benchmarks/RESULTS.md. What has not begun when the minutes
 are over is left out, and what fails is named in one line. The parts:
@@ -122,7 +122,7 @@ def ways_to_train(device: torch.device) -> Iterator[str]:
 def main(given: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--minutes", type=float, default=8.0, help="nothing more is begun after them")
-    parser.add_argument("--out", type=Path, default=Path("runs/gpu_session.md"))
+    parser.add_argument("--out", type=Path, default=Path("runs/one_gpu.md"))
     parser.add_argument("--device", default="cuda")
     options = parser.parse_args(given)
     device, started = device_of(options.device), time.monotonic()

@@ -25,9 +25,12 @@ def is_name(value: Any) -> bool:
     return isinstance(value, dict) or (isinstance(value, str) and value != "")
 
 
-def is_weight(value: Any) -> bool:
-    numbers = value if isinstance(value, list) and len(value) == 2 else [value]
-    return all(isinstance(n, (int, float)) and not isinstance(n, bool) and math.isfinite(n) for n in numbers)
+def is_number(value: Any) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+
+
+def is_range(value: Any) -> bool:
+    return all(map(is_number, value)) and len(value) == 2 if isinstance(value, list) else is_number(value)
 
 
 def is_count(value: Any) -> bool:
@@ -39,7 +42,7 @@ def are_counts(values: Any) -> bool:
 
 
 def is_rate(value: Any) -> bool:
-    return is_weight(value) and not isinstance(value, list) and value > 0
+    return is_number(value) and value > 0
 
 
 Rule = tuple[Callable[[Any], bool], str]
@@ -50,8 +53,10 @@ RULES: dict[str, Rule] = {
     "seed": (is_integer, "an integer"),
     "evaluations": (are_counts, "a list of integers of at least 1"),
     "lr": (is_rate, "a positive number"),
-    "w": (is_weight, "a finite number"),
+    "w": (is_number, "a finite number"),
 }
+RANGE: Rule = (is_range, "a finite number, or the least and the greatest")
+"""For the w of a script whose default is a range."""
 
 
 def check_settings(settings: Mapping[str, Any], defaults: Mapping[str, Any]) -> None:
@@ -68,8 +73,8 @@ def check_settings(settings: Mapping[str, Any], defaults: Mapping[str, Any]) -> 
         optional = name in OPTIONAL or (name in defaults and defaults[name] is None)
         if name not in RULES or (value is None and optional):
             continue
-        valid, words = RULES[name]
-        if not valid(value) or (name == "w" and isinstance(value, list) and not isinstance(defaults.get(name), list)):
+        valid, words = RANGE if name == "w" and isinstance(defaults.get(name), list) else RULES[name]
+        if not valid(value):
             raise ValueError(f"{name} must be {words}, but is {value!r}")
 
 
