@@ -124,6 +124,11 @@ def test_bad_configs(changes, error, message):
         Table.from_dict("t", config(**changes))
 
 
+def test_a_table_names_the_command_that_makes_it():
+    assert Table.from_dict("t", config()).made_by == "python scripts/reproduce.py table=t"
+    assert Table.from_dict("t", config(command="make t")).made_by == "make t"
+
+
 def test_the_digest_follows_settings_and_files():
     table, other = Table.from_dict("t", config()), Table.from_dict("t", config(num_samples=7))
     cell = table.cells()[1]

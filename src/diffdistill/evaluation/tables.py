@@ -151,6 +151,7 @@ class Table:
         schedule: of the rows that name none.
         source: of published values, where the row does not say.
         files: how to get files: `path: {url, sha256}`, or `path: URL`.
+        command: what makes the table, where it is not scripts/reproduce.py.
     """
 
     name: str
@@ -169,6 +170,12 @@ class Table:
     schedule: Mapping[str, Any] | None = None
     source: str | None = None
     files: Mapping[str, Any] = field(default_factory=dict)
+    command: str | None = None
+
+    @property
+    def made_by(self) -> str:
+        """The command that makes the table."""
+        return self.command or f"python scripts/reproduce.py table={self.name}"
 
     @classmethod
     def from_dict(cls, name: str, config: Mapping[str, Any]) -> Table:
