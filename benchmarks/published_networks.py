@@ -7,12 +7,14 @@
     python benchmarks/published_networks.py sd15_unet --batch 8 --vary resolution 32 64 96
     torchrun --nproc_per_node=8 benchmarks/published_networks.py adm_imagenet64 --batch 512 --parallel fsdp
 
-Prints a line for benchmarks/RESULTS.md. What it means:
+Prints a line for benchmarks/RESULTS.md; benchmarks/one_gpu.py makes the most important ones of one GPU. What it
+means:
 
 - share: operations of the bare network in a second over those of one large matrix product in the same precision, so
   that machines can be compared;
 - over bare: time of sampling over that of the same evaluations of the bare network, in turns, so that drift of the
-  machine cancels; with --compile and --cuda-graph the bare network is still eager;
+  machine cancels; with --compile and --cuda-graph the bare network is still eager. The noise of a run is drawn while
+  the run before it is under way, as `generate` does;
 - diffusers: images per second of the same evaluations in the loop of diffusers' DDIM: `DDIMPipeline` for unet2d_*, and
   `DDIMScheduler` around the same network for the others;
 - over floor: time of an update over that of the bare networks' forward and backward passes and the optimiser's step.
@@ -35,7 +37,7 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from diffdistill.acceleration import accelerated
-from diffdistill.devices import device_of
+from diffdistill.devices import device_of, tuned_convolutions
 from diffdistill.generation import plan
 from diffdistill.guidance.stage1 import GuidanceDistillation
 from diffdistill.learned import StepwiseDistillation
@@ -55,6 +57,7 @@ W = (0.0, 4.0)
 COLUMNS = ("network", "hardware", "torch", "how", "batch", "steps", "pixels", "matrix TFLOP/s", "share", "images/s")
 COLUMNS += ("over bare", "diffusers images/s", "stage 1 updates/s", "over floor", "stage 2 updates/s", "over floor")
 COLUMNS += ("AMED trajectories/s", "peak GiB")
+HEAD = "| " + " | ".join(COLUMNS) + " |\n|" + "---|" * len(COLUMNS)
 
 
 def seconds(work: Callable[[], object], device: torch.device) -> float:
@@ -125,10 +128,11 @@ def sampling(options: argparse.Namespace, device: torch.device, rate: float) -> 
     fast = accelerated(denoiser, compile=options.compile, cuda_graph=options.cuda_graph)
     scheme = replace(scheme, denoiser=fast)
     cond, evaluate = condition(denoiser, options.batch, device), bare(denoiser, options.batch, device)
+    drawn = [seeded_noise(range(options.batch), denoiser.data_shape, device=device)]
 
     def ours() -> None:
-        noise = seeded_noise(range(options.batch), denoiser.data_shape, device=device)
-        sample(scheme.denoiser, noise, solver=scheme.solver, sigmas=scheme.sigmas, cond=cond)
+        sample(scheme.denoiser, drawn.pop(), solver=scheme.solver, sigmas=scheme.sigmas, cond=cond)
+        drawn.append(seeded_noise(range(options.batch), denoiser.data_shape, device=device))
 
     def alone() -> None:
         for _ in range(options.steps):
@@ -235,15 +239,19 @@ def peak(device: torch.device) -> float:
 
 def row(options: argparse.Namespace, device: torch.device) -> list[str]:
     """The cells of one line."""
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats(device)
     wanted = options.only or ("sampling", "stages", "amed")
     dtype = torch.bfloat16 if options.precision == "bf16" else torch.float32
     rate = matrix_rate(device, dtype, options.rounds)
     trains = not options.network.startswith("unet2d")  # which takes no guidance weight
     numbers: list[float | None] = [rate]
-    numbers += sampling(options, device, rate) if "sampling" in wanted else [None] * 4
-    for stage in (1, 2):
-        numbers += updates(stage, options, device) if "stages" in wanted and trains else [None] * 2
-    numbers += [amed(options, device) if "amed" in wanted else None, peak(device)]
+    with tuned_convolutions():
+        numbers += sampling(options, device, rate) if "sampling" in wanted else [None] * 4
+        for stage in (1, 2):
+            numbers += updates(stage, options, device) if "stages" in wanted and trains else [None] * 2
+        numbers += [amed(options, device) if "amed" in wanted else None, peak(device)]
     hardware = torch.cuda.get_device_name(device) if device.type == "cuda" else f"{torch.get_num_threads()} threads"
     switches = [n.replace("_", " ") for n in ("recompute", "compile", "cuda_graph") if getattr(options, n)]
     how = ", ".join([options.precision, *([options.parallel] if world_size() > 1 else []), *switches])
@@ -290,12 +298,9 @@ def main(given: list[str] | None = None) -> None:
     with processes():
         device = device_of(options.device)
         if rank() == 0:
-            print("| " + " | ".join(COLUMNS) + " |\n|" + "---|" * len(COLUMNS))
+            print(HEAD)
         for value in values:
             setattr(options, what, value)
-            if device.type == "cuda":
-                torch.cuda.empty_cache()
-                torch.cuda.reset_peak_memory_stats(device)
             cells = row(options, device)
             if rank() == 0:
                 print("| " + " | ".join(cells) + " |", flush=True)

@@ -44,6 +44,9 @@ def shape_of(denoiser: Denoiser, settings: dict[str, Any], device: torch.device)
 @command("analyze_trajectories")
 def main(config: DictConfig) -> None:
     settings = plain(config)
+    narrow = settings["mixture"]
+    if not narrow["components"] >= 1 or not narrow["std"] > 0:
+        raise ValueError(f"mixture takes at least one component and a positive std, not {narrow}")
     run = Run(settings["out"], settings, harmless=("device",))
     device = device_of(settings["device"])
     model = load_denoiser(settings["model"], device=device)

@@ -97,9 +97,13 @@ def main(config: DictConfig) -> None:
     settings = plain(config)
     if not settings["evaluations"] or not (settings["solvers"] or settings["learned"]):
         raise ValueError("nothing to compare: evaluations and solvers (or learned) name at least one each")
+    for name in settings["learned"]:  # a wrong name is better known before an hour of work than after it
+        load_predictor(name)
+    for options in settings["solvers"].values():
+        make_solver(**options)
+    features = make_features(settings["features"])
     run = Run(settings["out"], settings, harmless=("device", "learned", "out"))
     problem = problem_of(settings, run)
-    features = make_features(settings["features"])
     real = gaussian_of(features, load_data(**settings["data"]).tensors()["x"])
 
     def frechet(x: torch.Tensor) -> float:

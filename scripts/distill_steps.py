@@ -54,7 +54,7 @@ def distill(config: DictConfig) -> dict[int, Path]:
 @command("distill_steps")
 def main(config: DictConfig) -> None:
     for num_steps, path in distill(config).items():
-        print(f"the student of {num_steps} steps is {path}")
+        print(f"the student of {num_steps} step{'s' * (num_steps > 1)} is {path}")
 
 
 if __name__ == "__main__":

@@ -32,9 +32,13 @@ from diffdistill.samples import chosen_labels
 def conditions(settings: dict[str, Any], labels: torch.Tensor | None, count: int, model: Any, parts: Any) -> Any:
     """What the images show, and what the result shall show."""
     if parts is not None and parts.prompts is not None:
-        if settings["prompt"] is None:
-            raise ValueError("this model is conditioned on text: give prompt=")
+        if settings["prompt"] is None or settings["label"] is not None:
+            raise ValueError("this model is conditioned on text: give prompt=, and no label")
         return parts.prompts([settings["source_prompt"]] * count), parts.prompts([settings["prompt"]] * count)
+    if settings["prompt"] is not None:
+        raise ValueError(
+            "this model is not conditioned on text: leave out prompt=, or give the pipeline= of a latent one"
+        )
     if settings["label"] is None:
         return labels, labels
     return labels, chosen_labels(settings["label"], count, model)
@@ -50,7 +54,8 @@ def edit(settings: dict[str, Any]) -> dict[str, torch.Tensor]:
 
         parts = load_pipeline(folder)
         parts.pipeline.to(device)
-    model = load_denoiser(settings["model"], device=device)
+    own = parts is not None and folder == settings["model"]
+    model = parts.denoiser.to(device) if own else load_denoiser(settings["model"], device=device)
     codec = model.codec if parts is None else parts.codec
     shape, labels = image_shape(model.data_shape, codec), None
     if settings["images"] is not None:
@@ -59,6 +64,8 @@ def edit(settings: dict[str, Any]) -> dict[str, torch.Tensor]:
         data = load_data(**settings["data"])
         if tuple(data.shape) != shape:
             raise ValueError(f"the model takes images {list(shape)}, but the data has {list(data.shape)}: choose data=")
+        if not 1 <= settings["num_images"] <= len(data):
+            raise ValueError(f"num_images={settings['num_images']}: the data has {len(data)} images")
         images = torch.stack([data[i]["x"] for i in range(settings["num_images"])])
         labels = torch.stack([data[i]["y"] for i in range(settings["num_images"])]) if model.num_classes else None
     scheme = {"w": settings["w"], "solver": settings.get("solver"), "schedule": settings.get("schedule")}

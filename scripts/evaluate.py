@@ -13,6 +13,7 @@ from __future__ import annotations
 from omegaconf import DictConfig
 
 from common import command, faster, plain
+from common.checks import check_file, several
 from diffdistill import load_denoiser
 from diffdistill.devices import device_of
 from diffdistill.evaluation.evaluate import Evaluation, describe, evaluate, write_record
@@ -28,6 +29,8 @@ def main(config: DictConfig) -> None:
     settings = plain(config)
     if (settings["samples"] is None) == (settings["model"] is None):
         raise ValueError("give either samples=PATH (a folder, .zip or .npz) or model=NAME")
+    settings["measures"] = several(settings["measures"])
+    check_file(settings["out"], ".json")
     options = Evaluation(**{name: settings[name] for name in Evaluation.__dataclass_fields__})
     device = device_of(settings["device"])
     if settings["samples"] is not None:

@@ -12,26 +12,27 @@ from __future__ import annotations
 from omegaconf import DictConfig
 
 from common import command, plain
+from common.checks import check_file
 from diffdistill.data import load_data
 from diffdistill.devices import device_of
 from diffdistill.evaluation.collect import Keep, collect
 from diffdistill.evaluation.extractors import make_features
 from diffdistill.evaluation.reference import reference_of, save_reference
 from diffdistill.evaluation.sources import StoredImages
-from diffdistill.training.distributed import processes, rank
+from diffdistill.training.distributed import rank
 
 
 @command("make_reference")
 def main(config: DictConfig) -> None:
     settings = plain(config)
+    check_file(settings["out"], ".npz")
     data = StoredImages(load_data(**settings["data"]), limit=settings["num_samples"])
-    with processes():
-        device, features = device_of(settings["device"]), make_features(settings["features"])
-        keep = Keep(features=settings["keep_features"])
-        collected = collect(data, features, keep=keep, batch_size=settings["batch_size"], device=device)
-        if rank() == 0:
-            save_reference(reference_of(collected, features), settings["out"])
-            print(f"{len(collected)} images, {features.name} (weights {features.weights}): {settings['out']}")
+    device, features = device_of(settings["device"]), make_features(settings["features"])
+    keep = Keep(features=settings["keep_features"])
+    collected = collect(data, features, keep=keep, batch_size=settings["batch_size"], device=device)
+    if rank() == 0:
+        save_reference(reference_of(collected, features), settings["out"])
+        print(f"{len(collected)} images, {features.name} (weights {features.weights}): {settings['out']}")
 
 
 if __name__ == "__main__":

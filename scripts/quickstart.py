@@ -26,12 +26,15 @@ def main(config: DictConfig) -> None:
     settings = plain(config)
     out, teacher = Path(settings["out"]), settings["teacher"]
     accept = f"accept_changes={settings['accept_changes']}"
+    print("stage 1 of 2: the guided teacher becomes one model", flush=True)
     stage1 = [accept, "experiment=digits/quickstart_stage1", f"teacher={teacher}", f"out={out / 'stage1'}"]
     guided = distill_guidance.distill(OmegaConf.merge(compose("distill_guidance", stage1), config.stage1))
+    print("stage 2 of 2: that becomes a model of 16, 8, 4, 2 and 1 steps", flush=True)
     stage2 = [accept, "experiment=digits/quickstart_stage2", f"teacher={guided}", f"out={out / 'stage2'}"]
     distill_steps.distill(OmegaConf.merge(compose("distill_steps", stage2), config.stage2))
 
     device = device_of(settings["device"])
+    print("measuring teacher and students", flush=True)
     outcome = reproduce(Table.from_dict("quickstart", settings["table"]), out / "table", device=device)
     write_pages(outcome)
     plot_comparison(outcome, out / "quality.png")

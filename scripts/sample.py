@@ -10,6 +10,7 @@ from __future__ import annotations
 from omegaconf import DictConfig
 
 from common import command, faster, plain
+from common.checks import several
 from diffdistill import load_denoiser
 from diffdistill.devices import device_of
 from diffdistill.generation import plan
@@ -32,8 +33,9 @@ def main(config: DictConfig) -> None:
         start=settings["start"],
     )
     scheme = faster(scheme, settings)
-    kinds = [settings["save"]] if isinstance(settings["save"], str) else settings["save"]
-    writers = [choose("kind of output", kind, WRITERS) for kind in kinds]
+    writers = [choose("kind of output", kind, WRITERS) for kind in several(settings["save"])]
+    if not writers:
+        raise ValueError(f"save must name at least one of {', '.join(WRITERS)}")
     labels = chosen_labels(settings["labels"], settings["num_samples"], model)
     seeds = range(settings["seed"], settings["seed"] + settings["num_samples"])
     run = Run(settings["out"], settings, harmless=("device", "save", "compile", "cuda_graph"))

@@ -29,6 +29,9 @@ def train(config: DictConfig) -> None:
     if source and not Path(model).exists():
         raise FileNotFoundError(f"{model} is not there: get it from {source}, or say model=PATH")
     run = Run(settings["out"], settings)
+    if run.finished:
+        print(f"the predictor is {run.path / 'predictor.safetensors'}")
+        return
     if Path(model).exists():
         Files(run.path / "files.json").check(Need(model, source or "", settings["sha256"]))
     denoiser = load_denoiser(model, device=device_of(settings["trainer"]["device"]))

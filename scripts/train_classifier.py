@@ -11,6 +11,7 @@ import torch
 from omegaconf import DictConfig
 
 from common import command
+from common.checks import check_file
 from diffdistill.data import load_data
 from diffdistill.evaluation.classifier import SHIPPED, save_classifier, train_classifier
 
@@ -18,6 +19,7 @@ from diffdistill.evaluation.classifier import SHIPPED, save_classifier, train_cl
 @command("train_classifier")
 def main(config: DictConfig) -> None:
     path = Path(config.out) / SHIPPED
+    check_file(path, ".safetensors")
     options = {name: config[name] for name in ("updates", "batch_size", "lr", "seed")}
     model = train_classifier(**options)
     accuracy = {split: model.accuracy(**load_data("digits", split=split).tensors()) for split in ("train", "test")}

@@ -4,6 +4,7 @@ from functools import partial
 
 import pytest
 import torch
+from torch._dynamo.testing import CompileCounter
 from torch._subclasses import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
@@ -11,10 +12,29 @@ from torch.utils._pytree import tree_leaves
 from diffdistill import sample
 from diffdistill.acceleration import Compiled, CudaGraphs, accelerated
 from diffdistill.denoiser import Denoiser, per_sample
-from diffdistill.learned import StepwiseDistillation
-from diffdistill.models import ClassifierFreeGuidance, build_denoiser, guidance_student, guided
-from diffdistill.solvers import AMEDPlugin, AMEDPredictor, Interval, ProbabilityFlow, make_schedule, make_solver
+from diffdistill.guidance.stage1 import GuidanceDistillation
+from diffdistill.learned import EndpointDistillation, StepwiseDistillation
+from diffdistill.models import ClassifierFreeGuidance, build_autoencoder, build_denoiser, guidance_student, guided
+from diffdistill.progressive.stage2 import STEPS, StepDistillation
+from diffdistill.solvers import (
+    SOLVERS,
+    AMEDPlugin,
+    AMEDPredictor,
+    Interval,
+    LearnedTable,
+    ProbabilityFlow,
+    intervals,
+    make_schedule,
+    make_solver,
+)
+from diffdistill.solvers.amed import LearnedSteps
+from diffdistill.solvers.features import feature_tap
+from diffdistill.solvers.flow import dynamic_thresholding
 from diffdistill.solvers.sampling import integrate
+from diffdistill.training.denoising import Denoising
+from diffdistill.training.noise_levels import make_noise_levels
+from diffdistill.training.reconstruction import Reconstruction
+from diffdistill.training.weighting import make_weighting
 from tests.builders import tiny_denoiser
 
 X, SIGMA, LABELS = torch.randn(3, 2, 8, 8), torch.tensor([0.1, 2.0, 30.0]), torch.tensor([0, 3, -1])
@@ -146,6 +166,15 @@ def test_training_of_a_learned_solver_compiles():
 
 
 @torch.no_grad()
+def test_all_of_many_weights_are_compiled():
+    torch._dynamo.reset()
+    counter, denoiser = CompileCounter(), Small()
+    for w in range(1, 11):
+        Compiled(guided(denoiser, w / 10), backend=counter)(X, SIGMA, LABELS)
+    assert counter.frame_count == 10
+
+
+@torch.no_grad()
 def test_one_recording_for_each_shape_condition_and_precision():
     recorder = Recorder()
     denoiser = tiny_denoiser()
@@ -225,6 +254,84 @@ def test_a_run_neither_waits_for_the_gpu_nor_copies(network, solver):
             with Crossings():
                 *_, last = integrate(flow, x, make_solver(solver), steps)
             assert last.device.type == "cuda"
+
+
+class OnGpu(torch.Generator):
+    """A generator that says it is on a GPU, where fake tensors are."""
+
+    device = torch.device("cuda")
+
+
+class Stream:
+    """Noise for stochastic solvers that lies on the GPU already."""
+
+    def draw(self, *, dtype, device):
+        return torch.empty(3, 2, 8, 8, dtype=dtype, device=device)
+
+
+def on_gpu(module):
+    """A module with fake tensors of a GPU in place of its own."""
+    for part in module.modules():
+        for tensors in (part._parameters, part._buffers):
+            for name, tensor in tensors.items():
+                if tensor is not None:
+                    fake = torch.empty_like(tensor, device="cuda")
+                    grad = tensor.requires_grad
+                    tensors[name] = torch.nn.Parameter(fake, grad) if tensors is part._parameters else fake
+    return module
+
+
+# Without deis, whose weights for levels that all samples share come from tensors on the CPU: they would be fake too.
+@pytest.mark.parametrize("name", [*sorted(SOLVERS.keys() - {"deis"}), "plugin", "steps"])
+def test_no_solver_waits_for_the_gpu_or_copies(name):
+    sigmas = make_schedule("polynomial", num_steps=3, sigma_min=0.02, sigma_max=80.0).tolist()
+    with FakeTensorMode(allow_non_fake_inputs=True), torch.no_grad():
+        denoiser, predictor, table = on_gpu(Small()), on_gpu(AMEDPredictor(0.1, 0.2)), on_gpu(LearnedTable(4))
+        x, labels = torch.empty(3, 2, 8, 8, device="cuda"), torch.zeros(3, dtype=torch.long, device="cuda")
+        solvers = [LearnedSteps(make_solver("ipndm"), table)]
+        if name == "plugin":
+            solvers = [AMEDPlugin(make_solver(inner), predictor) for inner in ("dpmpp", "unipc", "dpm2")]
+        elif name in SOLVERS:
+            options = {"predictor": predictor} if name == "amed" else {}
+            solvers = [
+                make_solver(name, **options),
+                *([] if name == "edm_sde" else [make_solver(name, afs=True, **options)]),
+            ]
+        for solver in solvers:
+            with feature_tap(denoiser, solver) as features, Crossings():
+                flow = ProbabilityFlow(denoiser, labels, thresholding=dynamic_thresholding, features=features)
+                *_, last = integrate(flow, x, solver, intervals([*sigmas, 0.0], 3, "cuda"), Stream())
+            assert last.device.type == "cuda"
+
+
+def objectives():
+    """Every objective, by name, around small networks."""
+    teacher, weighting = tiny_denoiser(), make_weighting("edm")
+    levels = {"noise_levels": make_noise_levels("cosine"), "weighting": weighting}
+    yield "denoising", Denoising(tiny_denoiser(), **levels)
+    yield "stage 1", GuidanceDistillation(teacher, guidance_student(teacher, (0.0, 4.0)), **levels)
+    grid = make_schedule("cosine", num_steps=4, sigma_min=0.002, sigma_max=80.0)
+    for name, steps in STEPS.items():
+        models = (guidance_student(teacher, (0.0, 4.0)) for _ in range(2))
+        yield name, StepDistillation(*models, steps=steps(grid), weighting=weighting, w_range=(0.0, 4.0))
+    autoencoder = build_autoencoder({"data_shape": [2, 8, 8], "channels": [8], "latent_channels": 3})
+    yield "autoencoder", Reconstruction(autoencoder)
+    plugin = AMEDPlugin(make_solver("ipndm"), AMEDPredictor(0.5, 0.5))
+    yield "endpoint", EndpointDistillation(teacher, plugin, sigmas=grid)
+    options = {"sigmas": grid[::2], "teacher": make_solver("ipndm"), "teacher_sigmas": grid}
+    yield "stepwise", StepwiseDistillation(teacher, plugin, **options)
+
+
+@pytest.mark.parametrize("name", ["denoising", "stage 1", *STEPS, "autoencoder", "endpoint", "stepwise"])
+def test_no_loss_waits_for_the_gpu_or_copies(name):
+    objective = dict(objectives())[name]
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        on_gpu(objective.train())
+        shape, labels = (3, 2, 8, 8), torch.zeros(3, dtype=torch.long, device="cuda")
+        batch = {key: torch.empty(shape, device="cuda") for key in ("x", "noise", "target")} | {"y": labels}
+        with Crossings():
+            losses = list(objective.losses(batch, OnGpu()))
+        assert all(part.device.type == "cuda" for loss in losses for part in (loss.value, *loss.logs.values()))
 
 
 @GPU

@@ -3,7 +3,7 @@ import pytest
 import torch
 from PIL import Image
 
-from diffdistill.pictures import GAP, plot_curves, save_grid
+from diffdistill.pictures import GAP, name_lines, plot_curves, save_figure, save_grid
 
 
 def test_a_grid_places_images_row_by_row(tmp_path):
@@ -40,3 +40,27 @@ def test_curves_are_drawn_of_what_there_is(tmp_path):
     records = [{"update": k, "loss": 1 / k, "drift": k - 3.0, "seconds": k} for k in range(1, 9)]
     plot_curves([*records, {"update": 9, "loss": 0.1}], tmp_path / "curves.png")
     assert Image.open(tmp_path / "curves.png").size[0] > 500
+
+
+def test_lines_are_named_at_their_ends_where_names_do_not_meet(tmp_path):
+    ends = {"a": 0.0, "b": 0.01, "c": 0.02, "d": 0.5, "e": 1.0}
+    found = {}
+
+    def draw(figure):
+        axes = figure.add_subplot()
+        for name, end in ends.items():
+            axes.plot([0, 1], [0.3, end], label=name)
+        axes.plot([0, 1], [0, 1])
+        name_lines(axes, size=12)
+        found.update({text.get_text(): text.xyann[1] for text in axes.texts})
+
+    save_figure(draw, tmp_path / "lines.png", size=(3, 2))
+    step = 1.5 * 12 / (2 * 72)
+    assert list(found) == list("abcde"), "from below, without the line that has no name"
+    places = np.array([*found.values()])
+    assert (np.diff(places) > step - 1e-9).all() and places[0] > -1e-9 and places[-1] < 1 + 1e-9
+    margin = 0.05 / 1.1  # of the axis around the data
+    assert found["d"] == pytest.approx(0.5) and found["e"] == pytest.approx(1 - margin), (
+        "these have room where they are"
+    )
+    assert np.diff(places[:3]) == pytest.approx([step, step]), "these share theirs"

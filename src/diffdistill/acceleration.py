@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import importlib
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,6 +20,7 @@ Record = Callable[[Callable[[], Outputs]], tuple[Outputs, Callable[[], object]]]
 """Evaluates a function, and returns the tensors that it filled and what fills them again."""
 
 MOST_GRAPHS = 8
+MOST_COMPILATIONS = 256
 WARM_UP = 3
 
 
@@ -81,7 +84,7 @@ class _OneFunction(Wrapper):
 
 
 class Compiled(_OneFunction):
-    """A denoiser compiled by `torch.compile`, once for every shape of its arguments.
+    """A denoiser compiled by `torch.compile`, once for every shape of its arguments and every number w that guides it.
 
     Args:
         denoiser: any callable `(x, sigma, cond) -> x0`.
@@ -90,6 +93,9 @@ class Compiled(_OneFunction):
 
     def __init__(self, denoiser: Callable[..., Tensor], *, backend: str = "inductor") -> None:
         super().__init__(denoiser)
+        # PyTorch counts the compilations of all denoisers together, and after 8 of them computes as if uncompiled.
+        dynamo: Any = importlib.import_module("torch._dynamo.config")
+        dynamo.cache_size_limit = max(dynamo.cache_size_limit, MOST_COMPILATIONS)
         self._compiled = torch.compile(self.evaluate, backend=backend, dynamic=False)
 
     def forward(self, x: Tensor, sigma: Tensor, cond: Any = None) -> Tensor:
@@ -170,7 +176,9 @@ class CudaGraphs(_OneFunction):
             with torch.autocast(kind, cache_enabled=False, **state):
                 return self.evaluate(x, sigma, cond)
 
-        outputs, replay = self._record(evaluate)
+        # The streams of a recording are those of the current GPU.
+        with torch.cuda.device(x.device) if kind == "cuda" else nullcontext():
+            outputs, replay = self._record(evaluate)
         return _Graph(inputs, outputs, replay)
 
 

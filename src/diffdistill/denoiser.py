@@ -106,8 +106,18 @@ class Denoiser(nn.Module):
         raise NotImplementedError(f"{type(self).__name__} defines no forward(x, sigma, cond)")
 
     def null_condition(self, cond: Any) -> Any:
-        """The condition of the same structure as `cond` that carries no information."""
-        return None if cond is None else torch.full_like(cond, NULL_LABEL)
+        """The condition of the same structure as `cond` that carries no information.
+
+        Raises:
+            ValueError: `cond` is not class labels, whose null is -1.
+        """
+        if cond is None:
+            return None
+        if not isinstance(cond, Tensor) or cond.is_floating_point():
+            raise ValueError(
+                "only class labels have a null of their own, -1: say which condition carries no information, null=..."
+            )
+        return torch.full_like(cond, NULL_LABEL)
 
     def check_condition(self, cond: Any, batch: int) -> None:
         """Raise `ValueError` unless `cond` is None or an integer label for each sample, -1 for none."""

@@ -124,7 +124,7 @@ def plan(
             raise ValueError("a learned solver brings its own noise levels: leave out schedule and start")
         learned = load_predictor(solver["predictor"], device=device_of(model))
         learned.check(denoiser, num_steps=num_steps)
-        return Plan(denoiser, learned.solver, learned.sigmas, learned.gaussian_start())
+        return Plan(denoiser, learned.solver, learned.sigmas, learned.gaussian_start(device=device_of(model)))
     if num_steps is None:
         raise ValueError("num_steps is missing: this model was not distilled to a number of steps, so choose one")
     grid = {"num_steps": num_steps, **(schedule or {"name": "cosine", "sigma_min": 0.0})}
@@ -139,9 +139,9 @@ def start_for(model: Denoiser, start: float | Mapping[str, Any]) -> GaussianStar
     """The analytic start of `plan` for a model, checked."""
     options: dict[str, Any] = dict(start) if isinstance(start, Mapping) else {"sigma": start}
     wrong = next((name for name in options if name not in ("sigma", "statistics")), None)
-    if wrong is not None or "sigma" not in options:
+    sigma, given = options.get("sigma"), options.get("statistics")
+    if wrong is not None or not isinstance(sigma, (int, float)) or isinstance(sigma, bool):
         raise TypeError(f"a start is a noise level, or sigma and statistics, but is {start!r}")
-    sigma, given = float(options["sigma"]), options.get("statistics")
     if not model.sigma_min < sigma <= model.sigma_max:
         raise ValueError(
             f"a start at sigma = {sigma:g} is not in the range of the model, {model.sigma_min:g} to {model.sigma_max:g}"
@@ -183,7 +183,13 @@ def _gits(denoiser: Denoiser, options: Mapping[str, Any], start: GaussianStart |
 
 
 def spread_labels(num_samples: int, num_classes: int) -> Tensor | None:
-    """Labels `[num_samples]` spread evenly over the classes, or None where there are no classes."""
+    """Labels `[num_samples]` spread evenly over the classes, or None where there are no classes.
+
+    Raises:
+        ValueError: `num_samples` is no integer of at least 1.
+    """
+    if not isinstance(num_samples, int) or num_samples < 1:
+        raise ValueError(f"num_samples must be an integer of at least 1, but is {num_samples!r}")
     return torch.arange(num_samples) % num_classes if num_classes else None
 
 
@@ -191,15 +197,18 @@ def generate(
     plan: Plan, seeds: Sequence[int] | Tensor, labels: Tensor | None, *, batch_size: int = 256
 ) -> Iterator[Tensor]:
     """Yield images `[<= batch_size, ...]` for each seed in turn; a seed gives the same image at any batch size."""
-    device = plan.device
+    device, following = plan.device, None
     for first in range(0, len(seeds), batch_size):
         chunk = seeds[first : first + batch_size]
         cond = None if labels is None else labels[first : first + batch_size].to(device)
-        noise = seeded_noise(chunk, plan.denoiser.data_shape, device=device)
+        noise = seeded_noise(chunk, plan.denoiser.data_shape, device=device) if following is None else following
         with torch.autocast(device.type, torch.bfloat16, enabled=plan.bf16), tuned_convolutions():
             x = sample(
                 plan.denoiser, noise, solver=plan.solver, sigmas=plan.sigmas, cond=cond, seeds=chunk, start=plan.start
             )
+        # Drawn by the CPU while a GPU is still at work on this batch.
+        rest = seeds[first + batch_size : first + 2 * batch_size]
+        following = seeded_noise(rest, plan.denoiser.data_shape, device=device) if len(rest) else None
         yield plan.pictures(x)
 
 

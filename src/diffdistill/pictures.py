@@ -127,3 +127,51 @@ def save_figure(draw: Callable[[Any], None], path: str | os.PathLike[str], *, si
             axes.spines[side].set_visible(False)
     with replacing(path) as temporary:
         figure.savefig(temporary, format="png")
+
+
+def name_lines(axes: Any, *, size: float = 7.5) -> None:
+    """Write the name of each line beside its last point, pushed apart where they would meet, in place of a legend.
+
+    Call it once all lines are drawn and both axes have their scales.
+    """
+    lines = [line for line in axes.get_lines() if not line.get_label().startswith("_")]
+    if not lines:
+        return
+    axes.margins(x=0.04)
+    axes.get_ylim()  # matplotlib fits the axes to their lines only when someone looks
+    ends = [(line.get_xdata()[-1], line.get_ydata()[-1]) for line in lines]
+    heights = axes.transAxes.inverted().transform(axes.transData.transform(ends))[:, 1]
+    step = 1.5 * size / (axes.figure.get_figheight() * 72)
+    order = np.argsort(heights)
+    for line, end, place in zip(
+        (lines[i] for i in order), (ends[i] for i in order), _apart(heights[order], step), strict=True
+    ):
+        colour = line.get_color()
+        axes.annotate(
+            line.get_label(),
+            end,
+            xytext=(1.04, place),
+            textcoords="axes fraction",
+            color=colour,
+            fontsize=size,
+            fontweight="bold" if line.get_linewidth() > 2 else "normal",
+            va="center",
+            arrowprops={"arrowstyle": "-", "color": colour, "linewidth": 0.5, "shrinkA": 1, "relpos": (0, 0.5)},
+        )
+
+
+def _apart(places: Any, step: float) -> list[float]:
+    """Numbers at least `step` apart and within [0, 1] where there is room: the nearest to `places`, which increase.
+
+    Nearest in the least squares: those of a run that has to share its room keep their mean.
+    """
+    last = (len(places) - 1) * step
+    runs: list[tuple[float, int]] = []
+    for i, place in enumerate(places):
+        mean, count = min(max(place - i * step, 0), 1 - last), 1
+        while runs and runs[-1][0] > mean:
+            before, number = runs.pop()
+            mean, count = (before * number + mean * count) / (number + count), number + count
+        runs.append((mean, count))
+    means = [mean for mean, count in runs for _ in range(count)]
+    return [mean + i * step for i, mean in enumerate(means)]

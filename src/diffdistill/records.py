@@ -15,6 +15,24 @@ from torch import Tensor
 from diffdistill.atomic import replacing
 
 
+def save_tensors(
+    tensors: Mapping[str, Tensor], path: str | os.PathLike[str], metadata: dict[str, str] | None = None
+) -> None:
+    """Write contiguous tensors on the CPU as a safetensors file, whole or not at all.
+
+    Raises:
+        OSError: it could not be written.
+    """
+    from safetensors import SafetensorError  # here, since solvers shall load without it
+    from safetensors.torch import save_file
+
+    with replacing(path) as temporary:
+        try:
+            save_file(dict(tensors), temporary, metadata)
+        except SafetensorError as error:
+            raise OSError(f"could not write {os.fspath(path)} ({error})") from error
+
+
 @dataclass(frozen=True)
 class FileKind:
     """What a file holds, and where those lie that come with the package.
@@ -33,11 +51,8 @@ class FileKind:
 
     def write(self, path: str | os.PathLike[str], record: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> None:
         """Write a file, whole or not at all."""
-        from safetensors.torch import save_file  # here, since solvers shall load without it
-
         tensors = {name: value.detach().cpu().contiguous() for name, value in tensors.items()}
-        with replacing(path) as temporary:
-            save_file(tensors, temporary, metadata={self.key: json.dumps({"format": self.format, **record})})
+        save_tensors(tensors, path, {self.key: json.dumps({"format": self.format, **record})})
 
     def read(self, path: str | os.PathLike[str]) -> tuple[dict[str, Any], dict[str, Tensor]]:
         """The record and the tensors of a file.
@@ -58,7 +73,7 @@ class FileKind:
         try:
             record = json.loads(metadata[self.key])
             version = record["format"]
-        except (ValueError, KeyError, TypeError):
+        except (ValueError, KeyError, TypeError, RecursionError):
             raise ValueError(f"the record in {path} cannot be read: the file is damaged") from None
         if version != self.format:
             raise ValueError(f"{path} has {self.name} format {version}: this version reads format {self.format}")

@@ -36,7 +36,10 @@ def chosen_labels(labels: int | Sequence[int] | None, num_samples: int, model: D
     """
     if labels is None:
         return spread_labels(num_samples, model.num_classes)
-    given = torch.tensor([labels] if isinstance(labels, int) else list(labels))
+    given = [labels] if isinstance(labels, (int, str)) else list(labels)
+    if not given or not all(type(label) is int for label in given):
+        raise ValueError(f"labels must be a class, or a list of classes, as integers, but is {labels!r}")
+    given = torch.tensor(given)
     model.check_condition(given, len(given))
     return given[torch.arange(num_samples) % len(given)]
 

@@ -63,12 +63,13 @@ def test_another_process_opens_the_zip_for_itself(archive, monkeypatch):
     assert data._open() is not handle
 
 
-def test_a_zip_without_labels_has_no_classes(tmp_path):
+@pytest.mark.parametrize("labels", ['{"labels": null}', "{}"])
+def test_a_zip_without_labels_has_no_classes(tmp_path, labels):
     path = tmp_path / "set.zip"
     with zipfile.ZipFile(path, "w") as file:
         with file.open("a.npy", "w") as entry:
             np.save(entry, np.full((1, 2, 3), 0.25, np.float32))
-        file.writestr("dataset.json", '{"labels": null}')
+        file.writestr("dataset.json", labels)
     data = load_data("zip", path=path)
     assert (data.num_classes, int(data[0]["y"]), data.shape) == (0, -1, (1, 2, 3))
     assert torch.equal(data[0]["x"], torch.full((1, 2, 3), 0.25))
@@ -95,6 +96,51 @@ def test_zip_errors_name_the_fault(archive, tmp_path):
             file.writestr("dataset.json", json.dumps({"labels": labels}))
         with pytest.raises(ValueError, match=message):
             load_data("zip", path=path)
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("dataset.json", '{"lab', 'dataset.json of .*bad.zip. is not {"labels"'),
+        ("dataset.json", "[]", 'dataset.json of .*bad.zip. is not {"labels"'),
+        ("dataset.json", '{"labels": [1, 2]}', 'dataset.json of .*bad.zip. is not {"labels"'),
+        ("0.png", "text", "'0.png' of .*bad.zip' cannot be read .not an image."),
+        ("0.npy", "text", "'0.npy' of .*bad.zip' cannot be read"),
+    ],
+)
+def test_a_damaged_entry_of_a_zip_is_named(tmp_path, name, content, message):
+    with zipfile.ZipFile(tmp_path / "bad.zip", "w") as file:
+        with file.open("a.npy", "w") as entry:
+            np.save(entry, np.zeros((1, 2, 2)))
+        file.writestr(name, content)
+    with pytest.raises(ValueError, match=message):
+        load_data("zip", path=tmp_path / "bad.zip")
+
+
+def test_a_zip_with_a_flipped_bit_names_the_image(tmp_path):
+    path = tmp_path / "bad.zip"
+    with zipfile.ZipFile(path, "w") as file, file.open("a.npy", "w") as entry:
+        np.save(entry, np.zeros((1, 2, 2)))
+    content = bytearray(path.read_bytes())
+    content[160] ^= 4
+    path.write_bytes(content)
+    with pytest.raises(ValueError, match="'a.npy' of .*bad.zip' cannot be read .Bad CRC-32"):
+        load_data("zip", path=path)
+
+
+@pytest.mark.parametrize("channels", [1, 3])
+def test_grey_images_of_16_bits_keep_their_range(tmp_path, channels):
+    values = np.linspace(0, 65535, 42).reshape(6, 7)
+    (tmp_path / "images").mkdir()
+    Image.fromarray(values.astype(np.uint16)).save(tmp_path / "images/a.png")
+    with zipfile.ZipFile(tmp_path / "set.zip", "w") as file:
+        file.write(tmp_path / "images/a.png", "a.png")
+    expected = torch.from_numpy(values / 65535 * 2 - 1).float()
+    for data, c in [
+        (load_data("images", root=tmp_path / "images", channels=channels), channels),
+        (load_data("zip", path=tmp_path / "set.zip"), 1),
+    ]:
+        torch.testing.assert_close(data[0]["x"], expected.expand(c, 6, 7), atol=1 / 255, rtol=0)
 
 
 def test_an_image_of_another_size_is_an_error_when_it_is_read(archive):

@@ -74,6 +74,11 @@ def test_bad_input_of_our_latent_model(ours, tmp_path):
         edited(*options, f"images={tmp_path / 'images'}")
     with pytest.raises(ValueError, match="16x16.*32x32"):
         edited(*options, "data=shapes", "num_images=2", f"mask={tmp_path / 'mask.png'}")
+    with pytest.raises(ValueError, match="not conditioned on text"):
+        edited(*options, "data=shapes", "num_images=2", "prompt=a cat")
+    for count in (0, 10**9):
+        with pytest.raises(ValueError, match=f"num_images={count}"):
+            edited(*options, "data=shapes", f"num_images={count}")
     with pytest.raises(ValueError, match="label 11"):
         edited(*options, "data=shapes", "num_images=2", "label=11")
 
@@ -153,6 +158,11 @@ def test_bad_input_of_stable_diffusion(folders, tmp_path):
     pictures(tmp_path, 16)
     with pytest.raises(ValueError, match="prompt="):
         edited(*options, f"images={tmp_path / 'images'}")
+    for task in ("image_to_image", "style_transfer"):
+        with pytest.raises(ValueError, match="misses 'channels'"):
+            edited(*options, "prompt=a cat", f"task={task}", f"images={tmp_path / 'images'}")
+    with pytest.raises(ValueError, match="no label"):
+        edited(*options, "prompt=a cat", "label=1", f"images={tmp_path / 'images'}")
     options.append("prompt=a cat")
     with pytest.raises(ValueError, match="32x32.*16x16"):
         edited(*options, f"images={tmp_path / 'large/images'}")

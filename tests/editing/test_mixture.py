@@ -60,6 +60,9 @@ def test_style_transfer_between_two_classes_is_the_affine_map(mixture):
 def test_strength_says_how_many_steps_are_left(mixture, strength):
     sigmas, x0, noise = schedule(4), torch.randn(3, *SHAPE), torch.randn(3, *SHAPE)
     start = noised(x0, sigmas, strength, noise)
+    if 0 < strength < 0.25:
+        with pytest.warns(UserWarning, match="0.24 leaves none of 4 steps"):
+            noised(x0, sigmas, strength, noise)
     left = {0.0: 0, 0.24: 0, 0.5: 2, 1.0: 4}[strength]
     assert len(start.sigmas) == left + 1 and torch.equal(start.sigmas, sigmas[4 - left :])
     made = image_to_image(mixture, x0, noise, strength=strength, solver=make_solver("heun"), sigmas=sigmas)
@@ -95,8 +98,10 @@ def test_inpainting_keeps_what_is_known_exactly_and_makes_the_rest(mixture, solv
     made = inpaint(mixture, Known(x0, mask), noise, solver=solver, sigmas=sigmas, cond=labels, seeds=[1, 2, 3])
     assert torch.equal(made[..., :3], x0[..., :3])
     assert (made[..., 3:].mean((1, 2, 3)) - torch.tensor([-0.6, 0.5, 0.5])).abs().max() < 0.15
-    garbage = torch.where(mask.bool(), x0, 9.0)
-    again = inpaint(mixture, Known(garbage, mask), noise, solver=solver, sigmas=sigmas, cond=labels, seeds=[1, 2, 3])
+    garbage = torch.where(mask.bool(), x0, float("nan"))
+    again = inpaint(
+        mixture, Known(garbage, mask.bool()), noise, solver=solver, sigmas=sigmas, cond=labels, seeds=[1, 2, 3]
+    )
     torch.testing.assert_close(again, made)
 
 

@@ -183,7 +183,7 @@ def test_a_reference_of_something_else_is_refused():
     other = Reference(digits.statistics.gaussian(), "digits_classifier", "0123456789abcdef")
     with pytest.raises(ValueError, match="with other weights of digits_classifier: 0123456789abcdef instead of"):
         measure(digits, other, classifier, ["fid"])
-    with pytest.raises(ValueError, match="kid need all features of the reference: make it with keep_features=true"):
+    with pytest.raises(ValueError, match="kid cannot do without: make it with keep_features=true"):
         measure(samples, Reference(gaussian), PIXELS, ["kid"])
     with pytest.raises(
         ValueError, match="class accuracy needs a classifier of the data's classes, which pixels is not"
@@ -217,6 +217,38 @@ def test_all_measures_of_the_digits_against_themselves():
     assert found["precision"].value == found["recall"].value == found["coverage"].value == 1
     assert found["accuracy"].value >= 0.99 and found["accuracy"].part_mean == pytest.approx(found["accuracy"].value)
     assert 6 < found["inception_score"].value < 10 and found["kid"].value < 0
+
+
+def test_measures_that_share_work_do_it_once(monkeypatch):
+    calls = []
+
+    def once(samples, real):
+        calls.append(len(samples))
+        return 0.25, 0.75
+
+    monkeypatch.setattr("diffdistill.evaluation.measures.precision_recall", once)
+    found = collect(StoredImages(images()), PIXELS, keep=Keep(features=True), splits=2)
+    values = measure(found, reference_of(found, PIXELS), PIXELS, ["recall", "precision"])
+    assert [*values] == ["recall", "precision"] and (values["precision"].value, values["recall"].value) == (0.25, 0.75)
+    assert calls == [61, 31, 30]
+
+
+def test_accuracy_needs_a_label_of_every_sample():
+    features = make_features("digit_pixels")
+    x, y = load_data("digits", split="test").tensors().values()
+    data = TensorData(x, torch.where(torch.arange(len(y)) == 3, -1, y), num_classes=10)
+    digits = collect(StoredImages(data), features, keep=Keep(logits=True))
+    with pytest.raises(ValueError, match="class accuracy needs labelled samples"):
+        measure(digits, reference_of(digits, features), features, ["accuracy"])
+
+
+def test_samples_that_were_not_clipped_are_clipped_and_other_ranges_refused(tmp_path):
+    x = np.linspace(-1.2, 1.1, 3 * 2 * 3 * 5, dtype=np.float32).reshape(3, 2, 3, 5)
+    np.savez(tmp_path / "raw.npz", x=x)
+    assert torch.equal(open_images(tmp_path / "raw.npz").tensors()["x"], torch.from_numpy(x).clamp(-1, 1))
+    np.savez(tmp_path / "wild.npz", x=100 * x)
+    with pytest.raises(ValueError, match=r"wild.npz' holds float32 from -120 to 110: expected floats in \[-1, 1\]"):
+        open_images(tmp_path / "wild.npz")
 
 
 def gaussian_rows(count, size, seed):

@@ -109,6 +109,8 @@ def test_gaussian_features_approach_the_exact_distance():
 def test_errors_and_warnings():
     with pytest.raises(ValueError, match="statistics of 7 features cannot be compared with those of 5"):
         frechet_distance(random_gaussian(0), random_gaussian(0, size=5))
+    with pytest.raises(ValueError, match=r"mean \[7\] holds values that are not finite"):
+        frechet_distance(random_gaussian(0), Gaussian(torch.full((7,), float("nan")), torch.eye(7)))
     with pytest.raises(ValueError, match="not finite"):
         FeatureStatistics().update(torch.tensor([[0.0, float("nan")]]))
     with pytest.raises(ValueError, match=r"\[B, D\], not \[3\]"):

@@ -17,7 +17,7 @@ from PIL import Image
 from diffdistill.data import load_data
 from diffdistill.evaluation import frechet_distance, gaussian_of, make_features
 from diffdistill.evaluation.html import write_pages
-from diffdistill.evaluation.reproduction import dry_run, missing_files, read_results, reproduce
+from diffdistill.evaluation.reproduction import Files, dry_run, known_results, missing_files, reproduce
 from diffdistill.evaluation.tables import Table
 from diffdistill.generation import generate, plan
 from diffdistill.models import Autoencoder, build_denoiser, load_denoiser, save_denoiser
@@ -176,7 +176,8 @@ def test_a_finished_cell_is_not_measured_again_and_a_changed_one_is(model, done,
     )
     fewer = reproduce(table(model, num_samples=40, measures=["accuracy"]), tmp_path / "t", device=CPU)
     assert {result.num_samples for result in fewer.results.values()} == {40}
-    assert len(read_results(table(model), tmp_path / "t").results) == 3
+    known, _ = known_results(table(model), tmp_path / "t", Files(tmp_path / "t/files.json"))
+    assert not known and "done" not in dry_run(table(model), tmp_path / "t", device=CPU)
 
 
 def test_a_file_that_changed_is_refused(model, tmp_path):

@@ -110,12 +110,23 @@ def test_a_solver_of_two_stages_has_no_odd_columns():
         ({"rows": [{"name": "x", "solver": {"name": "hen"}, "model": "m"}]}, ValueError, "unknown solver 'hen'"),
         ({"rows": [{"name": "x"}]}, ValueError, "row 'x' names no model, and the table has none"),
         ({"columns": [4]}, ValueError, "row 'Heun' has 2 published values for 1 columns"),
+        ({"columns": ["a", 5]}, ValueError, "columns takes integers, not 'a'"),
+        ({"columns": 5}, TypeError, "columns is a list, not 5"),
+        ({"num_samples": 2.5}, ValueError, "num_samples takes integers of at least 1, not 2.5"),
+        ({"num_samples": 3}, ValueError, "splits=5 is more than num_samples=3"),
+        ({"rows": [{"name": "x", "model": "m", "num_steps": 0}]}, ValueError, "num_steps takes integers of at least 1"),
+        ({"rows": [7]}, TypeError, "is a mapping such as .* not 7"),
         ({"rows": [{"name": "a b", "model": "m"}, {"name": "A-B", "model": "m"}]}, ValueError, "rename 'A-B'"),
     ],
 )
 def test_bad_configs(changes, error, message):
     with pytest.raises(error, match=message):
         Table.from_dict("t", config(**changes))
+
+
+def test_a_table_names_the_command_that_makes_it():
+    assert Table.from_dict("t", config()).made_by == "python scripts/reproduce.py table=t"
+    assert Table.from_dict("t", config(command="make t")).made_by == "make t"
 
 
 def test_the_digest_follows_settings_and_files():

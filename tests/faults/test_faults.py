@@ -9,7 +9,10 @@ import pytest
 import torch
 from torch.utils.data import get_worker_info
 
+from diffdistill.models import save_denoiser
+from diffdistill.pictures import plot_curves
 from diffdistill.training import CheckpointError, DataError, NonFiniteLossError, Run, Trainer
+from tests.builders import tiny_denoiser
 from tests.training.problems import Fit, HeldRows, Rows, settings
 from tests.training.several import CONTEXT
 
@@ -88,10 +91,44 @@ def fill_disk(pipe, path):
         pipe.send(str(error))
 
 
+def write_beyond(pipe, path):
+    """What each file of a run says that cannot be written."""
+    run, said = Run(path, {}), {}
+    (path / "result").write_text("x")
+    writes = {
+        "metrics.jsonl": lambda: run.log({"update": 1}),
+        "finished.json": lambda: run.finish(["result"]),
+        "curves.png": lambda: plot_curves([{"update": 1, "loss": 1.0}], path / "curves.png"),
+        "model.safetensors": lambda: save_denoiser(tiny_denoiser(), path / "model.safetensors"),
+    }
+    resource.setrlimit(resource.RLIMIT_FSIZE, (10, 10))
+    for name, write in writes.items():
+        try:
+            write()
+        except OSError as error:
+            said[name] = str(error)
+    pipe.send(said)
+
+
+def test_files_that_cannot_be_written_are_named(tmp_path):
+    ours, theirs = CONTEXT.Pipe()
+    child = CONTEXT.Process(target=write_beyond, args=(theirs, tmp_path))
+    child.start()
+    theirs.close()
+    said = ours.recv()
+    child.join(60)
+    assert len(said) == 4
+    for name, line in said.items():
+        assert str(tmp_path / name) in line and "File too large" in line and "\n" not in line
+    left = {p.name for p in tmp_path.iterdir()}
+    assert left == {"config.yaml", "result", "metrics.jsonl"}  # with a line cut off
+
+
 def test_a_full_disk(tmp_path):
     ours, theirs = CONTEXT.Pipe()
     child = CONTEXT.Process(target=fill_disk, args=(theirs, tmp_path))
     child.start()
+    theirs.close()
     line = ours.recv()
     child.join(60)
     assert "could not write the checkpoint" in line and "\n" not in line

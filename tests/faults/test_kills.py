@@ -13,14 +13,14 @@ from diffdistill import load_denoiser
 from diffdistill.models import save_denoiser
 from diffdistill.training.run import read_metrics
 from tests.builders import tiny_denoiser
-from tests.faults.pipeline import STAGES, both_stages
+from tests.faults.pipeline import STAGES, alone
 from tests.training.several import CONTEXT
 
 
 def attempt(folder, updates, *, stop_after=None, delay=0.0, signum=signal.SIGKILL, die_in_save=False):
     """Run both stages, or continue them, and send a signal after some updates; the exit code, 0 if they finished."""
     ours, theirs = CONTEXT.Pipe()
-    child = CONTEXT.Process(target=both_stages, args=(theirs, folder, updates, die_in_save))
+    child = CONTEXT.Process(target=alone, args=(theirs, folder, updates, die_in_save))
     child.start()
     theirs.close()
     seen = 0

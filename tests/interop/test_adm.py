@@ -99,6 +99,15 @@ def test_the_released_classifiers_have_the_published_parameters_and_are_inferred
     assert architecture.num_blocks == options.get("num_blocks", 2) and architecture.out_channels == 1000
 
 
+def test_the_widths_of_a_published_model_alone_do_not_make_one(tmp_path):
+    """ImageNet 64 of improved-diffusion has those of ADM, but strided convolutions, and another order of q, k and v."""
+    options = {"img_resolution": 64, "img_channels": 3, "out_channels": 6, "model_channels": 32, "num_blocks": 1}
+    network = OpenAIUNet(**options, channel_mult=(1, 2, 3, 4), num_heads=4, resample="conv", attn_resolutions=(8,))
+    torch.save(network.state_dict(), tmp_path / "imagenet64_uncond_100M_1500K.pt")
+    with pytest.raises(ForeignFileError, match="conv resampling: give image_size"):
+        read_foreign(tmp_path / "imagenet64_uncond_100M_1500K.pt")
+
+
 TINY = {"model_channels": 32, "channel_mult": (1, 2, 2), "num_blocks": 1, "head_channels": 16, "attn_resolutions": (4,)}
 
 

@@ -3,6 +3,7 @@
 import builtins
 import collections
 import io
+import json
 import os
 import pickle
 import pickletools
@@ -13,7 +14,7 @@ import numpy as np
 import pytest
 import torch
 
-from diffdistill.interop import ForeignFileError, UnsafePickleError, open_checkpoint, read_arrays
+from diffdistill.interop import ForeignFileError, UnsafePickleError, open_checkpoint, read_arrays, read_foreign
 from diffdistill.interop.pickles import _OPERATIONS, Machine
 from diffdistill.interop.records import Budget
 from diffdistill.interop.tensors import ALLOWED
@@ -173,6 +174,16 @@ def test_persistent_objects_become_records_without_their_source(tmp_path):
     assert len(record.source_sha256) == 64 and "EXECUTED" not in os.environ
 
 
+def test_arrays_of_strange_sizes_end_in_the_documented_error(tmp_path):
+    for dtype, size in ((torch.bfloat16, (2,)), (torch.float32, (0, 2**40, 2**40))):
+        storage = torch.zeros(2, dtype=dtype).untyped_storage()
+        typed = torch.storage.TypedStorage(wrap_storage=storage, dtype=dtype, _internal=True)
+        tensor = Calls(torch._utils._rebuild_tensor_v2, typed, 0, size, (1,) * len(size), False, {})
+        (tmp_path / "x.pkl").write_bytes(pickle.dumps({"a": tensor}))
+        with pytest.raises(ForeignFileError):
+            read_arrays(tmp_path / "x.pkl")
+
+
 def declared(code, size, layout):
     return code + struct.pack(layout, size)
 
@@ -201,9 +212,31 @@ def test_declared_sizes_allocate_nothing(data):
     assert peak < 4_000_000
 
 
-def test_deeply_nested_keys_are_refused_rather_than_hashed():
+@pytest.mark.parametrize(
+    "key",
+    [b")" + b"\x85" * 200_000, b"(" + b"K\x01" * 30 + b"t", b"\x8a\x09" + b"\x01" * 9],
+    ids=["nested tuple", "tuple", "integer"],
+)
+def test_keys_that_are_slow_to_hash_or_can_collide_are_refused(key):
     with pytest.raises(ForeignFileError, match="key"):
-        load(b"}" + b")" + b"\x85" * 200_000 + b"K\x01s.")
+        load(b"}" + key + b"K\x01s.")
+
+
+def test_long_integers_are_refused():
+    # Sizes of a tensor, whose product would take minutes.
+    with pytest.raises(ForeignFileError, match="integer of 100000 bytes"):
+        load(declared(b"\x8b", 100_000, "<i") + b"\x7f" * 100_000 + b".")
+
+
+def test_nested_values_are_not_written_out():
+    # Each list holds the one before twice: as text the last would have 2**18 of the first.
+    double = b"".join(b"](h%ch%ceq%c" % (i, i, i + 1) for i in range(18))
+    nested = b"]q\x00" + double + b"0"
+    assert load(nested + b"ctorch\ndevice\nh\x12\x85R.") == "a list"
+    for call in (b"cnumpy\ndtype\n", b"cnumpy.core.multiarray\n_reconstruct\n"):
+        with pytest.raises(ForeignFileError, match="a list") as refused:
+            load(nested + call + b"h\x12\x85R.")
+        assert len(str(refused.value)) < 200
 
 
 def test_a_pickle_of_too_many_instructions_is_refused():
@@ -217,10 +250,57 @@ def test_repeated_data_cannot_grow(tmp_path):
     calls = [Calls(__import__("_codecs").encode, text, "latin1") for _ in range(3_000)]
     with pytest.raises(ForeignFileError, match="instructions"):
         load(pickle.dumps(calls))
+    # The same, as the content of arrays in pickles of Python 2.
+    size = struct.pack("<i", 80_000)
+    names = b"cnumpy.core.multiarray\n_reconstruct\nq\x000(cnumpy\nndarray\nK\x00tq\x010"
+    state = b"((J" + size + b"tcnumpy\ndtype\n(U\x02u1tR\x89T" + size + b"a" * 80_000 + b"tq\x020"
+    with pytest.raises(ForeignFileError, match="instructions"):
+        load(names + state + b"h\x00h\x01Rh\x02b0" * 3_000 + b"N.")
     storage = torch.randn(1000)
     torch.save({str(i): storage for i in range(100)}, tmp_path / "x.pt")
     with open_checkpoint(tmp_path / "x.pt") as checkpoint, pytest.raises(ForeignFileError, match="repeat"):
         checkpoint.tensors(checkpoint.root)
+
+
+def test_a_nested_stream_is_paid_for_each_time_it_is_read(tmp_path):
+    parts = [0x1950A86A20F9469CFC6C, 1001, {"little_endian": True}]
+    storage = b"(U\x07storagectorch\nFloatStorage\nU\x010U\x03cpuK\x00tQ."
+    unused = b"T" + struct.pack("<i", 4_000_000) + b"a" * 4_000_000 + b"0"
+    stream = b"".join(pickle.dumps(part) for part in parts) + unused + storage + pickle.dumps(["0"]) + bytes(8)
+    call = b"B" + struct.pack("<I", len(stream)) + stream + b"\x85q\x000ctorch.storage\n_load_from_bytes\nq\x010"
+    for times, error in ((2, "none of EDM"), (3_000, "instructions")):
+        (tmp_path / "x.pkl").write_bytes(call + b"h\x01h\x00R0" * times + b"N.")
+        with pytest.raises(ForeignFileError, match=error):
+            read_foreign(tmp_path / "x.pkl")
+
+
+def test_a_table_of_parameters_is_not_listed_by_every_module(tmp_path):
+    table, weight = (
+        {str(i): torch.zeros(0) for i in range(300)},
+        Persistent("AMED_predictor", scale_dir=0, scale_time=0),
+    )
+    for i in range(300):
+        weight._modules[str(i)] = Persistent("Linear", _parameters=table)
+    (tmp_path / "x.pkl").write_bytes(pickled({"model": weight}))
+    with pytest.raises(ForeignFileError, match="more than 65536 parameters"):
+        read_foreign(tmp_path / "x.pkl")
+
+
+@pytest.mark.parametrize(
+    ("entry", "match"),
+    [
+        ({"dtype": "F32", "shape": [1] * 200_000, "data_offsets": [0, 4]}, "9 sizes"),
+        ({"dtype": "F32", "shape": [2**62, 4], "data_offsets": [0, 4]}, "declared in 4 bytes"),
+        ({"dtype": "F32", "shape": [2], "data_offsets": [0, 8]}, "outside"),
+        ({"dtype": "F32", "shape": [-1], "data_offsets": [4, 0]}, "outside"),
+        ({"dtype": "F4", "shape": [1], "data_offsets": [0, 4]}, "damaged header"),
+    ],
+)
+def test_damaged_headers_of_safetensors_are_refused(entry, match, tmp_path):
+    header = json.dumps({"model.diffusion_model.a": entry}).encode()
+    (tmp_path / "x.ckpt").write_bytes(struct.pack("<Q", len(header)) + header + bytes(4))
+    with pytest.raises(ForeignFileError, match=match):
+        read_foreign(tmp_path / "x.ckpt")
 
 
 @pytest.mark.parametrize(

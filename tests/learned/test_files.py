@@ -72,6 +72,8 @@ def test_the_wrong_denoiser_weight_or_number_of_steps_is_refused():
         learned.sample(guided(denoiser, 1.0), noise, cond)
     with pytest.raises(ValueError, match=r"trained for 3 steps \(5 evaluations\)"):
         learned.check(denoiser, num_steps=4)
+    for w in (None, 0.0):  # which guide nothing
+        make(trained_for={**identity(denoiser), "w": w}).check(guided(denoiser, 0.0))
     at_one = make(trained_for=identity(guided(denoiser, 1.0)))
     at_one.check(ClassifierFreeGuidance(denoiser, 1))
     with pytest.raises(ValueError, match=r"w 1\.0"):
@@ -111,6 +113,7 @@ def test_damaged_and_foreign_files_are_refused(tmp_path):
         ({"form": "heun"}, "amed, plugin, steps"),
         ({"predictor": {"name": "amed", "scale_dir": 2.0}}, r"\[0, 1\)"),
         ({"sigmas": [1.0, 2.0]}, "decrease"),
+        ({"predictor": {"name": "table", "num_intervals": 10**15}}, "make 3 intervals"),
         ({"extra": 1}, "builds no solver"),
     ):
         with pytest.raises(ValueError, match=message):
@@ -132,6 +135,9 @@ def test_what_was_trained_is_what_is_kept():
     assert torch.equal(result.sigmas, schedule().detach()) and result.trained_for == identity(denoiser)
     with pytest.raises(ValueError, match="use endpoint"):
         make_task(learned, denoiser, SCHEDULE, name="stepwise", teacher={"name": "heun"}, points=1)
+    started = make("amed", start={"statistics": "digits-teacher", "sigma": 8.0})
+    with pytest.raises(ValueError, match="not from an analytic start: use endpoint"):
+        make_task(started, denoiser, SCHEDULE, name="stepwise", teacher={"name": "heun"}, points=1)
     with pytest.raises(TypeError, match="no option 'pionts'"):
         make_task(make("amed"), denoiser, SCHEDULE, name="stepwise", teacher={"name": "heun"}, pionts=1)
 

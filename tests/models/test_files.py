@@ -122,6 +122,11 @@ def test_files_of_another_version_or_architecture(tmp_path):
         (lambda c: c["network"].update(model_channels=16), "of another shape, first .* is .* instead of"),
         (lambda c: c["network"].update(name="vit"), "builds no model: unknown network 'vit': choose one of"),
         (lambda c: c["network"].update(depth=2), "builds no model: network 'song_unet' has no option 'depth'"),
+        (lambda c: c.update(data_shape=[]), "builds no model"),
+        (lambda c: c.update(num_classes=-3), "builds no model"),
+        (lambda c: c["network"].update(channel_mult=[0]), "builds no model"),
+        (lambda c: c.update(sigma_min="low"), "0 < sigma_min < sigma_max, not 'low'"),
+        (lambda c: c.update(autoencoder=[1]), "builds no model"),
     ):
         save_denoiser(tiny_denoiser(), path)
         rewrite(path, change)

@@ -69,6 +69,18 @@ def test_conditions_may_be_dicts_with_an_explicit_null():
     torch.testing.assert_close(out, 3 * (X * cond["text"][:, :1, :1, None] + size) - 2 * size)
 
 
+@pytest.mark.parametrize("cond", [torch.randn(3, 5), {"text": torch.randn(3, 5)}], ids=["tensor", "dict"])
+def test_a_condition_that_is_no_label_needs_an_explicit_null(cond):
+    with pytest.raises(ValueError, match="say which condition carries no information, null="):
+        ClassifierFreeGuidance(lambda x, sigma, cond: x, 1.0)(X, SIGMA, cond)
+
+
+def test_a_denoiser_without_a_condition_is_not_guided():
+    mixture = GaussianMixture([1.0], torch.zeros(1, 2, 8, 8), [0.1])
+    with pytest.warns(UserWarning, match="takes no condition, so that no w guides it"):
+        assert guided(mixture, 2.0) is mixture
+
+
 def test_wrappers_forward_what_a_denoiser_states_and_change_nothing():
     denoiser = tiny_denoiser().eval()
     denoiser.sigma_max, before = 33.0, {k: v.clone() for k, v in denoiser.state_dict().items()}

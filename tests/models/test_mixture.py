@@ -102,6 +102,13 @@ def test_errors(change, message):
         GaussianMixture(**{**arguments, **change})
 
 
+def test_no_component_and_data_of_another_shape():
+    with pytest.raises(ValueError, match="at least one component"):
+        GaussianMixture([], torch.zeros(0, 4), [])
+    with pytest.raises(ValueError, match=r"of data \[2, 3, 5\], not \[2, 5, 3\]"):
+        mixture()(torch.randn(4, 2, 5, 3), torch.ones(4))
+
+
 def test_labels_need_a_labelled_mixture():
     with pytest.raises(ValueError, match="no class labels"):
         mixture()(torch.randn(1, 2, 3, 5), torch.ones(1), torch.zeros(1, dtype=torch.long))

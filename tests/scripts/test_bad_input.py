@@ -1,5 +1,6 @@
 """What users do wrong ends in one line and exit code 2, and leaves no file behind."""
 
+import numpy as np
 import pytest
 
 from diffdistill.denoiser import Distilled
@@ -23,8 +24,20 @@ def files(tmp_path_factory):
     (folder / "empty").mkdir()
     (folder / "other").mkdir()
     (folder / "other/thesis.tex").write_text("x")
+    grey, mean = np.zeros((20, 1, 2, 2), np.float32), np.zeros(4)
+    mean[1] = np.nan
+    np.savez(folder / "grey.npz", x=grey, y=np.arange(20) % 10)
+    np.savez(folder / "bytes.npz", x=np.arange(256, dtype=np.uint8).reshape(64, 1, 2, 2))
+    np.savez(folder / "nothing.npz", x=grey[:0])
+    np.savez(folder / "no_x.npz", z=grey)
+    np.savez(folder / "wrong.npz", mu=mean, sigma=np.eye(4))
+    damaged = bytearray((folder / "grey.npz").read_bytes())
+    damaged[200] ^= 255
+    (folder / "damaged.npz").write_bytes(damaged)
+    archives = ("grey", "bytes", "nothing", "no_x", "wrong", "damaged")
     names = ("teacher", "student", "truncated", "text")
-    return {name.upper(): folder / f"{name}.safetensors" for name in names} | {
+    files = {name: folder / f"{name}.npz" for name in archives} | {n: folder / f"{n}.safetensors" for n in names}
+    return {name.upper(): path for name, path in files.items()} | {
         "EMPTY": folder / "empty",
         "OTHER": folder / "other",
     }

@@ -72,6 +72,6 @@ ROWS = [
     *(Row("ipndm", 2, {"order": order}) for order in (2, 3, 4)),
     *(Row("ipndm_v", min(order, 3), {"order": order}) for order in (1, 2, 3, 4)),
     *(Row("ipndm_v", order, {"order": order, "coefficients": "exact"}) for order in (1, 2, 3, 4)),
-    Row("edm_sde", 2, evaluations=2, afs=False, deterministic={"s_churn": 0.0}),
+    Row("edm_sde", 2, evaluations=2, afs=False, deterministic={"churn": 0.0}),
     Row("euler_ancestral", 1, deterministic={"eta": 0.0}),
 ]

@@ -1,5 +1,6 @@
 """Runs: stochastic solvers, thresholding, the analytical first step, labels, and what the package imports."""
 
+import itertools
 import subprocess
 import sys
 
@@ -21,7 +22,15 @@ from diffdistill.solvers import (
     seeded_noise,
 )
 
-STOCHASTIC = {"edm_sde": {"s_churn": 10.0, "s_noise": 1.0}, "euler_ancestral": {"eta": 1.0}}
+STOCHASTIC = {"edm_sde": {"churn": 10.0, "s_noise": 1.0}, "euler_ancestral": {"eta": 1.0}}
+
+
+@pytest.mark.parametrize("shape", [(), (3,), (2, 3, 7)])
+def test_the_numbers_of_a_seed_are_those_of_torch(shape):
+    seeds, stream = [5, 0, 2**40], SampleNoise([5, 0, 2**40], shape)
+    generators = [torch.Generator().manual_seed(seed) for seed in seeds]
+    for _ in range(2):
+        assert torch.equal(stream.draw(), torch.stack([torch.randn(shape, generator=g) for g in generators]))
 
 
 @pytest.mark.parametrize("name", STOCHASTIC)
@@ -34,6 +43,29 @@ def test_marginal_variance_on_a_gaussian(name):
     run = sample(gaussian, noise, solver=make_solver(name, **STOCHASTIC[name]), sigmas=sigmas, return_trajectory=True)
     measured = run.x.flatten(1).var(dim=1)
     torch.testing.assert_close(measured, variance + run.sigmas**2, rtol=0.08, atol=0.0)
+
+
+def test_edm_sde_is_algorithm_2_of_edm():
+    mixture = GaussianMixture([0.5, 0.5], torch.randn(2, 2, 5), [0.1, 0.2])
+    options = {"churn": 2.0, "s_min": 0.1, "s_max": 15.0, "s_noise": 1.01}
+    sigmas = [*make_schedule("polynomial", num_steps=5, sigma_min=0.05, sigma_max=20.0).tolist(), 0.0]
+    noise = seeded_noise([3, 11, 4], (2, 5), dtype=torch.float64)
+    stream = SampleNoise([3, 11, 4], (2, 5))
+    stream.draw()
+
+    def slope(x, t):
+        return (x - mixture(x, torch.full((3,), t, dtype=torch.float64))) / t
+
+    x = sigmas[0] * noise
+    for t, t_next in itertools.pairwise(sigmas):
+        t_hat = t * (1 + 2.0 / 6) if 0.1 <= t <= 15 else t
+        x_hat = x + (t_hat**2 - t**2) ** 0.5 * 1.01 * stream.draw(dtype=torch.float64)
+        d = slope(x_hat, t_hat)
+        x = x_hat + (t_next - t_hat) * d
+        if t_next > 0:
+            x = x_hat + (t_next - t_hat) * (d + slope(x, t_next)) / 2
+    found = sample(mixture, noise, solver=make_solver("edm_sde", **options), sigmas=sigmas, seeds=[3, 11, 4])
+    torch.testing.assert_close(found, x, rtol=1e-12, atol=1e-12)
 
 
 @pytest.mark.parametrize("name", STOCHASTIC)
@@ -120,6 +152,10 @@ def test_dynamic_thresholding():
     assert torch.equal(result[0], x[0])
     bound = torch.quantile(x[1].abs(), 0.995)
     torch.testing.assert_close(result[1], x[1].clamp(-bound, bound) / bound)
+    for dtype in (torch.bfloat16, torch.float16, torch.float64):
+        half = dynamic_thresholding(x.to(dtype))
+        assert half.dtype == dtype
+        torch.testing.assert_close(half.float(), result, rtol=0, atol=0.02)
 
 
 def test_thresholding_reaches_every_prediction():
@@ -143,6 +179,15 @@ def test_bad_input():
         sample(mixture, noise, cond=torch.tensor([0, 1]), **good)
     with pytest.raises(ValueError, match="0 to 1"):
         sample(mixture, noise, cond=torch.tensor([0, 1, 2]), **good)
+    for seeds in ([3], [3, 4, 5, 6]):
+        with pytest.raises(ValueError, match=f"each of the 3 samples, but there are {len(seeds)}"):
+            sample(mixture, noise, solver=make_solver("euler_ancestral"), sigmas=good["sigmas"], seeds=seeds)
+    with pytest.raises(ValueError, match=r"answers \[1, 2, 5\] for x of the shape \[3, 2, 5\]"):
+        sample(lambda x, sigma, cond: x[:1], noise, **good)
+    with pytest.raises(TypeError, match="solver must be a Solver, such as make_solver makes, but is 'euler'"):
+        sample(mixture, noise, solver="euler", sigmas=good["sigmas"])
+    with pytest.raises(TypeError, match=r"GaussianStart or None, but is 2\.5"):
+        sample(mixture, noise, start=2.5, **good)
 
 
 def test_imports_torch_numpy_and_scipy_only():

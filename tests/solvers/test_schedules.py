@@ -3,12 +3,13 @@
 import itertools
 import math
 
+import numpy as np
 import pytest
 import torch
 
 from diffdistill.models import GaussianMixture
-from diffdistill.solvers import SCHEDULES, make_schedule
-from diffdistill.solvers.gits import shortest_path
+from diffdistill.solvers import SCHEDULES, make_schedule, make_solver
+from diffdistill.solvers.gits import METRICS, shortest_path
 from diffdistill.solvers.schedules import ALIGN_YOUR_STEPS
 
 ENDS = {"sigma_min": 0.03, "sigma_max": 14.0}
@@ -39,6 +40,11 @@ def test_formula(name, num_steps):
     expected = torch.tensor([formula(i / num_steps) for i in range(num_steps + 1)], dtype=torch.float64)
     torch.testing.assert_close(sigmas, expected, rtol=1e-10, atol=0)
     assert (sigmas[0].item(), sigmas[-1].item()) == (14.0, 0.03)
+
+
+def test_integers_of_numpy_count():
+    assert len(make_schedule("polynomial", num_steps=np.int64(3), **ENDS)) == 4
+    assert make_solver("ipndm", order=np.int64(3)).memory == 2
 
 
 def test_cosine_is_that_of_data_of_unit_variance_unless_told_otherwise():
@@ -78,6 +84,27 @@ def test_shortest_path_is_that_of_brute_force(num_steps):
     assert tuple(shortest_path(cost, num_steps, 1.15)) == min(paths, key=total)
 
 
+@pytest.mark.parametrize("metric", METRICS)
+def test_costs_of_gits_are_those_of_each_jump(metric):
+    points, slopes = torch.randn(5, 3, 7).double().cumsum(0), torch.randn(4, 3, 7).double()
+    sigmas = make_schedule([9.0, 4.0, 2.0, 0.5, 0.1])
+    costs = METRICS[metric](points, slopes, sigmas - sigmas[:-1, None])
+
+    def deviation(x):
+        to_end, chord = points[-1] - x, points[-1] - points[0]
+        along = (to_end * chord).sum(1) / chord.norm(dim=1)
+        return (to_end.square().sum(1) - along**2).clamp(min=0).sqrt()
+
+    for i, j in itertools.combinations(range(5), 2):
+        jump = points[i] + (sigmas[j] - sigmas[i]) * slopes[i]
+        expected = {
+            "dev": deviation(jump) - deviation(points[j]),
+            "l1": (jump - points[j]).abs().sum(1),
+            "l2": (jump - points[j]).norm(dim=1),
+        }
+        torch.testing.assert_close(costs[i, j], expected[metric].mean())
+
+
 @pytest.mark.parametrize("metric", ["dev", "l1", "l2"])
 def test_gits_chooses_levels_of_the_fine_schedule(metric):
     mixture = GaussianMixture([0.5, 0.5], torch.randn(2, 2, 3, 5), [0.1, 0.2])
@@ -106,6 +133,8 @@ def test_gits_needs_few_steps_where_the_trajectory_bends():
         ("logsnr", {"num_steps": 3, **ENDS, "rho": 7}, TypeError, "num_steps, sigma_min, sigma_max"),
         ("polynomial", {"num_steps": 0, **ENDS}, ValueError, "at least 1"),
         ("polynomial", {"num_steps": 2.5, **ENDS}, ValueError, "integer"),
+        ("polynomial", {"num_steps": 6.0, **ENDS}, ValueError, "integer"),
+        ("polynomial", {"num_steps": "6", **ENDS}, ValueError, "integer of at least 1, but is '6'"),
         ("polynomial", {"num_steps": 3, "sigma_min": 2.0, "sigma_max": 1.0}, ValueError, "sigma_min < sigma_max"),
         ("polynomial", {"num_steps": 3, "sigma_min": -1.0, "sigma_max": 1.0}, ValueError, "0 <= sigma_min"),
         ("polynomial", {"num_steps": 3, **ENDS, "rho": 0.0}, ValueError, "rho"),

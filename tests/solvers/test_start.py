@@ -286,6 +286,9 @@ def test_bad_input():
     sigmas, options = torch.tensor([80.0, 1.0]), {"solver": make_solver("euler")}
     with pytest.raises(ValueError, match="sigma_max=10"):
         sample(lambda x, s, c: x, noise, sigmas=sigmas, start=GaussianStart(stats, 10.0), **options)
+    labelled = GaussianMixture([1.0] * 3, torch.zeros(3, *SHAPE), [0.1] * 3, labels=[0, 1, 2])
+    with pytest.raises(ValueError, match="of 2 classes, but the denoiser is of 3"):
+        sample(labelled, noise, sigmas=sigmas, start=GaussianStart(stats, 80.0), **options)
     with pytest.raises(ValueError, match=r"data \[2, 6, 5\]"):
         sample(lambda x, s, c: x, noise[:, :1], sigmas=sigmas, start=GaussianStart(stats, 80.0), **options)
     for sigma in (0.0, -1.0, float("nan"), float("inf")):

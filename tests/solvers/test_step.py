@@ -214,8 +214,8 @@ def test_history_is_bounded_and_not_changed(row, mixture):
         ("unipc", {"variant": "bh3"}, ValueError, "bh1, bh2"),
         ("dpm2", {"r": 0.0}, ValueError, r"\(0, 1\]"),
         ("euler_ancestral", {"eta": 1.5}, ValueError, r"\[0, 1\]"),
-        ("edm_sde", {"afs": True}, TypeError, "s_churn, s_min, s_max, s_noise"),
-        ("edm_sde", {"s_churn": -1.0}, ValueError, "negative"),
+        ("edm_sde", {"afs": True}, TypeError, "it takes churn, s_min, s_max, s_noise"),
+        ("edm_sde", {"churn": -1.0}, ValueError, "negative"),
         ("edm_sde", {"s_min": 2.0, "s_max": 1.0}, ValueError, "ordered"),
     ],
 )

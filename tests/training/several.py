@@ -13,7 +13,8 @@ from diffdistill.training.distributed import processes
 SECONDS = 900
 """How long the processes may take, and may wait for each other."""
 CONTEXT = multiprocessing.get_context("forkserver")
-CONTEXT.set_forkserver_preload(["tests.training.test_processes", "tests.faults.pipeline"])
+SLOW_IMPORTS = ["torch._dynamo", "torch.distributed.fsdp"]  # which training would do in every process
+CONTEXT.set_forkserver_preload(["tests.training.test_processes", "tests.faults.pipeline", *SLOW_IMPORTS])
 
 
 def several(count, function, *args):

@@ -1,4 +1,5 @@
 import json
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -100,8 +101,33 @@ def test_a_full_disk_is_one_line_and_keeps_the_last_checkpoint(tmp_path, monkeyp
     assert sorted(p.name for p in (tmp_path / "checkpoints").iterdir()) == ["0000010.json", "0000010.pt"]
 
 
+def test_a_disk_that_torch_finds_full_is_named(tmp_path, monkeypatch):
+    run = saved(tmp_path, updates=[10])
+
+    def fails(state, path):
+        path.write_bytes(b"some of it")
+        raise RuntimeError("[enforce fail at inline_container.cc:672] . unexpected pos 704 vs 598")
+
+    monkeypatch.setattr(torch, "save", fails)
+    with pytest.raises(CheckpointError, match="unexpected pos"):
+        run.save_checkpoint(20, {})
+    monkeypatch.setattr("shutil.disk_usage", lambda path: SimpleNamespace(free=4096))
+    with pytest.raises(CheckpointError, match="0000020.pt .*No space left on device.: the last good one is"):
+        run.save_checkpoint(20, {})
+
+
+def test_changes_of_a_finished_run_come_too_late(tmp_path):
+    run = Run(tmp_path, CONFIG)
+    run.stage("004").finish()
+    Run(tmp_path, with_trainer(updates=20), accept_changes=True).stage("004")
+    run.finish()
+    with pytest.raises(ValueError, match="is finished, and has nothing to continue"):
+        Run(tmp_path, CONFIG, accept_changes=True)
+    Run(tmp_path, with_trainer(updates=20, log_every=1), accept_changes=True)
+
+
 def test_a_folder_of_another_run_is_refused_and_the_difference_shown(tmp_path):
-    Run(tmp_path, CONFIG)
+    Run(tmp_path, CONFIG).log({"update": 1})
     with pytest.raises(
         ValueError, match="holds another run: seed was 1 and is now 2, trainer.updates was 10 and is now 20"
     ):
@@ -111,6 +137,12 @@ def test_a_folder_of_another_run_is_refused_and_the_difference_shown(tmp_path):
     Run(tmp_path, CONFIG)  # the refusals changed nothing
     Run(tmp_path, with_trainer(log_every=7))
     assert Run(tmp_path, with_trainer(updates=20), accept_changes=True).config["trainer"]["updates"] == 20
+
+
+def test_a_command_that_failed_at_once_leaves_the_folder_to_the_next(tmp_path):
+    Run(tmp_path, CONFIG)
+    assert Run(tmp_path, {**CONFIG, "seed": 2}).config["seed"] == 2
+    assert not (tmp_path / "accepted.json").exists() and "seed: 2" in (tmp_path / "config.yaml").read_text()
 
 
 def test_numbers_survive_the_config_file(tmp_path):

@@ -10,7 +10,16 @@ import torch
 from torch import nn
 from torch.torch_version import TorchVersion
 
-from diffdistill.training import CheckpointError, Loss, NonFiniteLossError, Objective, Run, Trainer, sharding
+from diffdistill.training import (
+    CheckpointError,
+    Interrupted,
+    Loss,
+    NonFiniteLossError,
+    Objective,
+    Run,
+    Trainer,
+    sharding,
+)
 from diffdistill.training.average import WeightAverage
 from diffdistill.training.randomness import rand
 from tests.training.problems import Fit, HeldRows, Rows, settings
@@ -281,10 +290,67 @@ def test_errors_name_what_is_wrong(tmp_path):
         Trainer(Fit(), Rows(0), settings(), Run(tmp_path, {}))
 
 
+class Signalled(Fit):
+    """A signal comes in its last update, or while its last checkpoint is written."""
+
+    def __init__(self, late):
+        super().__init__()
+        self.late, self.calls = late, 0
+
+    def loss(self, batch, generator):
+        self.calls += 1
+        if self.calls == 6 and not self.late:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return super().loss(batch, generator)
+
+    def extra_state(self):
+        if self.late:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return {}
+
+
+@pytest.mark.parametrize("late", [False, True])
+def test_a_signal_in_the_last_update_is_not_lost(tmp_path, late):
+    heard = []
+    before = signal.signal(signal.SIGTERM, lambda signum, frame: heard.append(signum))
+    try:
+        if late:
+            train(tmp_path, objective=Signalled(late), updates=6, checkpoint_every=None)
+            assert heard == [signal.SIGTERM]
+        else:
+            with pytest.raises(Interrupted):
+                train(tmp_path, objective=Signalled(late), updates=6, checkpoint_every=None)
+            assert not heard
+    finally:
+        signal.signal(signal.SIGTERM, before)
+    assert Run(tmp_path, {}).load_checkpoint().update == 6
+
+
+HOLD = """
+import fcntl, sys
+file = open(sys.argv[1], "w")
+fcntl.lockf(file, fcntl.LOCK_EX)
+print("held", flush=True)
+sys.stdin.read()
+"""
+
+
+def test_a_folder_in_use_by_another_program_is_refused(tmp_path):
+    command = [sys.executable, "-c", HOLD, str(tmp_path / ".lock")]
+    other = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+    assert other.stdout is not None and other.stdout.readline() == b"held\n"
+    with pytest.raises(ValueError, match="is in use by another program"):
+        train(tmp_path)
+    assert not Run(tmp_path, {}).metrics()
+    other.kill()
+    other.wait()
+    train(tmp_path, updates=1)
+
+
 SCRIPT = """
 import sys, time
 sys.path.insert(0, {root!r})
-from tests.training.problems import Fit, HeldRows, settings
+from tests.training.problems import Fit, Rows, settings
 from diffdistill.training import Run, Trainer
 
 class Slow(Fit):
@@ -293,12 +359,12 @@ class Slow(Fit):
         time.sleep(0.02)
         return super().loss(batch, generator)
 
-Trainer(Slow(), HeldRows(), settings(updates=10_000, checkpoint_every=None), Run({out!r}, {{}})).train()
+Trainer(Slow(), Rows(), settings(updates=10_000, checkpoint_every=None, workers=1), Run({out!r}, {{}})).train()
 """
 
 
 @pytest.mark.parametrize(("signum", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
-def test_a_signal_writes_a_checkpoint_and_ends_the_run(tmp_path, signum, code):
+def test_a_signal_to_all_processes_writes_a_checkpoint_and_ends_the_run(tmp_path, signum, code):
     script = SCRIPT.format(root=str(Path(__file__).parents[2]), out=str(tmp_path))
     process = subprocess.Popen(
         [sys.executable, "-c", script],
@@ -306,11 +372,12 @@ def test_a_signal_writes_a_checkpoint_and_ends_the_run(tmp_path, signum, code):
         stderr=subprocess.PIPE,
         text=True,
         env={**os.environ, "OMP_NUM_THREADS": "1"},
+        start_new_session=True,
     )
     assert process.stdout is not None
     for _ in range(3):
         process.stdout.readline()
-    process.send_signal(signum)
+    os.killpg(process.pid, signum)
     _, errors = process.communicate(timeout=60)
     assert process.returncode == code
     assert "Traceback" not in errors

@@ -68,7 +68,7 @@ class ImageFolder(ImageData):
         from PIL import Image
 
         with Image.open(path) as image:
-            image = image.convert("RGB" if self._channels == 3 else "L")
+            image = _converted(image, "RGB" if self._channels == 3 else "L")
         side = self._resolution
         if side is not None:
             short = min(image.size)
@@ -84,9 +84,9 @@ class ImageFolder(ImageData):
 class ZipData(ImageData):
     """A zip of images with labels in `dataset.json`, as EDM's `dataset_tool.py` writes it.
 
-    `dataset.json` reads `{"labels": [["00000/img00000000.png", 3], ...]}`; without it, or with null, the set has no
-    labels. An image is a PNG (or another format that Pillow reads), or an `.npy` `[C, H, W]` of bytes or of floats in
-    [-1, 1]. Images are read when asked for; every process opens the archive for itself.
+    `dataset.json` reads `{"labels": [["00000/img00000000.png", 3], ...]}`; without it, or without `labels` in it, the
+    set has no labels. An image is a PNG (or another format that Pillow reads), or an `.npy` `[C, H, W]` of bytes or of
+    floats in [-1, 1]. Images are read when asked for; every process opens the archive for itself.
 
     Args:
         path: the archive.
@@ -100,7 +100,7 @@ class ZipData(ImageData):
     def __init__(self, path: str | Path, *, resolution: int | None = None) -> None:
         self.path = Path(path)
         if not self.path.is_file():
-            raise FileNotFoundError(f"no zip data set at {str(path)!r}")
+            raise FileNotFoundError(f"no zip data set at {str(path)!r}: make one with dataset_tool.py of EDM")
         if not zipfile.is_zipfile(self.path):
             raise ValueError(f"{str(path)!r} is not a zip archive")
         self._archive: zipfile.ZipFile | None = None
@@ -109,8 +109,8 @@ class ZipData(ImageData):
         self._names = sorted(name for name in names if _is_image(name) or name.lower().endswith(".npy"))
         if not self._names:
             raise FileNotFoundError(f"no images in {str(path)!r}: expected .npy or {', '.join(IMAGE_SUFFIXES)}")
-        table = json.loads(self._open().read("dataset.json"))["labels"] if "dataset.json" in names else None
-        self._labels = torch.full((len(self._names),), NULL_LABEL) if table is None else self._read_labels(table)
+        table = self._read_table() if "dataset.json" in names else None
+        self._labels = torch.full((len(self._names),), NULL_LABEL) if table is None else self._labels_of(table)
         self.num_classes = int(self._labels.max()) + 1
         channels, height, width = self._read(self._names[0]).shape
         if resolution is not None and (height, width) != (resolution, resolution):
@@ -136,8 +136,14 @@ class ZipData(ImageData):
             self._archive, self._owner = zipfile.ZipFile(self.path), os.getpid()
         return self._archive
 
-    def _read_labels(self, table: list[tuple[str, int]]) -> Tensor:
-        labels = dict(table)
+    def _read_table(self) -> dict[str, Any] | None:
+        try:
+            table = json.loads(self._open().read("dataset.json")).get("labels")
+            return None if table is None else dict(table)
+        except (ValueError, TypeError, AttributeError):
+            raise ValueError(f'dataset.json of {str(self.path)!r} is not {{"labels": [[name, label], ...]}}') from None
+
+    def _labels_of(self, labels: dict[str, Any]) -> Tensor:
         missing = next((name for name in self._names if name not in labels), None)
         if missing is not None:
             raise ValueError(f"dataset.json of {str(self.path)!r} has no label for {missing!r}")
@@ -147,13 +153,18 @@ class ZipData(ImageData):
         return torch.tensor([labels[name] for name in self._names])
 
     def _read(self, name: str) -> Tensor:
-        content = io.BytesIO(self._open().read(name))
-        if not name.lower().endswith(".npy"):
-            from PIL import Image
+        from PIL import Image, UnidentifiedImageError
 
-            image = Image.open(content)
-            return from_uint8(_channels_first(np.array(image if image.mode in ("L", "RGB") else image.convert("RGB"))))
-        values = np.load(content, allow_pickle=False)
+        try:
+            content = io.BytesIO(self._open().read(name))
+            if not name.lower().endswith(".npy"):
+                image = Image.open(content)
+                grey = image.mode == "L" or image.mode.startswith("I")
+                return from_uint8(_channels_first(np.array(_converted(image, "L" if grey else "RGB"))))
+            values = np.load(content, allow_pickle=False)
+        except (OSError, ValueError, EOFError, zipfile.BadZipFile) as error:
+            reason = "not an image" if isinstance(error, UnidentifiedImageError) else error
+            raise ValueError(f"{name!r} of {str(self.path)!r} cannot be read ({reason})") from error
         if values.ndim != 3:
             raise ValueError(f"{name!r} has shape {list(values.shape)}: expected [C, H, W]")
         if values.dtype == np.uint8:
@@ -183,7 +194,7 @@ def load_samples(*, path: str | Path) -> ImageData:
         ValueError: not an `.npz` of images `x` in [-1, 1] and labels `y` (-1 for none).
     """
     if not Path(path).is_file():
-        raise FileNotFoundError(f"no samples at {str(path)!r}")
+        raise FileNotFoundError(f"no samples at {str(path)!r}: make them with scripts/sample.py save=npz")
     try:
         with np.load(path, allow_pickle=False) as arrays:
             x, y = torch.from_numpy(arrays["x"]), torch.from_numpy(arrays["y"])
@@ -194,6 +205,15 @@ def load_samples(*, path: str | Path) -> ImageData:
 
 def _is_image(name: str) -> bool:
     return name.lower().endswith(IMAGE_SUFFIXES)
+
+
+def _converted(image: Any, mode: str) -> Any:
+    """An image of Pillow in the mode "RGB" or "L"; transparency is dropped."""
+    if image.mode.startswith("I"):  # 16 bits, which `convert` would cut off at 255
+        from PIL import Image
+
+        image = Image.fromarray((np.asarray(image) / 257).round().astype(np.uint8))
+    return image.convert(mode)
 
 
 def _channels_first(image: np.ndarray) -> np.ndarray:

@@ -11,12 +11,13 @@ from typing import Any, TypeVar
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor
 
-from diffdistill.atomic import replacing, write_text
+from diffdistill.atomic import write_text
 from diffdistill.data.base import ImageData, checked_index
 from diffdistill.denoiser import Codec
+from diffdistill.records import save_tensors
 from diffdistill.registry import choose
 
 INDEX = "index.json"
@@ -74,11 +75,11 @@ def _wide(tensor: Tensor) -> Tensor:
     return tensor.float() if tensor.is_floating_point() else tensor
 
 
-def write_shard(folder: Path, number: int, items: Mapping[str, Tensor]) -> tuple[str, int]:
-    """Write items `{"x": [n, ...], ...}` as one shard; returns its name and n."""
+def write_shard(folder: Path, number: int, items: Mapping[str, Tensor], origin: Mapping[str, Any]) -> tuple[str, int]:
+    """Write items `{"x": [n, ...], ...}` as one shard, and what they were made from; returns its name and n."""
     name = f"{number:06d}.safetensors"
-    with replacing(folder / name) as temporary:
-        save_file({key: value.contiguous() for key, value in items.items()}, temporary)
+    state = {key: value.contiguous() for key, value in items.items()}
+    save_tensors(state, folder / name, {"origin": json.dumps(origin)})
     return name, len(items["x"])
 
 
@@ -92,26 +93,33 @@ def write_shards(
 ) -> list[tuple[str, int]]:
     """Encode items and write them, `shard_size` in a file; returns names and sizes, for `write_index`.
 
-    A shard that is there already is kept, so that a run can go on.
+    A shard that is there already and whole is kept, so that a run can go on.
 
     Raises:
-        ValueError: the folder was made from another origin.
+        ValueError: the folder holds shards of another origin.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    if (folder / INDEX).is_file() and json.loads((folder / INDEX).read_text())["origin"] != origin:
-        raise ValueError(f"{folder} holds latents of another source or with other settings: choose a new folder")
     shards: list[tuple[str, int]] = []
     stream = iter(items)
     while batch := list(islice(stream, shard_size)):
         path = folder / f"{len(shards):06d}.safetensors"
-        whole = path.is_file() and _length(path) == len(batch)
-        shards.append((path.name, len(batch)) if whole else write_shard(folder, len(shards), encode(batch)))
+        if _holds(path, len(batch), origin):
+            shards.append((path.name, len(batch)))
+        else:
+            shards.append(write_shard(folder, len(shards), encode(batch), origin))
     return shards
 
 
-def _length(shard: Path) -> int:
-    with safe_open(shard, framework="pt") as file:
-        return file.get_slice("x").get_shape()[0]
+def _holds(shard: Path, count: int, origin: Mapping[str, Any]) -> bool:
+    """Whether a file is a shard of so many items; raises `ValueError` if it is of another origin."""
+    try:
+        with safe_open(shard, framework="pt") as file:
+            made_from, length = json.loads((file.metadata() or {})["origin"]), file.get_slice("x").get_shape()[0]
+    except (SafetensorError, OSError, KeyError, ValueError):
+        return False  # missing or damaged
+    if made_from != origin:
+        raise ValueError(f"{shard.parent} holds latents of another source or with other settings: choose a new folder")
+    return length == count
 
 
 def write_index(

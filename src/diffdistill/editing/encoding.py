@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from diffdistill.denoiser import Denoiser
 from diffdistill.editing.image_to_image import levels_left
 from diffdistill.solvers import Euler, ProbabilityFlow, Solver, integrate, intervals, sample
 from diffdistill.solvers.schedules import check_sigmas
@@ -65,8 +66,11 @@ def encode(
         up to the error of the solver.
 
     Raises:
-        ValueError: levels that do not decrease or end at 0, or a stochastic solver.
+        ValueError: levels that do not decrease or end at 0, a stochastic solver, or a condition that the denoiser does
+            not take.
     """
+    if isinstance(denoiser, Denoiser):
+        denoiser.check_condition(cond, len(x0))
     solver = solver or Euler()
     sigmas = _reversible(solver, sigmas)
     flow, x = ProbabilityFlow(denoiser, cond), x0

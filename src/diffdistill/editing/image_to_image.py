@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -9,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from diffdistill.denoiser import Denoiser
 from diffdistill.solvers import ProbabilityFlow, SampleNoise, Solver, intervals
 from diffdistill.solvers.features import feature_tap
 from diffdistill.solvers.schedules import check_sigmas
@@ -25,7 +27,8 @@ class Start:
 def levels_left(sigmas: Tensor, strength: float) -> Tensor:
     """The end of a schedule `[num_steps + 1]` that an edit of this strength goes through: 1 is all of it, 0 none.
 
-    As in the pipelines of diffusers, `int(strength * num_steps)` steps are left to do; for 0 only the last level is.
+    As in the pipelines of diffusers, `int(strength * num_steps)` steps are left to do. Where that is none, only the
+    last level is; a strength above 0 that is too low for one step is warned of.
 
     Raises:
         ValueError: a strength outside [0, 1], or levels that do not decrease.
@@ -34,7 +37,10 @@ def levels_left(sigmas: Tensor, strength: float) -> Tensor:
         raise ValueError(f"strength must lie in [0, 1], but is {strength}")
     sigmas = check_sigmas(torch.as_tensor(sigmas, dtype=torch.float64).cpu())
     num_steps = len(sigmas) - 1
-    return sigmas[num_steps - int(num_steps * strength) :]
+    left = int(num_steps * strength)
+    if strength and not left:
+        warnings.warn(f"strength {strength:g} leaves none of {num_steps} steps: nothing is changed", stacklevel=2)
+    return sigmas[num_steps - left :]
 
 
 def noised(x0: Tensor, sigmas: Tensor, strength: float, noise: Tensor) -> Start:
@@ -77,7 +83,7 @@ def image_to_image(
         Images or latents `[B, ...]`.
 
     Raises:
-        ValueError: as `noised`, or levels that do not decrease.
+        ValueError: as `noised`, or a condition that the denoiser does not take.
     """
     start = noised(x0, sigmas, strength, noise)
     if len(start.sigmas) == 1:
@@ -98,6 +104,8 @@ def run(
 
     Every step is taken `repeats` times: before each time but the first, noise leads back to where the step began.
     """
+    if isinstance(denoiser, Denoiser):
+        denoiser.check_condition(cond, len(start.x))
     x, levels = start.x, start.sigmas.tolist()
     stream = SampleNoise(range(len(x)) if seeds is None else seeds, x.shape[1:])
     stream.draw()  # what `seeded_noise` gives for the same seeds must not come again

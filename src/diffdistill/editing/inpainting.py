@@ -19,8 +19,8 @@ class Known:
     """What is known of images.
 
     Attributes:
-        x0: images or latents `[B, C, H, W]`; what they hold where nothing is known does not matter.
-        mask: 1 where `x0` is known and 0 where it is to be made, `[B, 1, H, W]` or `[1, 1, H, W]`.
+        x0: images or latents `[B, C, H, W]`; what they hold where nothing is known does not matter and becomes 0.
+        mask: 1 where `x0` is known and 0 where it is to be made, `[B, 1, H, W]` or `[1, 1, H, W]`; it may be boolean.
 
     Raises:
         ValueError: a mask of another size, or with values outside [0, 1].
@@ -38,6 +38,8 @@ class Known:
             )
         if not bool(((self.mask >= 0) & (self.mask <= 1)).all()):
             raise ValueError("the values of a mask lie in [0, 1], 1 where the image is known")
+        object.__setattr__(self, "mask", self.mask.to(self.x0))
+        object.__setattr__(self, "x0", torch.where(self.mask > 0, self.x0, 0.0))
 
     def put_into(self, x: Tensor, noise: Tensor, sigma: float) -> Tensor:
         """`x` with the known region replaced by `x0 + sigma noise`."""

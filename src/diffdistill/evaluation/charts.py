@@ -9,7 +9,7 @@ from diffdistill.evaluation.measures import MEASURES
 from diffdistill.evaluation.pages import row_cells
 from diffdistill.evaluation.reproduction import Outcome
 from diffdistill.evaluation.tables import COLUMNS
-from diffdistill.pictures import save_figure
+from diffdistill.pictures import name_lines, save_figure
 
 COLOURS = ("#1f77b4", "#d62728", "#2ca02c", "#9467bd", "#ff7f0e", "#8c564b", "#17becf", "#e377c2", "#7f7f7f")
 MARKERS = "osD^v"
@@ -43,8 +43,6 @@ def plot(outcome: Outcome, path: Path) -> None:
                 axes.set_yscale("log")
                 axes.yaxis.set_major_formatter("{x:g}")
                 axes.yaxis.set_minor_formatter("{x:g}" if max(values) < 50 * min(values) else "")
-        handles, labels = panels[0].get_legend_handles_labels()
-        if handles:
-            figure.legend(handles, labels, loc="outside right upper", frameon=False, fontsize=8)
+            name_lines(axes)
 
-    save_figure(draw, path, size=(2.6 + 4.2 * len(table.measures), 3.8))
+    save_figure(draw, path, size=(1 + 5.5 * len(table.measures), max(3.8, 1 + 0.17 * len(table.rows))))

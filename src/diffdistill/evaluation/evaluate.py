@@ -46,6 +46,8 @@ class Evaluation:
 
     def __post_init__(self) -> None:
         needed(self.measures)
+        if not self.measures and self.captions is None:
+            raise ValueError(f"nothing to measure: give measures, of {', '.join(MEASURES)}, or captions and clip")
         if (self.captions is None) != (self.clip is None):
             raise ValueError("the CLIP score needs captions=FILE and clip=MODEL together")
 

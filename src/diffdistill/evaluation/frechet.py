@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import os
 import warnings
-import zipfile
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -15,6 +13,7 @@ from numpy.typing import ArrayLike
 from torch import Tensor
 
 from diffdistill.atomic import replacing
+from diffdistill.evaluation.archives import open_npz
 
 
 @dataclass(frozen=True)
@@ -137,6 +136,8 @@ def frechet_distance(a: Gaussian, b: Gaussian) -> float:
     """
     if a.mean.shape != b.mean.shape:
         raise ValueError(f"statistics of {len(a.mean)} features cannot be compared with those of {len(b.mean)}")
+    if not bool(a.mean.isfinite().all()) or not bool(b.mean.isfinite().all()):
+        raise ValueError(f"a mean [{len(a.mean)}] holds values that are not finite")
     mean_a, mean_b = a.mean.double(), b.mean.double().to(a.mean.device)
     cov_a, cov_b = a.covariance.double(), b.covariance.double().to(a.covariance.device)
     root = torch.linalg.svdvals(symmetric_root(cov_a) @ symmetric_root(cov_b)).sum()
@@ -165,13 +166,9 @@ def load_statistics(path: str | os.PathLike[str], *, spatial: bool = False) -> G
         FileNotFoundError: no such file.
         ValueError: not an `.npz`, or its arrays are missing, pickled, or do not match.
     """
-    if not Path(path).is_file():
-        raise FileNotFoundError(f"no reference statistics at {str(path)!r}")
-    if not zipfile.is_zipfile(path):
-        raise ValueError(f"{str(path)!r} is not an .npz file")
     names = ("mu_s", "sigma_s") if spatial else ("mu", "sigma")
     arrays: dict[str, ArrayLike] = {}
-    with np.load(path, allow_pickle=False) as file:
+    with open_npz(path, what="reference statistics") as file:
         missing = [name for name in names if name not in file.files]
         if missing:
             raise ValueError(f"{str(path)!r} has no {' or '.join(missing)}: it holds {', '.join(file.files)}")

@@ -64,7 +64,7 @@ def page(outcome: Outcome) -> str:
             for source, rows in pages.sources(outcome).items()
         ),
         *(f'<p class="quiet">Measured on {escape(text)}.</p>' for text in pages.made_on(outcome)),
-        f"<p class='quiet'>Made by <code>python scripts/reproduce.py table={escape(table.name)}</code>.</p>",
+        f"<p class='quiet'>Made by <code>{escape(table.made_by)}</code>.</p>",
     ]
     return (
         '<!DOCTYPE html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'

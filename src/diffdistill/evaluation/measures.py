@@ -42,39 +42,48 @@ class Measure:
     """How to compute a measure.
 
     Attributes:
-        compute: from samples and reference.
+        compute: from samples and reference, by name; measures that share work share this function.
         better: "lower" or "higher".
         keep: what of the samples it needs.
         reference_features: whether it needs all features of the reference, not only their mean and covariance.
         label: how tables write it.
     """
 
-    compute: Callable[[Collected, Reference], float]
+    compute: Callable[[Collected, Reference], dict[str, float]]
     better: str
     label: str
     keep: Keep = field(default_factory=Keep)
     reference_features: bool = False
 
 
-def _frechet(samples: Collected, reference: Reference) -> float:
-    return frechet_distance(samples.statistics.gaussian(), reference.gaussian)
+def _frechet(samples: Collected, reference: Reference) -> dict[str, float]:
+    return {"fid": frechet_distance(samples.statistics.gaussian(), reference.gaussian)}
 
 
-def _kernel(samples: Collected, reference: Reference) -> float:
+def _kernel(samples: Collected, reference: Reference) -> dict[str, float]:
     x, y = _rows(samples, reference)
-    return kernel_distance(x, y, subset_size=min(KID_SUBSET, len(x), len(y))).mean
+    return {"kid": kernel_distance(x, y, subset_size=min(KID_SUBSET, len(x), len(y))).mean}
 
 
-def _inception_score(samples: Collected, reference: Reference) -> float:
+def _precision_recall(samples: Collected, reference: Reference) -> dict[str, float]:
+    return dict(zip(("precision", "recall"), precision_recall(*_rows(samples, reference)), strict=True))
+
+
+def _density_coverage(samples: Collected, reference: Reference) -> dict[str, float]:
+    return dict(zip(("density", "coverage"), density_coverage(*_rows(samples, reference)), strict=True))
+
+
+def _inception_score(samples: Collected, reference: Reference) -> dict[str, float]:
     if samples.logits is None:
         raise ValueError("the Inception score needs logits, which this feature extractor does not give")
-    return inception_score(samples.logits, splits=min(INCEPTION_SPLITS, len(samples.logits))).mean
+    score = inception_score(samples.logits, splits=min(INCEPTION_SPLITS, len(samples.logits)))
+    return {"inception_score": score.mean}
 
 
-def _accuracy(samples: Collected, reference: Reference) -> float:
-    if samples.logits is None or samples.labels is None:
+def _accuracy(samples: Collected, reference: Reference) -> dict[str, float]:
+    if samples.logits is None or samples.labels is None or bool((samples.labels < 0).any()):
         raise ValueError("class accuracy needs labelled samples and a feature extractor that is their classifier")
-    return float((samples.logits.argmax(dim=1) == samples.labels).double().mean())
+    return {"accuracy": float((samples.logits.argmax(dim=1) == samples.labels).double().mean())}
 
 
 def _rows(samples: Collected, reference: Reference) -> tuple[Tensor, Tensor]:
@@ -88,10 +97,10 @@ MEASURES: dict[str, Measure] = {
     "fid": Measure(_frechet, "lower", "Fréchet distance"),
     "kid": Measure(_kernel, "lower", "kernel distance", ROWS, True),
     "inception_score": Measure(_inception_score, "higher", "Inception score", LOGITS),
-    "precision": Measure(lambda s, r: precision_recall(*_rows(s, r))[0], "higher", "precision", ROWS, True),
-    "recall": Measure(lambda s, r: precision_recall(*_rows(s, r))[1], "higher", "recall", ROWS, True),
-    "density": Measure(lambda s, r: density_coverage(*_rows(s, r))[0], "higher", "density", ROWS, True),
-    "coverage": Measure(lambda s, r: density_coverage(*_rows(s, r))[1], "higher", "coverage", ROWS, True),
+    "precision": Measure(_precision_recall, "higher", "precision", ROWS, True),
+    "recall": Measure(_precision_recall, "higher", "recall", ROWS, True),
+    "density": Measure(_density_coverage, "higher", "density", ROWS, True),
+    "coverage": Measure(_density_coverage, "higher", "coverage", ROWS, True),
     "accuracy": Measure(_accuracy, "higher", "class accuracy", LOGITS),
 }
 
@@ -126,19 +135,21 @@ def measure(samples: Collected, reference: Reference, features: Features, names:
     reference.check(features, samples)
     if reference.features is None and needs_reference_features(names):
         wanting = [name for name in names if MEASURES[name].reference_features]
-        raise ValueError(f"{', '.join(wanting)} need all features of the reference: make it with keep_features=true")
+        raise ValueError(
+            f"the reference holds no features, only their mean and covariance, and {', '.join(wanting)} cannot do "
+            "without: make it with keep_features=true"
+        )
     if "accuracy" in names and not features.num_classes:
         raise ValueError(f"class accuracy needs a classifier of the data's classes, which {features.name} is not")
-    found = {}
-    for name in names:
-        compute = MEASURES[name].compute
-        value, values = compute(samples, reference), []
-        if len(samples.parts) > 1:
-            with warnings.catch_warnings():  # that a part has few samples was said of the whole, or is no fault
-                warnings.simplefilter("ignore", UserWarning)
-                values = [compute(samples.part(k), reference) for k in range(len(samples.parts))]
-        found[name] = spread(value, values)
-    return found
+    parts = [samples.part(k) for k in range(len(samples.parts))] if len(samples.parts) > 1 else []
+    found: dict[str, Measured] = {}
+    for compute in dict.fromkeys(MEASURES[name].compute for name in names):
+        whole = compute(samples, reference)
+        with warnings.catch_warnings():  # that a part has few samples was said of the whole, or is no fault
+            warnings.simplefilter("ignore", UserWarning)
+            of_parts = [compute(part, reference) for part in parts]
+        found |= {name: spread(value, [values[name] for values in of_parts]) for name, value in whole.items()}
+    return {name: found[name] for name in names}
 
 
 def spread(value: float, parts: Sequence[float]) -> Measured:

@@ -54,7 +54,8 @@ def made_on(outcome: Outcome) -> list[str]:
 
 def heading(outcome: Outcome, measure: str) -> str:
     """What a measure is, on which features, and which way is better."""
-    return f"{MEASURES[measure].label} ({outcome.table.features}; {MEASURES[measure].better} is better)"
+    label = MEASURES[measure].label
+    return f"{label[0].upper()}{label[1:]} ({outcome.table.features}; {MEASURES[measure].better} is better)"
 
 
 def explanation(outcome: Outcome) -> str:
@@ -136,7 +137,7 @@ def markdown(outcome: Outcome) -> str:
         parts.append(COST_NOTE + "\n")
     parts += [f"Published values of {', '.join(rows)}: {source}.\n" for source, rows in sources(outcome).items()]
     parts += [f"Measured on {text}.\n" for text in made_on(outcome)]
-    parts.append(f"Made by `python scripts/reproduce.py table={table.name}`.\n")
+    parts.append(f"Made by `{table.made_by}`.\n")
     return "\n".join(part for part in parts if part.strip())
 
 

@@ -12,6 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from diffdistill.evaluation.archives import open_npz
 from diffdistill.evaluation.collect import Collected
 from diffdistill.evaluation.features import Features
 from diffdistill.evaluation.frechet import Gaussian, load_statistics, save_statistics
@@ -93,7 +94,7 @@ def load_reference(path: str | os.PathLike[str], *, extractor: str) -> Reference
     path = Path(path)
     if path.suffix != ".pkl":
         gaussian = load_statistics(path)
-        with np.load(path, allow_pickle=False) as file:
+        with open_npz(path, what="reference statistics") as file:
             held: dict[str, Any] = {n: file[n] for n in ("features", "weights", "shape", "rows") if n in file.files}
         name = str(held["features"]) if "features" in held else None
         return Reference(

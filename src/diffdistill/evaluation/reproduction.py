@@ -47,6 +47,7 @@ class Files:
 
     path: Path
     hashes: dict[str, str] = field(default_factory=dict)
+    writes: bool = True
 
     def check(self, need: Need) -> str:
         """The SHA-256 of a file.
@@ -63,7 +64,7 @@ class Files:
                         f"{need.path} has SHA-256 {self.hashes[need.path][:16]}..., but {by} says {expected[:16]}...: "
                         "it is another file (for a file that was made anew, choose another out=)"
                     )
-            if distributed.rank() == 0 and need.path not in record and Path(need.path).exists():
+            if self.writes and distributed.rank() == 0 and need.path not in record and Path(need.path).exists():
                 write_text(self.path, json.dumps({**record, need.path: self.hashes[need.path]}, indent=1) + "\n")
         return self.hashes[need.path]
 
@@ -74,10 +75,21 @@ class Files:
             return {}
 
 
-def read_results(table: Table, folder: Path) -> Outcome:
-    """What lies in `folder` of a table, without computing anything."""
-    found = {cell.slug: Result.read(folder / "cells" / f"{cell.slug}.json") for cell in table.cells()}
-    return Outcome(table, folder, {slug: r for slug, r in found.items() if r is not None}, missing_files(table))
+def known_results(table: Table, folder: Path, files: Files) -> tuple[dict[str, Result], dict[str, str]]:
+    """What lies in `folder` of a table: the results that still hold, and the digests of the cells that can be measured.
+
+    A result does not hold if the settings or the files of its cell have changed since.
+    """
+    results: dict[str, Result] = {}
+    digests: dict[str, str] = {}
+    for cell in table.cells():
+        if cell.impossible or cell.missing:
+            continue
+        digests[cell.slug] = table.digest(cell, {need.path: files.check(need) for need in cell.needs})
+        result = Result.read(folder / "cells" / f"{cell.slug}.json")
+        if result is not None and result.digest == digests[cell.slug]:
+            results[cell.slug] = result
+    return results, digests
 
 
 def missing_files(table: Table) -> tuple[Need, ...]:
@@ -114,19 +126,12 @@ def reproduce(
         ValueError, FileNotFoundError: files that are damaged or do not fit; a file that is merely absent is reported
             in the outcome.
     """
-    files, models = Files(folder / "files.json"), Models(device)
-    results: dict[str, Result] = {}
-    todo: list[tuple[Cell, str]] = []
-    for cell in table.cells():
-        if cell.impossible or cell.missing:
-            continue
-        digest = table.digest(cell, {need.path: files.check(need) for need in cell.needs})
-        result = Result.read(folder / "cells" / f"{cell.slug}.json")
-        if result is not None and result.digest == digest and not again:
-            results[cell.slug] = result
-        else:
-            todo.append((cell, digest))
+    models = Models(device)
+    found, digests = known_results(table, folder, Files(folder / "files.json"))
+    results = {} if again else found
+    todo = [cell for cell in table.cells() if cell.slug in digests and cell.slug not in results]
     if distributed.rank() == 0:
+        (folder / "cells").mkdir(parents=True, exist_ok=True)
         for leftover in (folder / "cells").glob(".*.tmp.*"):  # of a run that was killed while it wrote
             leftover.unlink(missing_ok=True)
     distributed.barrier()  # no process writes a cell before all have seen which there are
@@ -137,9 +142,9 @@ def reproduce(
         total, mine = len(todo) * table.num_samples, distributed.rank() == 0
         with tqdm(total=total, desc=table.name, unit="image", disable=None if mine else True) as bar:
             update = _scaled(bar)
-            for cell, digest in todo:
+            for cell in todo:
                 bar.set_postfix_str(f"{cell.row}, {table.column} {cell.column:g}")
-                result = laboratory.measure(table, cell, folder / "cells", digest, update)
+                result = laboratory.measure(table, cell, folder / "cells", digests[cell.slug], update)
                 if mine:
                     result.write(folder / "cells" / f"{cell.slug}.json")
                 results[cell.slug] = result
@@ -156,7 +161,7 @@ def dry_run(table: Table, folder: Path, *, device: torch.device, batch_size: int
     """What measuring a table would do: its cells, their files and how to get those missing, evaluations, time."""
     models = Models(device)
     clock = Clock(models)
-    done = read_results(table, folder).results
+    done, _ = known_results(table, folder, Files(folder / "files.json", writes=False))
     lines = [f"table {table.name}: {table.title}", f"{table.num_samples} samples of each cell, in {folder}", ""]
     evaluations, seconds, unknown = 0, 0.0, 0
     for cell in table.cells():
@@ -180,8 +185,9 @@ def dry_run(table: Table, folder: Path, *, device: torch.device, batch_size: int
     for need in missing_files(table):
         lines.append(f"missing: {need.path}: {need.get}")
     lines.append(f"{evaluations:,} network evaluations to do; about {_duration(seconds)} for those that can start now")
+    uncounted = "" if table.column == "nfe" else ", and their evaluations are not counted"
     if unknown:
-        lines.append(f"{unknown} cells wait for files")
+        lines.append(f"{unknown} cells wait for files{uncounted}")
     return "\n".join(lines)
 
 

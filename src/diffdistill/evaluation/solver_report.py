@@ -11,10 +11,12 @@ from typing import Any
 
 from diffdistill.evaluation.solver_comparison import Row
 from diffdistill.evaluation.text import grid_of, number
-from diffdistill.pictures import save_figure
+from diffdistill.pictures import name_lines, save_figure
 
 WORDS = ("solver", "schedule")
 """Columns that are not numbers."""
+FIXED = ("#5b7fa6", "#c28a4b", "#6a9f6a", "#8d77ad", "#7f8c8d", "#a67c6d", "#4fa3a5", "#b9819c")
+LEARNED = ("#c0182b", "#1a1a1a", "#0b5cad", "#0a7d33")
 
 
 def markdown(rows: Sequence[Row]) -> str:
@@ -58,35 +60,37 @@ def comma_separated(rows: Sequence[Row]) -> str:
 
 def plot(rows: Sequence[Row], path: Path) -> None:
     """End point error against evaluations, without and with analytic start, as PNG; learned solvers are drawn bold."""
-    labels = list(dict.fromkeys(row.solver for row in sorted(rows, key=lambda row: bool(row.parameters))))
     panels = {
         "without start": [row for row in rows if row.start is None],
         "with analytic start": [row for row in rows if row.start is not None],
     }
+    shown = {title: part for title, part in panels.items() if part}
+    styles = _styles(rows)
 
     def draw(figure: Any) -> None:
-        from matplotlib.ticker import MaxNLocator
-
-        shown = {title: part for title, part in panels.items() if part}
-        for axes, (title, part) in zip(
-            figure.subplots(1, len(shown), sharey=True, squeeze=False)[0], shown.items(), strict=True
-        ):
-            for index, label in enumerate(labels):
-                line = sorted((row for row in part if row.solver == label), key=lambda row: row.nfe)
-                if line:
-                    learned = bool(line[0].parameters)
-                    axes.plot(
-                        [row.nfe for row in line],
-                        [row.error for row in line],
-                        marker="os^Dv"[index // 10 % 5],
-                        color=f"C{index % 10}",
-                        label=label,
-                        markersize=6 if learned else 3.5,
-                        linewidth=3 if learned else 1.1,
-                    )
+        for i, (title, part) in enumerate(shown.items()):
+            axes = figure.add_subplot(1, len(shown), i + 1, sharey=figure.axes[0] if i else None)
+            for solver in dict.fromkeys(row.solver for row in part):
+                line = sorted((row.nfe, row.error) for row in part if row.solver == solver)
+                axes.plot(*zip(*line, strict=True), "o-", label=solver, **styles[solver])
             axes.set(title=title, yscale="log", xlabel="network evaluations")
-            axes.xaxis.set_major_locator(MaxNLocator(integer=True))
-            axes.legend(frameon=False, fontsize=6.5, ncols=2)
+            axes.set_xticks(sorted({row.nfe for row in part}))
+            axes.yaxis.set_major_formatter("{x:g}")
+        for axes in figure.axes:
+            name_lines(axes)
         figure.axes[0].set_ylabel("mean L2 distance to the reference")
 
-    save_figure(draw, path, size=(11, 5))
+    save_figure(draw, path, size=(1 + 5 * len(shown), 5))
+
+
+def _styles(rows: Sequence[Row]) -> dict[str, dict[str, Any]]:
+    """How to draw each solver, in both panels alike; a learned one has the same colour with and without a start."""
+    styles: dict[str, dict[str, Any]] = {}
+    for learned, colours in ((False, FIXED), (True, LEARNED)):
+        solvers = dict.fromkeys(row.solver for row in rows if bool(row.parameters) == learned)
+        families = list(dict.fromkeys(solver.removesuffix("-start") for solver in solvers))
+        for solver in solvers:
+            colour = colours[families.index(solver.removesuffix("-start")) % len(colours)]
+            size = {"linewidth": 2.8, "markersize": 6} if learned else {"linewidth": 1.0, "markersize": 3}
+            styles[solver] = {"color": colour, **size}
+    return styles

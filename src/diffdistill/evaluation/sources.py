@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import time
-import zipfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -17,11 +16,15 @@ from diffdistill.data import ImageData, TensorData, ZipData, load_data
 from diffdistill.data.base import from_uint8
 from diffdistill.data.files import ImageFolder
 from diffdistill.denoiser import image_shape
+from diffdistill.evaluation.archives import open_npz
 from diffdistill.evaluation.collect import Keep, collect
 from diffdistill.evaluation.features import Features
 from diffdistill.evaluation.measures import needs_reference_features
 from diffdistill.evaluation.reference import Reference, load_reference, reference_of
 from diffdistill.generation import Plan, generate, spread_labels
+
+WILD = 2.0
+"""Samples that were not clipped leave [-1, 1] a little; values beyond this are of another range."""
 
 
 class StoredImages:
@@ -155,21 +158,29 @@ def read_npz(path: Path) -> ImageData:
         FileNotFoundError: no such file.
         ValueError: not an .npz, or without images.
     """
-    if not path.is_file():
-        raise FileNotFoundError(f"no images at {str(path)!r}")
-    if not zipfile.is_zipfile(path):
-        raise ValueError(f"{str(path)!r} is not an .npz file")
-    with np.load(path, allow_pickle=False) as file:
+    with open_npz(path, what="images") as file:
         key = next((name for name in ("x", "arr_0") if name in file.files), None)
         if key is None:
             raise ValueError(f"{str(path)!r} has no images x or arr_0: it holds {', '.join(file.files) or 'nothing'}")
-        images = file[key]
-        labels = file[{"x": "y", "arr_0": "arr_1"}[key]] if {"x": "y", "arr_0": "arr_1"}[key] in file.files else None
-    if images.ndim != 4:
-        raise ValueError(f"{key} in {str(path)!r} has shape {list(images.shape)}: expected four dimensions")
+        beside = {"x": "y", "arr_0": "arr_1"}[key]
+        images, labels = file[key], file[beside] if beside in file.files else None
+    if images.ndim != 4 or images.size == 0:
+        raise ValueError(
+            f"{key} in {str(path)!r} has shape {list(images.shape)}: expected at least one image, in four dimensions"
+        )
+    if labels is not None and (labels.shape != images.shape[:1] or labels.dtype.kind not in "iu" or labels.min() < -1):
+        raise ValueError(
+            f"{beside} in {str(path)!r} is {labels.dtype} {list(labels.shape)}: expected a label for each of the "
+            f"{len(images)} images, an integer from 0, or -1 for none"
+        )
     if key == "arr_0":
+        if images.dtype != np.uint8:
+            raise ValueError(f"arr_0 in {str(path)!r} holds {images.dtype}: expected bytes [N, H, W, C]")
         x = from_uint8(images.transpose(0, 3, 1, 2))
     else:
+        if images.dtype.kind != "f" or not np.abs(images).max() <= WILD:
+            span = f" from {images.min():g} to {images.max():g}" if images.dtype.kind in "fiu" else ""
+            raise ValueError(f"x in {str(path)!r} holds {images.dtype}{span}: expected floats in [-1, 1]")
         x = torch.from_numpy(images.astype(np.float32)).clamp(-1, 1)
     y = torch.full((len(x),), -1) if labels is None else torch.from_numpy(labels.astype(np.int64))
     return TensorData(x, y, num_classes=int(y.max()) + 1)

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any, Literal
 
@@ -150,6 +151,7 @@ class Table:
         schedule: of the rows that name none.
         source: of published values, where the row does not say.
         files: how to get files: `path: {url, sha256}`, or `path: URL`.
+        command: what makes the table, where it is not scripts/reproduce.py.
     """
 
     name: str
@@ -168,6 +170,12 @@ class Table:
     schedule: Mapping[str, Any] | None = None
     source: str | None = None
     files: Mapping[str, Any] = field(default_factory=dict)
+    command: str | None = None
+
+    @property
+    def made_by(self) -> str:
+        """The command that makes the table."""
+        return self.command or f"python scripts/reproduce.py table={self.name}"
 
     @classmethod
     def from_dict(cls, name: str, config: Mapping[str, Any]) -> Table:
@@ -178,6 +186,12 @@ class Table:
             ValueError: an unknown measure, solver or column, a row without a model, published values that do not fill
                 the columns, or two rows of one name.
         """
+        for group in ("rows", "columns", "measures"):
+            if not isinstance(config.get(group, []), Sequence) or isinstance(config.get(group), str):
+                raise TypeError(f"table {name}: {group} is a list, not {config[group]!r}")
+        for row in config.get("rows", ()):
+            if not isinstance(row, Mapping) or not isinstance(row.get("solver") or {}, Mapping):
+                raise TypeError(f"table {name}: a row, and its solver, is a mapping such as {{name: ...}}, not {row!r}")
         rows = [Row(**_checked("row", row, Row)) for row in config.get("rows", ())]
         table = cls(name=name, **{**_checked("table", {**config, "name": name}, cls, drop="name"), "rows": rows})
         choose("column", table.column, COLUMNS)
@@ -186,8 +200,9 @@ class Table:
             choose("measure", measure, MEASURES)
         if not rows or not table.columns or not table.measures:
             raise ValueError(f"table {name}: rows, columns and measures must not be empty")
-        if set(table.reference) not in ({"data"}, {"file"}):
-            raise ValueError(f"table {name}: reference is data: OPTIONS or file: PATH, not {dict(table.reference)}")
+        if not isinstance(table.reference, Mapping) or set(table.reference) not in ({"data"}, {"file"}):
+            raise ValueError(f"table {name}: reference is data: OPTIONS or file: PATH, not {table.reference!r}")
+        table._check_numbers()
         for row in rows:
             if row.published and len(row.published) != len(table.columns):
                 values = f"{len(row.published)} published values for {len(table.columns)} columns"
@@ -199,6 +214,23 @@ class Table:
         if twice:
             raise ValueError(f"table {name}: two rows would share the file {twice[0].slug!r}: rename {twice[0].row!r}")
         return table
+
+    def _check_numbers(self) -> None:
+        entries: list[tuple[str, Any, type | tuple[type, ...]]] = [
+            *(("columns", c, (int, float) if self.column == "w" else int) for c in self.columns),
+            *(("published", v, (int, float)) for row in self.rows for v in row.published if v is not None),
+            *(("num_steps", row.num_steps, int) for row in self.rows if row.num_steps is not None),
+            ("num_samples", self.num_samples, int),
+            ("splits", self.splits, int),
+            ("seed", self.seed, int),
+        ]
+        for name, value, kind in entries:
+            least = -math.inf if name in ("columns", "published", "seed") else 1
+            if not isinstance(value, kind) or isinstance(value, bool) or not value >= least:
+                wanted = "numbers" if kind is not int else "integers" if least < 1 else "integers of at least 1"
+                raise ValueError(f"table {self.name}: {name} takes {wanted}, not {value!r}")
+        if self.splits > self.num_samples:
+            raise ValueError(f"table {self.name}: splits={self.splits} is more than num_samples={self.num_samples}")
 
     def cells(self) -> list[Cell]:
         """All cells, row by row."""
@@ -238,7 +270,7 @@ class Table:
         if isinstance(entry, Mapping):
             return Need(path, str(entry.get("url", "")), entry.get("sha256"))
         if entry is None and row.get is None and not Path(path).suffix:
-            return Need(path, "it comes with the package")
+            return Need(path, "no such file, and nothing of that name comes with the package")
         return Need(path, str(entry or (row.get or "the config does not say how to get it").format(**names)))
 
     def digest(self, cell: Cell, hashes: Mapping[str, str | None]) -> str:
@@ -275,8 +307,3 @@ def _steps_for(nfe: int, solver: Mapping[str, Any]) -> tuple[int | None, str | N
     if total % stages or total < stages:
         return None, f"{solver['name']} takes {stages} evaluations a step"
     return total // stages, None
-
-
-def as_config(table: Table) -> dict[str, Any]:
-    """The table as plain values, as the page and the results record it."""
-    return asdict(table)

@@ -31,4 +31,5 @@ def grid_of(lines: Sequence[Sequence[str]], *, words: Collection[str] | None = N
     head, *body = lines
     left = head[:1] if words is None else words
     rule = ["---" if name in left else "---:" for name in head]
-    return "\n".join("| " + " | ".join(line) + " |" for line in (head, rule, *body)) + "\n"
+    written = [[cell.replace("|", "\\|") for cell in line] for line in (head, rule, *body)]
+    return "\n".join("| " + " | ".join(line) + " |" for line in written) + "\n"

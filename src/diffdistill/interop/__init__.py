@@ -17,8 +17,8 @@ from diffdistill.denoiser import Denoiser
 from diffdistill.interop.adm import read_adm
 from diffdistill.interop.building import Found
 from diffdistill.interop.checkpoints import open_checkpoint, read_arrays
+from diffdistill.interop.diffusers.folders import read_folder
 from diffdistill.interop.diffusers.networks import diffusers_network
-from diffdistill.interop.diffusers.parts import read_folder
 from diffdistill.interop.edm import find_module, read_edm
 from diffdistill.interop.ldm import UNET, holds_latent_diffusion, read_ldm
 from diffdistill.interop.records import ForeignFileError, UnsafePickleError
@@ -60,7 +60,7 @@ def read_foreign(path: str | os.PathLike[str], hints: Hints | None = None) -> Fo
     with open_checkpoint(path) as checkpoint:
         if find_module(checkpoint.root) is not None:
             found = read_edm(checkpoint)
-        elif holds_latent_diffusion(checkpoint.root):
+        elif holds_latent_diffusion(checkpoint):
             found = read_ldm(checkpoint, hints)
         elif isinstance(checkpoint.root, dict) and "input_blocks.0.0.weight" in checkpoint.root:
             found = read_adm(checkpoint, path, hints)

@@ -24,7 +24,8 @@ PUBLISHED: dict[tuple[float, ...], Hints] = {
     (1, 1, 2, 2, 4, 4): Hints(image_size=256),
     (0.5, 1, 1, 2, 2, 4, 4): Hints(image_size=512),
 }
-"""The released ADM models by their `channel_mult`: those of ImageNet and LSUN. What a row leaves out is as for most."""
+"""The released ADM models by their `channel_mult`: those of ImageNet and LSUN, all with residual resampling. What a row
+leaves out is as for most."""
 
 _SIGMAS = (0.002, 80.0)
 """Range of the consistency models (Song et al. 2023, Section 6.1)."""
@@ -63,7 +64,9 @@ def _read_diffusion(
         raise ForeignFileError(
             f"the network maps {channels} channels to {architecture.out_channels}: upsamplers are not read"
         )
-    hints = hints.over(PUBLISHED.get(architecture.channel_mult, Hints()))
+    # The models of improved-diffusion have the widths of published ones, but strided convolutions and other heads.
+    published = PUBLISHED.get(architecture.channel_mult) if architecture.resample == "residual" else None
+    hints = hints.over(published or Hints())
     table = hints.noise_levels or "linear"
     sigma_min, sigma_max = (float(level) for level in make_table(table)[[0, -1]])
     config = _config(architecture, hints, sigma_min, sigma_max)

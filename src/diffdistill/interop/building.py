@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from diffdistill.denoiser import Denoiser
 from diffdistill.interop.checkpoints import Checkpoint
-from diffdistill.interop.records import ForeignFileError, Record
+from diffdistill.interop.records import MAX_TENSORS, ForeignFileError, Record, shown
 from diffdistill.interop.tensors import ArrayRecord, TensorRecord
 from diffdistill.models.files import build_denoiser, load_state
 from diffdistill.models.network import NetworkDenoiser
@@ -66,6 +66,8 @@ def module_state(record: Record) -> dict[str, TensorRecord | ArrayRecord]:
                     state[f"{prefix}{name}"] = child
                 else:
                     raise ForeignFileError(f"{prefix[:80]}{name} is not a tensor")
+                if len(state) > MAX_TENSORS:
+                    raise ForeignFileError(f"the network has more than {MAX_TENSORS} parameters")
 
     collect(record, "", 0)
     return state
@@ -78,7 +80,7 @@ def whole(value: Any, name: str, *, low: int = 0, high: int = _MAX_CHANNELS) -> 
         ForeignFileError: it is none, or is out of bounds.
     """
     if type(value) is not int or not low <= value <= high:
-        raise ForeignFileError(f"{name} is {str(value)[:40]}: expected a whole number from {low} to {high}")
+        raise ForeignFileError(f"{name} is {shown(value)}: expected a whole number from {low} to {high}")
     return value
 
 
@@ -89,7 +91,7 @@ def real(value: Any, name: str, *, positive: bool = False) -> float:
         ForeignFileError: it is none.
     """
     if type(value) not in (int, float) or not abs(value) < 1e30 or (positive and value <= 0):
-        raise ForeignFileError(f"{name} is {str(value)[:40]}: expected a {'positive ' * positive}number")
+        raise ForeignFileError(f"{name} is {shown(value)}: expected a {'positive ' * positive}number")
     return float(value)
 
 

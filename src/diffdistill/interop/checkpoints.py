@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from diffdistill.interop.pickles import Machine
-from diffdistill.interop.records import AllowList, Budget, ForeignFileError, Name
+from diffdistill.interop.records import MAX_TENSORS, AllowList, Budget, ForeignFileError, Name, shown
 from diffdistill.interop.tensors import ALLOWED, CALLS, STORAGES, ArrayRecord, Raw, Storage, TensorRecord
 
 _MAGIC = 0x1950A86A20F9469CFC6C
@@ -43,6 +43,12 @@ class Checkpoint:
     root: Any
     nbytes: int
 
+    @property
+    def state(self) -> Mapping[Any, Any]:
+        """The state dict: the root, or what it holds under `state_dict`; empty if there is none."""
+        state = self.root.get("state_dict", self.root) if isinstance(self.root, dict) else None
+        return state if isinstance(state, dict) else {}
+
     def tensors(self, records: Mapping[str, Any]) -> dict[str, Tensor]:
         """The tensors of a state dict.
 
@@ -54,9 +60,20 @@ class Checkpoint:
         )
         if wrong is not None:
             raise ForeignFileError(f"entry {str(wrong)[:80]!r} of the state is not a tensor")
-        if sum(value.nbytes for value in records.values()) > self.nbytes:
+        # Tensors of one storage are read together, so that it is read once.
+        groups: dict[Storage | None, list[str]] = {}
+        for name, value in records.items():
+            groups.setdefault(value.storage if isinstance(value, TensorRecord) else None, []).append(name)
+        stored = sum(storage.nbytes for storage in groups if storage is not None)
+        if max(stored, sum(value.nbytes for value in records.values())) > self.nbytes:
             raise ForeignFileError("the tensors of the state are larger than the file: they repeat the same data")
-        return {name: value.tensor() for name, value in records.items()}
+        tensors: dict[str, Tensor] = {}
+        for storage, names in groups.items():
+            raw = None if storage is None else storage.bytes()
+            for name in names:
+                record = records[name]
+                tensors[name] = record.tensor(raw) if isinstance(record, TensorRecord) else record.tensor()
+        return {name: tensors[name] for name in records}
 
 
 @contextlib.contextmanager
@@ -141,12 +158,13 @@ def _storage(identity: Any, storages: dict[str, Storage], read: Callable[[str], 
     kind, key, numel, view = itemgetter(1, 2, 4, slice(5, None))(identity)
     if not isinstance(key, str) or type(numel) is not int or numel < 0 or view not in ((), (None,)):
         raise ForeignFileError("damaged reference to a storage")
-    if str(kind) not in STORAGES:
-        raise ForeignFileError(f"storages of the type {str(kind)[:80]} are not read")
+    dtype = STORAGES.get(shown(kind))
+    if dtype is None:
+        raise ForeignFileError(f"storages of the type {shown(kind)} are not read")
     if key not in storages:
-        storages[key] = Storage(STORAGES[str(kind)], numel, None if read is None else lambda: read(key))
+        storages[key] = Storage(dtype, numel, None if read is None else lambda: read(key))
     storage = storages[key]
-    if storage.numel != numel or storage.dtype != STORAGES[str(kind)]:
+    if storage.numel != numel or storage.dtype != dtype:
         raise ForeignFileError(f"storage {key[:20]!r} is declared twice, differently")
     return storage
 
@@ -179,6 +197,8 @@ def _read_zip(archive: zipfile.ZipFile, size: int) -> Any:
     return machine.load()
 
 
+MAX_HEADER = 100_000_000
+"""Bytes of a header of safetensors, by its format."""
 SAFE_DTYPES = {
     **{"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "BOOL": torch.bool},
     **{"I64": torch.int64, "I32": torch.int32, "I16": torch.int16, "I8": torch.int8, "U8": torch.uint8},
@@ -186,22 +206,25 @@ SAFE_DTYPES = {
 
 
 def _read_safetensors(path: Path, size: int) -> dict[str, Any]:
-    """The tensors of a safetensors file, as the state dict of a file of latent diffusion or as a flat one."""
+    """The tensors of a safetensors file."""
     try:
         with open(path, "rb") as file:
             length = int.from_bytes(file.read(8), "little")
+            if length > MAX_HEADER:
+                raise ForeignFileError(f"the header of the safetensors file has {length} bytes")
             header = json.loads(file.read(length))
         header.pop("__metadata__", None)
-        records = {name: _safe_record(path, entry, 8 + length, size) for name, entry in header.items()}
+        if len(header) > MAX_TENSORS:
+            raise ForeignFileError(f"the safetensors file lists {len(header)} tensors")
+        return {name: _safe_record(path, entry, 8 + length, size) for name, entry in header.items()}
     except (KeyError, TypeError, ValueError, AttributeError, RecursionError) as error:
         if isinstance(error, ForeignFileError):
             raise
         raise ForeignFileError("damaged header of a safetensors file") from None
-    return {"state_dict": records} if any("." in name and name.startswith("model.") for name in records) else records
 
 
 def _safe_record(path: Path, entry: Mapping[str, Any], start: int, size: int) -> TensorRecord:
-    shape, (begin, end), dtype = tuple(entry["shape"]), entry["data_offsets"], SAFE_DTYPES[entry["dtype"]]
+    shape, (begin, end), dtype = tuple(entry["shape"][:9]), entry["data_offsets"], SAFE_DTYPES[entry["dtype"]]
     if not all(type(n) is int and n >= 0 for n in (*shape, begin, end)) or start + end > size:
         raise ForeignFileError("a tensor of the safetensors file lies outside it")
     numel = math.prod(shape)
@@ -221,6 +244,7 @@ def _nested(m: Machine, data: Any) -> Any:
     """`torch.storage._load_from_bytes`: torch would unpickle these bytes; here they are a stream like any other."""
     if not isinstance(data, (bytes, memoryview)):
         raise ForeignFileError("a nested stream is not made of bytes")
+    m.budget.spend(len(data) // 4096)  # the same bytes can be given again and again
     value = read_stream(data, nesting=m.nesting + 1, budget=m.budget)
     if not isinstance(value, (Storage, TensorRecord)):
         raise ForeignFileError("a nested stream holds something other than a storage or a tensor")
@@ -242,14 +266,17 @@ def read_arrays(path: str | os.PathLike[str]) -> dict[str, Any]:
     """
     with open_checkpoint(path) as checkpoint:
         left = [checkpoint.nbytes]
-        result = _arrays(checkpoint.root, left, depth=0)
+        try:
+            result = _arrays(checkpoint.root, left, depth=0)
+        except (ValueError, TypeError, ArithmeticError, RuntimeError) as error:
+            raise ForeignFileError(str(error).partition("\n")[0]) from None
     if not isinstance(result, dict):
         raise ForeignFileError(f"{path} holds no dictionary of arrays")
     return result
 
 
 def _arrays(value: Any, left: list[int], *, depth: int) -> Any:
-    left[0] -= 1 if not isinstance(value, (ArrayRecord, TensorRecord)) else value.nbytes
+    left[0] -= 1 + (value.nbytes if isinstance(value, (ArrayRecord, TensorRecord)) else 0)
     if left[0] < 0 or depth > 4:
         raise ForeignFileError("the dictionaries are nested too deep, or repeat the same data")
     if isinstance(value, dict):

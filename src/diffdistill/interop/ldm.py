@@ -18,10 +18,9 @@ UNET = "model.diffusion_model."
 CLASS_TABLE = "cond_stage_model.embedding.weight"
 
 
-def holds_latent_diffusion(root: Any) -> bool:
+def holds_latent_diffusion(checkpoint: Checkpoint) -> bool:
     """Whether a checkpoint is one of latent diffusion or Stable Diffusion."""
-    state = root.get("state_dict") if isinstance(root, dict) else None
-    return isinstance(state, dict) and any(str(name).startswith(UNET) for name in state)
+    return any(str(name).startswith(UNET) for name in checkpoint.state)
 
 
 def read_ldm(checkpoint: Checkpoint, hints: Hints | None = None) -> Found:
@@ -34,7 +33,7 @@ def read_ldm(checkpoint: Checkpoint, hints: Hints | None = None) -> Found:
         ForeignFileError: it is damaged, or of a kind that is not read.
         ImportError: it is conditioned on text, and the extra is missing.
     """
-    state: dict[str, Any] = checkpoint.root["state_dict"]
+    state = checkpoint.state
     if not all(isinstance(name, str) for name in state):
         raise ForeignFileError("damaged state dict")
     records = {name.removeprefix(UNET): record for name, record in state.items() if name.startswith(UNET)}

@@ -14,6 +14,8 @@ from typing import Any
 from diffdistill.interop.records import AllowList, Budget, ForeignFileError, Name, Record
 
 MAX_NESTING = 2
+MAX_INTEGER = 1024
+"""Bytes of an integer."""
 _MARK = object()
 _OLD_MODULES = {"__builtin__": "builtins", "copy_reg": "copyreg"}
 _OPERATIONS: dict[int, Callable[[Machine], None]] = {}
@@ -160,7 +162,7 @@ class Machine:
     def build(self, target: Any, state: Any) -> None:
         """What BUILD does: the state of a record; attributes of dictionaries are dropped."""
         if hasattr(target, "set_state"):
-            target.set_state(state)
+            target.set_state(self, state)
         elif isinstance(target, Record):
             parts = state if isinstance(state, tuple) else (state,)
             for part in parts:
@@ -190,11 +192,12 @@ def _flat(pairs: list[Any] | dict[Any, Any]) -> list[Any]:
 
 
 def _key(value: Any) -> Any:
-    """A key of a dictionary or an item of a set: a plain value, or a flat tuple of such."""
-    # Hashing a tuple nested a million deep would overflow the interpreter's own stack.
-    parts = value if isinstance(value, tuple) else (value,)
-    if not all(part is None or isinstance(part, (str, bytes, int, float, Name)) for part in parts):
+    """A key of a dictionary or an item of a set: a plain value."""
+    # Tuples and long integers take long to hash, again at every use, and can be chosen to have one hash in common.
+    if not (value is None or isinstance(value, (str, bytes, int, float, Name))):
         raise ForeignFileError(f"the pickle uses a {type(value).__name__} as a key")
+    if isinstance(value, int) and not -(2**63) <= value < 2**63:
+        raise ForeignFileError("the pickle uses an integer of more than 64 bits as a key")
     return value
 
 
@@ -234,6 +237,8 @@ def _quoted(line: bytes) -> str:
 
 
 def _long(m: Machine, size: int) -> int:
+    if size > MAX_INTEGER:
+        raise ForeignFileError(f"the pickle has an integer of {size} bytes")
     return int.from_bytes(m.take(size), "little", signed=True)
 
 

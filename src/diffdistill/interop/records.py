@@ -8,6 +8,8 @@ from typing import Any
 
 MAX_INSTRUCTIONS = 2_000_000
 """More than any public checkpoint needs; with this, what a file makes us allocate is bounded."""
+MAX_TENSORS = 2**16
+"""The same for the tensors of a file, which one table can list again and again."""
 
 
 class ForeignFileError(ValueError):
@@ -27,6 +29,13 @@ class Name:
 
     def __str__(self) -> str:
         return f"{self.module}.{self.name}"
+
+
+def shown(value: Any, length: int = 40) -> str:
+    """The beginning of a plain value in an error; of others the type, as a nested value may take forever to write."""
+    if value is None or isinstance(value, (str, int, float, Name)):
+        return str(value)[:length]
+    return f"a {type(value).__name__}"
 
 
 @dataclass(eq=False)

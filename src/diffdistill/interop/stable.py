@@ -71,7 +71,7 @@ def read_stable_diffusion(
         ImportError: the extra is missing.
     """
     diffusers()
-    state: Mapping[str, Any] = checkpoint.root["state_dict"]
+    state = checkpoint.state
     marked = "v" if "v_pred" in state else None  # an empty tensor of this name, by a convention of later training
     version = _version(state, architecture, (hints or Hints()).prediction or marked)
     hints = (hints or Hints()).over(version.published)

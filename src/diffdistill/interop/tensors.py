@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from diffdistill.interop.pickles import Machine, make_set
-from diffdistill.interop.records import AllowList, ForeignFileError, Name, Record
+from diffdistill.interop.records import AllowList, ForeignFileError, Name, Record, shown
 
 STORAGES: dict[str, torch.dtype] = {
     "torch.FloatStorage": torch.float32,
@@ -92,16 +92,17 @@ class TensorRecord:
     def nbytes(self) -> int:
         return self.numel * self.storage.dtype.itemsize
 
-    def set_state(self, state: Any) -> None:
+    def set_state(self, m: Machine, state: Any) -> None:
         """Attributes that a tensor carried in Python are dropped."""
 
-    def tensor(self) -> Tensor:
-        """The numbers, as a contiguous tensor of its own memory."""
+    def tensor(self, raw: Raw | None = None) -> Tensor:
+        """The numbers, as a contiguous tensor of its own memory; `raw` is the storage, if it was read already."""
         if not self.numel:
             return torch.empty(self.size, dtype=self.storage.dtype)
         dtype = self.storage.dtype
         start, end = self.offset * dtype.itemsize, (self.offset + self.extent) * dtype.itemsize
-        flat = torch.frombuffer(bytearray(memoryview(self.storage.bytes())[start:end]), dtype=dtype)
+        raw = self.storage.bytes() if raw is None else raw
+        flat = torch.frombuffer(bytearray(memoryview(raw)[start:end]), dtype=dtype)
         return flat.as_strided(self.size, self.stride).contiguous()
 
 
@@ -114,9 +115,9 @@ class DtypeRecord:
 
     def __post_init__(self) -> None:
         if not isinstance(self.code, str) or self.code.lstrip("<>|=") not in _NUMPY_CODES:
-            raise ForeignFileError(f"numpy dtype {str(self.code)[:20]!r} is refused: only plain numbers are read")
+            raise ForeignFileError(f"numpy dtype {shown(self.code, 20)!r} is refused: only plain numbers are read")
 
-    def set_state(self, state: Any) -> None:
+    def set_state(self, m: Machine, state: Any) -> None:
         if not isinstance(state, tuple) or len(state) < 2 or state[1] not in ("<", ">", "|", "="):
             raise ForeignFileError("damaged numpy dtype")
         self.order = state[1]
@@ -139,12 +140,12 @@ class ArrayRecord:
     shape: tuple[int, ...] = ()
     fortran: bool = False
 
-    def set_state(self, state: Any) -> None:
+    def set_state(self, m: Machine, state: Any) -> None:
         if not isinstance(state, tuple) or len(state) not in (4, 5):
             raise ForeignFileError("damaged numpy array")
         shape, dtype, fortran, raw = state[-4:]
         # Pickles of Python 2 hold bytes as latin-1 text.
-        raw = raw.encode("latin-1") if isinstance(raw, str) else raw
+        raw = _encoded(m, raw) if isinstance(raw, str) else raw
         if not isinstance(raw, (bytes, memoryview)) or not isinstance(dtype, DtypeRecord):
             raise ForeignFileError("damaged numpy array")
         if not isinstance(shape, tuple) or len(shape) > 8 or not all(type(n) is int and n >= 0 for n in shape):
@@ -202,20 +203,20 @@ def _persistent_object(m: Machine, meta: Any) -> Record:
 
 
 def _reconstructed_array(m: Machine, kind: Any, *more: Any) -> ArrayRecord:
-    if str(kind) != "numpy.ndarray":
-        raise ForeignFileError(f"numpy arrays of the class {kind} are refused")
+    if shown(kind) != "numpy.ndarray":
+        raise ForeignFileError(f"numpy arrays of the class {shown(kind)} are refused")
     return ArrayRecord()
 
 
 def _array_from_buffer(m: Machine, raw: Any, dtype: Any, shape: Any, order: Any) -> ArrayRecord:
     array = ArrayRecord()
-    array.set_state((shape, dtype, order == "F", raw))
+    array.set_state(m, (shape, dtype, order == "F", raw))
     return array
 
 
 def _scalar(m: Machine, dtype: Any, raw: Any) -> Any:
     array = ArrayRecord()
-    array.set_state(((), dtype, False, raw))
+    array.set_state(m, ((), dtype, False, raw))
     return array.array().item()
 
 
@@ -243,7 +244,7 @@ def _size(m: Machine, sizes: Any = ()) -> tuple[Any, ...]:
 
 
 def _text(m: Machine, *args: Any) -> str:
-    return " ".join(str(arg)[:100] for arg in args[:2])
+    return " ".join(shown(arg, 100) for arg in args[:2])
 
 
 CALLS: Mapping[str, Callable[..., Any]] = {

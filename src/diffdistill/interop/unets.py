@@ -92,7 +92,11 @@ class Architecture:
         """The options of `OpenAIUNet`, with what `hints` adds."""
         size = hints.image_size
         if size is None:
-            raise ForeignFileError(f"channel_mult {list(self.channel_mult)} is not a published one: give image_size")
+            raise ForeignFileError(
+                f"no published model has the channel_mult {list(self.channel_mult)} with {self.resample} resampling: "
+                "give image_size, and what differs from head_channels=64, attention_order=heads_first, "
+                "noise_levels=linear"
+            )
         if size % 2 ** (len(self.channel_mult) - 1):
             raise ForeignFileError(f"image_size {size} does not halve {len(self.channel_mult) - 1} times")
         options: dict[str, Any] = {

@@ -83,7 +83,8 @@ class EndpointDistillation(Objective):
             gaussian = self.start.denoiser(self.denoiser)
         with feature_tap(self.denoiser, self.solver) as features:
             flow = ProbabilityFlow(self.denoiser, cond, features=features, gaussian=gaussian)
-            *_, end = integrate(flow, x, self.solver, intervals(sigmas, len(x), x.device), history=history)
+            steps = intervals(sigmas, len(x), x.device, ends_at_zero=self.schedule.to_zero)
+            *_, end = integrate(flow, x, self.solver, steps, history=history)
         value = self.distance(squared_distance(end, batch["target"])).mean()
         return Loss(value, {f"log_sigma_{i}": s.log() for i, s in enumerate(sigmas[1:-1].detach(), 1)})
 

@@ -80,9 +80,10 @@ class LearnedSolver:
             raise ValueError(
                 f"num_steps={num_steps}: this predictor was trained for {self.num_steps} steps ({self.nfe} evaluations)"
             )
-        given = identity(denoiser)
-        if self.trained_for is not None and given != self.trained_for:
-            wanted = self.trained_for
+        if self.trained_for is None:
+            return
+        given, wanted = identity(denoiser), {**self.trained_for, "w": self.trained_for["w"] or None}
+        if given != wanted:
             what = "fingerprint" if given["fingerprint"] != wanted["fingerprint"] else "w"
             raise ValueError(
                 f"this predictor was trained for a denoiser with {what} {wanted[what]}, but this one has {given[what]}"
@@ -95,15 +96,17 @@ class LearnedSolver:
             denoiser, noise, solver=self.solver, sigmas=self.sigmas, cond=cond, start=self.gaussian_start(), **options
         )
 
-    def gaussian_start(self) -> GaussianStart | None:
-        """The analytic start with its statistics, or None if the runs begin with noise."""
+    def gaussian_start(self, *, device: torch.device | str = "cpu") -> GaussianStart | None:
+        """The analytic start with its statistics on a device, or None if the runs begin with noise."""
         if self.start is None:
             return None
-        return GaussianStart(load_gaussian(self.start["statistics"]), float(self.start["sigma"]))
+        return GaussianStart(load_gaussian(self.start["statistics"], device=device), float(self.start["sigma"]))
 
 
 def identity(denoiser: nn.Module) -> dict[str, Any]:
-    """Which denoiser this is: the fingerprint of its config and weights, and its guidance weight, or None.
+    """Which denoiser this is: the fingerprint of its config and weights, and its guidance weight.
+
+    None stands for no guidance, and for the weight 0, which guides nothing.
 
     Raises:
         ValueError: a weight per sample, which no predictor is trained for.
@@ -112,7 +115,7 @@ def identity(denoiser: nn.Module) -> dict[str, Any]:
     if isinstance(denoiser, (ClassifierFreeGuidance, GuidanceConditioned)):
         if isinstance(denoiser.w, Tensor):
             raise ValueError("a learned solver belongs to one guidance weight: give w as a number, not one per sample")
-        w, inner = float(denoiser.w), denoiser.denoiser
+        w, inner = float(denoiser.w) or None, denoiser.denoiser
         assert isinstance(inner, nn.Module)
         denoiser = inner
     return {"fingerprint": fingerprint(denoiser), "w": w}
@@ -136,11 +139,11 @@ def make_learned(
     """
     sigmas = check_sigmas(torch.as_tensor(sigmas, dtype=torch.float64))
     options, inner = dict(predictor), dict(inner or {})
-    name = options.pop("name", None)
-    if name == "table":
-        options.setdefault("num_intervals", len(sigmas) - 1 - bool(sigmas[-1] == 0))
+    name, intervals = options.pop("name", None), len(sigmas) - 1 - bool(sigmas[-1] == 0)
+    if name == "table" and options.setdefault("num_intervals", intervals) != intervals:
+        raise ValueError(f"num_intervals={options['num_intervals']}: the noise levels make {intervals} intervals")
     built = construct("predictor", str(name), PREDICTORS, **options)
-    built.num_intervals = len(sigmas) - 1 - bool(sigmas[-1] == 0)
+    built.num_intervals = intervals
     solver = choose("form", form, FORMS)(built, inner)
     return LearnedSolver(form, inner, dict(predictor), sigmas, solver, start, trained_for, dict(provenance or {}))
 

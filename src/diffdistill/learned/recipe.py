@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from diffdistill.denoiser import Denoiser
+from diffdistill.devices import device_of
 from diffdistill.learned.endpoint import EndpointDistillation, Endpoints, LearnedSampler
 from diffdistill.learned.files import LearnedSolver, identity
 from diffdistill.learned.stepwise import StepwiseDistillation
@@ -67,6 +68,8 @@ def stepwise(
     """
     if not isinstance(learned.solver, AMEDPlugin):
         raise ValueError(f"stepwise training is for the forms amed and plugin, not {learned.form}: use endpoint")
+    if learned.start is not None:
+        raise ValueError("stepwise training follows runs from noise, not from an analytic start: use endpoint")
     fine = make_schedule(**schedule, num_steps=(points + 1) * learned.num_steps)
     objective = StepwiseDistillation(
         denoiser,
@@ -110,7 +113,7 @@ def endpoint(
         sigmas=learned.sigmas,
         learn_schedule=learn_schedule,
         distance=distance,
-        start=learned.gaussian_start(),
+        start=learned.gaussian_start(device=device_of(denoiser)),
     )
     ends = {"sigma_min": float(learned.sigmas[-1]), "sigma_max": denoiser.sigma_max}
     seeds = range(FIRST_TRAINING_SEED, FIRST_TRAINING_SEED + trajectories)

@@ -65,7 +65,8 @@ class StepwiseDistillation(Objective):
         self.solver = solver
         self.trained = solver.predictor
         self.teacher = teacher
-        self.sigmas, self.teacher_sigmas, self.per_interval = sigmas, teacher_sigmas, per_interval
+        self.sigmas, self.teacher_sigmas = sigmas.tolist(), teacher_sigmas.tolist()
+        self.per_interval = per_interval
         self.reuse, self.together, self.forward_mode = reuse, together, forward_mode
 
     def compile_networks(self, backend: str = "inductor") -> None:
@@ -77,7 +78,7 @@ class StepwiseDistillation(Objective):
         noise, cond = draw_start(self.denoiser, batch, generator)
         with feature_tap(self.denoiser, self.solver) as features:
             flow = ProbabilityFlow(self.denoiser, cond, features=features)
-            points, evaluations = self.trajectory(flow, noise * float(self.sigmas[0]))
+            points, evaluations = self.trajectory(flow, noise * self.sigmas[0])
             yield from (self._together if self.together else self._in_turn)(flow, points, evaluations)
 
     @torch.no_grad()

@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from diffdistill.models.layers import guidance_embedding, positional_embedding
+from diffdistill.models.layers import GroupNorm, for_fused_attention, guidance_embedding, positional_embedding, upsample
 from diffdistill.models.transformer import SpatialTransformer, attend, zeroed
 
 AttentionOrder = Literal["heads_first", "qkv_first"]
@@ -66,11 +66,11 @@ class ADMStyle:
         return AttentionBlock(channels, self.heads(channels), self.attention_order)
 
 
-def normalization(channels: int) -> nn.GroupNorm:
+def normalization(channels: int) -> GroupNorm:
     """Group normalisation with 32 groups."""
     if channels % 32:
         raise ValueError(f"{channels} channels do not divide into 32 groups: channels must be a multiple of 32")
-    return nn.GroupNorm(32, channels)
+    return GroupNorm(channels, groups=32)
 
 
 class ResBlock(nn.Module):
@@ -109,7 +109,7 @@ class ResBlock(nn.Module):
 
     def _resampled(self, x: Tensor) -> Tensor:
         if self.resample == "up":
-            return F.interpolate(x, scale_factor=2.0, mode="nearest")
+            return upsample(x)
         return F.avg_pool2d(x, 2) if self.resample == "down" else x
 
 
@@ -132,7 +132,7 @@ class Upsample(nn.Module):
         self.conv = nn.Conv2d(channels, channels, 3, padding=1) if conv else nn.Identity()
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.conv(F.interpolate(x, scale_factor=2.0, mode="nearest"))
+        return self.conv(upsample(x))
 
 
 class AttentionBlock(nn.Module):
@@ -156,10 +156,11 @@ def self_attention(qkv: Tensor, num_heads: int, order: AttentionOrder) -> Tensor
     """Attention of `qkv: [B, 3 C, L]` over its L positions: `[B, C, L]`."""
     batch, width, length = qkv.shape
     if order == "heads_first":
-        q, k, v = qkv.view(batch, num_heads, 3, width // 3 // num_heads, length).unbind(2)
+        parts = qkv.view(batch, num_heads, 3, width // 3 // num_heads, length).permute(2, 0, 1, 4, 3)
     else:
-        q, k, v = qkv.view(batch, 3, num_heads, width // 3 // num_heads, length).unbind(1)
-    return attend(q.transpose(2, 3), k.transpose(2, 3), v.transpose(2, 3)).transpose(2, 3).reshape(batch, -1, length)
+        parts = qkv.view(batch, 3, num_heads, width // 3 // num_heads, length).permute(1, 0, 2, 4, 3)
+    q, k, v = for_fused_attention(parts)
+    return attend(q, k, v).transpose(2, 3).reshape(batch, -1, length)
 
 
 class Stage(nn.Sequential):

@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from diffdistill.models.layers import Conv2d, GroupNorm, Init
-from diffdistill.models.storage import MODEL, load_state, shipped_models, write_model
+from diffdistill.models.storage import DAMAGES, MODEL, load_state, shipped_models, write_model
 
 
 class ResidualBlock(nn.Module):
@@ -152,8 +152,8 @@ def load_autoencoder(name_or_path: str | os.PathLike[str]) -> Autoencoder:
         raise ValueError(f"{file} holds no autoencoder")
     try:
         autoencoder = build_autoencoder(config["autoencoder"])
-    except (TypeError, ValueError) as error:
-        raise ValueError(f"the config in {file} builds no autoencoder: {error}") from None
+    except DAMAGES as error:
+        raise ValueError(f"the config in {file} builds no autoencoder: {' '.join(str(error).split())[:300]}") from None
     if "network" in config:
         prefix = "autoencoder."
         state = {name.removeprefix(prefix): value for name, value in state.items() if name.startswith(prefix)}

@@ -20,7 +20,7 @@ from diffdistill.models.dhariwal_unet import DhariwalUNet
 from diffdistill.models.network import NetworkDenoiser
 from diffdistill.models.preconditioning import make_preconditioning
 from diffdistill.models.song_unet import SongUNet
-from diffdistill.models.storage import MODEL, load_state, shipped_models, write_model
+from diffdistill.models.storage import DAMAGES, MODEL, load_state, shipped_models, write_model
 from diffdistill.registry import construct
 
 W_CHANNELS = 64
@@ -101,6 +101,9 @@ def _resolve(config: Mapping[str, Any]) -> dict[str, Any]:
     for part in ("network", "preconditioning"):
         if "name" not in resolved[part]:
             raise ValueError(f"the {part} of a denoiser needs a name")
+    low, high = resolved["sigma_min"], resolved["sigma_max"]
+    if not (isinstance(low, (int, float)) and isinstance(high, (int, float)) and 0 < low < high):
+        raise ValueError(f"the noise levels of a denoiser are 0 < sigma_min < sigma_max, not {low!r} and {high!r}")
     resolved.setdefault("num_classes", 0)
     resolved.setdefault("w_range", None)
     resolved.setdefault("distilled", None)
@@ -135,7 +138,7 @@ def with_guidance_input(
     """
     if config.get("w_range") is not None:
         raise ValueError(f"this denoiser takes a guidance weight already, in the range {list(config['w_range'])}")
-    if not w_range[0] <= w_range[1]:
+    if len(w_range) != 2 or not w_range[0] <= w_range[1]:
         raise ValueError(f"w_range must be (least, greatest), but is {tuple(w_range)}")
     config = copy.deepcopy(dict(config))
     config["network"] = {**config["network"], "w_channels": w_channels}
@@ -246,8 +249,8 @@ def read_safetensors(path: Path) -> NetworkDenoiser:
         raise ValueError(f"{path} holds an autoencoder, not a denoiser")
     try:
         denoiser = build_denoiser(config)
-    except (TypeError, ValueError) as error:
-        raise ValueError(f"the config in {path} builds no model: {error}") from None
+    except DAMAGES as error:
+        raise ValueError(f"the config in {path} builds no model: {' '.join(str(error).split())[:300]}") from None
     load_state(denoiser, state, source=str(path))
     return denoiser
 

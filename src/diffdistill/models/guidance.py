@@ -106,11 +106,14 @@ class GuidanceConditioned(_Guided):
 def guided(denoiser: Callable[..., Tensor], w: float | Tensor) -> Denoiser:
     """Guide a denoiser by w (float or `[B]`): through its own input where it takes w, else classifier-free.
 
-    Warns where w lies outside the range that a denoiser was trained for. A w on another device than the CPU is not
-    checked, which would wait for the device.
+    Warns where w lies outside the range that a denoiser was trained for, and where a denoiser takes no condition: that
+    one is returned as it is. A w on another device than the CPU is not checked, which would wait for the device.
     """
     w_range = getattr(denoiser, "w_range", None)
     if w_range is None:
+        if isinstance(denoiser, Denoiser) and not denoiser.conditional:
+            warnings.warn("this denoiser takes no condition, so that no w guides it: w is ignored", stacklevel=2)
+            return denoiser
         return ClassifierFreeGuidance(denoiser, w)
     if not isinstance(w, Tensor) or w.device.type == "cpu":
         values = torch.as_tensor(w).detach()

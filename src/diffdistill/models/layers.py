@@ -42,18 +42,49 @@ def linear(in_features: int, out_features: int, init: Init, *, bias: bool = True
     return layer
 
 
-class GroupNorm(nn.GroupNorm):
-    """Group normalisation with up to 32 groups of at least 4 channels, computed in float32 or finer."""
+MANY = 2**20
+"""Numbers from which traffic of memory costs a GPU more than launching a few small kernels."""
 
-    def __init__(self, channels: int, *, eps: float = 1e-5) -> None:
-        super().__init__(min(32, channels // 4), channels, eps)
+
+class GroupNorm(nn.GroupNorm):
+    """Group normalisation computed in float32 or finer, by default with up to 32 groups of at least 4 channels."""
+
+    def __init__(self, channels: int, *, groups: int | None = None, eps: float = 1e-5) -> None:
+        super().__init__(min(32, channels // 4) if groups is None else groups, channels, eps)
 
     def forward(self, input: Tensor) -> Tensor:
         if input.dtype.itemsize >= 4:
             return super().forward(input)
+        large = input.is_cuda and input.numel() >= MANY and not torch.is_grad_enabled()
+        if large and not torch.compiler.is_compiling():
+            return self.by_channel(input)
         # Exact sums, and three times faster than torch's own bf16 kernel for channels_last on a CPU.
         weight, bias = self.weight.float(), self.bias.float()
         return F.group_norm(input.float(), self.num_groups, weight, bias, self.eps).to(input.dtype)
+
+    def by_channel(self, input: Tensor) -> Tensor:
+        """The same without gradients, with a quarter of the memory traffic on a GPU: `[B, C, ...]` in half precision.
+
+        Sums and coefficients are float32, but the input is read and the result written as it lies. PyTorch's kernel
+        for CUDA wants channels first, hence copies, and under autocast float32.
+        """
+        pixels, ones = tuple(range(2, input.ndim)), (1,) * (input.ndim - 2)
+        per_group = input[0].numel() // self.num_groups
+        with torch.autocast(input.device.type, enabled=False):
+            mean = input.mean(pixels, dtype=torch.float32).unflatten(1, (self.num_groups, -1)).mean(2, keepdim=True)
+            norm = torch.linalg.vector_norm(input, dim=pixels, dtype=torch.float32).unflatten(1, (self.num_groups, -1))
+            square = norm.square().sum(2, keepdim=True) / per_group
+            inverse = (torch.addcmul(square, mean, mean, value=-1).clamp(min=0) + self.eps).rsqrt()
+            scale = inverse * self.weight.float().view(self.num_groups, -1)
+            shift = torch.addcmul(self.bias.float().view(self.num_groups, -1), mean, scale, value=-1)
+            scale, shift = (part.flatten(1).unflatten(1, (-1, *ones)) for part in (scale, shift))
+            return torch.addcmul(shift, input, scale, out=torch.empty_like(input))
+
+
+def upsample(x: Tensor) -> Tensor:
+    """Double height and width by repetition, in the dtype of `x`: autocast on a GPU would go by way of float32."""
+    with torch.autocast(x.device.type, enabled=False):
+        return F.interpolate(x, scale_factor=2.0, mode="nearest")
 
 
 class Conv2d(nn.Module):
@@ -108,7 +139,7 @@ class Conv2d(nn.Module):
 
     def _upsample(self, x: Tensor) -> Tensor:
         if self.is_box:
-            return F.interpolate(x, scale_factor=2.0, mode="nearest")
+            return upsample(x)
         # Three of four inputs of the filter are the zeros between the pixels: the factor 4 makes up for them.
         taps = (4 * self._taps(x)).expand(x.shape[1], -1, -1, -1)
         return F.conv_transpose2d(x, taps, stride=2, padding=self.filter_padding, groups=x.shape[1])
@@ -121,6 +152,15 @@ class Conv2d(nn.Module):
     def _taps(self, x: Tensor) -> Tensor:
         assert isinstance(self.resample_filter, Tensor)
         return self.resample_filter.to(x.dtype)
+
+
+def for_fused_attention(qkv: Tensor) -> Tensor:
+    """Queries, keys and values `[3, B, heads, L, C]` with their channels side by side, as the fused kernels want.
+
+    For other layouts PyTorch falls back to a product that holds all `L * L` weights. That is the faster way to train
+    on small images on a CPU, so there they stay as they are.
+    """
+    return qkv.contiguous() if qkv.is_cuda or not torch.is_grad_enabled() else qkv
 
 
 @dataclass(frozen=True)
@@ -207,8 +247,9 @@ class UNetBlock(nn.Module):
     def _attend(self, x: Tensor) -> Tensor:
         # Channels are ordered (head, channel of the head, q k v).
         qkv = self.qkv(self.norm2(x)).reshape(x.shape[0], self.num_heads, -1, 3, x.shape[2] * x.shape[3])
-        q, k, v = (part.transpose(-1, -2) for part in qkv.unbind(3))
-        return F.scaled_dot_product_attention(q, k, v).transpose(-1, -2).reshape(x.shape)
+        q, k, v = for_fused_attention(qkv.permute(3, 0, 1, 4, 2))
+        h = F.scaled_dot_product_attention(q, k, v)
+        return h.transpose(1, 2).flatten(2).transpose(1, 2).unflatten(2, x.shape[2:])
 
 
 class SinusoidalEmbedding(nn.Module):

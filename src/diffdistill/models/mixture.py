@@ -25,7 +25,8 @@ class GaussianMixture(Denoiser):
             alone, so that classifier-free guidance on it is exact.
 
     Raises:
-        ValueError: shapes that do not agree, weights not positive, negative variances, a class without components.
+        ValueError: no component, shapes that do not agree, weights not positive, negative variances, a class without
+            components.
     """
 
     log_weights: Tensor
@@ -43,6 +44,8 @@ class GaussianMixture(Denoiser):
         super().__init__()
         weights, means, variances = (torch.as_tensor(v, dtype=torch.float64) for v in (weights, means, variances))
         count = len(means)
+        if not count:
+            raise ValueError("a mixture needs at least one component")
         if weights.shape != (count,) or variances.shape != (count,):
             raise ValueError(
                 f"{count} means need {count} weights and variances, "
@@ -60,8 +63,8 @@ class GaussianMixture(Denoiser):
             raise ValueError(f"each class from 0 on needs a component, but the labels are {classes.tolist()}")
         weights = weights / weights.sum()
         self.data_shape = tuple(means.shape[1:])
-        total = weights @ means.flatten(1).square() - (weights @ means.flatten(1)).square()
-        self.sigma_data = float((total.mean() + weights @ variances).sqrt())
+        offsets = means.flatten(1) - weights @ means.flatten(1)
+        self.sigma_data = float(((weights @ offsets.square()).mean() + weights @ variances).sqrt())
         self.register_buffer("log_weights", weights.log())
         self.register_buffer("means", means)
         self.register_buffer("variances", variances)
@@ -73,6 +76,8 @@ class GaussianMixture(Denoiser):
 
     def forward(self, x: Tensor, sigma: Tensor, cond: Tensor | None = None) -> Tensor:
         """Denoise `x: [B, ...]` at `sigma: [B]`, given class labels `[B]` or None; -1 stands for no class."""
+        if x.shape[1:] != self.data_shape:
+            raise ValueError(f"this mixture is of data {list(self.data_shape)}, not {list(x.shape[1:])}")
         points, means = x.to(torch.float64).flatten(1), self.means.flatten(1)
         if sigma.shape != (len(x),):
             raise ValueError(f"expected one value per sample, shape [{len(x)}], but got shape {list(sigma.shape)}")

@@ -12,6 +12,8 @@ from torch import Tensor, nn
 from diffdistill.records import FileKind
 
 MODEL = FileKind("model", key="diffdistill", folder="models")
+DAMAGES = (TypeError, ValueError, LookupError, AttributeError, ArithmeticError, RuntimeError)
+"""What the building of a model from a damaged config ends in."""
 
 
 def write_model(path: str | os.PathLike[str], module: nn.Module, config: Mapping[str, Any]) -> None:

@@ -8,6 +8,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from diffdistill.models.layers import GroupNorm
+
 Module = TypeVar("Module", bound=nn.Module)
 
 
@@ -90,7 +92,7 @@ class SpatialTransformer(nn.Module):
 
     def __init__(self, channels: int, *, num_heads: int, context_dim: int) -> None:
         super().__init__()
-        self.norm = nn.GroupNorm(32, channels, eps=1e-6)
+        self.norm = GroupNorm(channels, groups=32, eps=1e-6)
         self.proj_in = nn.Conv2d(channels, channels, 1)
         self.transformer_blocks = nn.ModuleList([TransformerBlock(channels, context_dim, num_heads)])
         self.proj_out = zeroed(nn.Conv2d(channels, channels, 1))

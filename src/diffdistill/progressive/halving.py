@@ -44,13 +44,16 @@ class Halving:
         start = len(self.sigmas) - 1
         if start < 2 or start & (start - 1):
             raise ValueError(f"start_steps must be a power of two and at least 2, but is {start}")
-        if not 1 <= self.last <= start // 2:
-            raise ValueError(f"last_steps must lie between 1 and {start // 2}, half of start_steps, but is {self.last}")
+        possible = [start >> k for k in range(1, start.bit_length())]
+        if self.last not in possible:
+            raise ValueError(f"last_steps must be one of {', '.join(map(str, possible))}, but is {self.last}")
         choose("sampler", self.sampler, STEPS)(self.sigmas)
-        for num_steps in map(int, self.stages):
-            if num_steps < 1 or num_steps & (num_steps - 1):
+        for num_steps, settings in self.stages.items():
+            if not str(num_steps).isdigit() or int(num_steps).bit_count() != 1:
                 stages = ", ".join(map(str, self.students()))
                 raise ValueError(f"stages.{num_steps} is never a stage: here they are {stages}")
+            if not isinstance(settings, Mapping):
+                raise ValueError(f"stages.{num_steps} must hold settings of the trainer, but is {settings!r}")
 
     def students(self) -> list[int]:
         """The numbers of steps of the students, in the order in which they are made."""

@@ -19,7 +19,7 @@ class EDMStochastic(Heun):
     The defaults are those of the paper for ImageNet 64x64 (Table 5).
 
     Args:
-        s_churn: amount of fresh noise over a whole run.
+        churn: amount of fresh noise over a whole run, S_churn of the paper.
         s_min, s_max: noise levels between which noise is added.
         s_noise: standard deviation of the noise that is added.
     """
@@ -27,16 +27,16 @@ class EDMStochastic(Heun):
     stochastic = True
 
     def __init__(
-        self, *, s_churn: float = 40.0, s_min: float = 0.05, s_max: float = 50.0, s_noise: float = 1.003
+        self, *, churn: float = 40.0, s_min: float = 0.05, s_max: float = 50.0, s_noise: float = 1.003
     ) -> None:
         super().__init__()
-        if not s_churn >= 0:
-            raise ValueError(f"s_churn must not be negative, but is {s_churn}")
+        if not churn >= 0:
+            raise ValueError(f"churn must not be negative, but is {churn}")
         if not 0 <= s_min <= s_max:
             raise ValueError(f"s_min and s_max must be ordered and not negative, but are {s_min} and {s_max}")
         if not s_noise >= 0:
             raise ValueError(f"s_noise must not be negative, but is {s_noise}")
-        self.s_churn, self.s_min, self.s_max, self.s_noise = s_churn, s_min, s_max, s_noise
+        self.churn, self.s_min, self.s_max, self.s_noise = churn, s_min, s_max, s_noise
 
     def step(
         self,
@@ -53,10 +53,10 @@ class EDMStochastic(Heun):
             raise ValueError("edm_sde evaluates at a raised noise level: it takes no evaluation")
         noise = self.check_noise(noise)
         sigma = interval.sigma
-        gamma = min(self.s_churn / interval.total, math.sqrt(2) - 1)
-        churned = (sigma >= self.s_min) & (sigma <= self.s_max)
+        gamma = min(self.churn / interval.total, math.sqrt(2) - 1)
+        churned = sigma * ((sigma >= self.s_min) & (sigma <= self.s_max))  # 0 where nothing is added
         # sqrt(sigma_hat**2 - sigma**2), without a root whose gradient is infinite where nothing is added
-        added = sigma * churned * (math.sqrt(gamma * (2 + gamma)) * self.s_noise)
-        sigma_hat = sigma * (1 + gamma * churned)
+        added = churned * (math.sqrt(gamma * (2 + gamma)) * self.s_noise)
+        sigma_hat = sigma + gamma * churned
         x_hat = x + per_sample(added, x) * noise
         return super().step(flow, x_hat, replace(interval, sigma=sigma_hat), history, correction=correction)

@@ -50,14 +50,19 @@ class ProbabilityFlow:
         """Evaluate at `x: [B, ...]` and `sigma: [B]`, or a number for all samples.
 
         `scale_time: [B]` multiplies the sigma that the network is given; the evaluation keeps the nominal one.
+
+        Raises:
+            ValueError: the denoiser answers in another shape than that of `x`.
         """
         sigma = on_batch(sigma, x)
         given = sigma if scale_time is None else sigma * scale_time
         self.nfe += self.cost
-        denoised = self.denoiser(x, given, self.cond).to(x.dtype)
+        denoised = self.denoiser(x, given, self.cond)
+        if denoised.shape != x.shape:  # which would broadcast
+            raise ValueError(f"the denoiser answers {list(denoised.shape)} for x of the shape {list(x.shape)}")
         features = None if self.features is None else self.features()
         features = None if features is None else features[: len(x)]
-        return Evaluation(x, sigma, self._threshold(denoised), features)
+        return Evaluation(x, sigma, self._threshold(denoised.to(x.dtype)), features)
 
     def analytic(self, x: Tensor, sigma: Tensor, *, gaussian: bool = False) -> Evaluation:
         """The analytical first step, at no cost: `eps = x / sqrt(1 + sigma**2)`, x scaled to unit variance.
@@ -85,6 +90,7 @@ def dynamic_thresholding(denoised: Tensor, *, quantile: float = 0.995, least: fl
 
     Source: Saharia et al. 2022 (Imagen), Section 2.3.
     """
-    magnitude = torch.quantile(denoised.abs().flatten(1), quantile, dim=1)
-    bound = per_sample(magnitude.clamp(min=least), denoised)
+    magnitude = denoised.abs().flatten(1)
+    magnitude = magnitude.to(torch.promote_types(magnitude.dtype, torch.float32))  # quantile takes no half precision
+    bound = per_sample(torch.quantile(magnitude, quantile, dim=1).clamp(min=least), denoised)
     return denoised.clamp(-bound, bound) / bound

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any, Literal
 
 import torch
@@ -16,26 +17,43 @@ from diffdistill.solvers.schedules import check_num_steps, polynomial
 from diffdistill.solvers.start import GaussianStart
 from diffdistill.solvers.step import History, intervals
 
+# Each maps the points [N + 1, B, D] of the teacher, the slopes [N, B, D] there and the signed lengths [N, N + 1] of
+# Euler jumps from one level to another to the mean costs [N, N + 1] of these jumps.
 Metric = Callable[[Tensor, Tensor, Tensor], Tensor]
 
 
-def _deviation(x: Tensor, trajectory: Tensor) -> Tensor:
-    """Distance `[..., B]` of points `[..., B, D]` from the chord of each trajectory `[points, B, D]`."""
-    end = trajectory[-1]
-    chord = end - trajectory[0]
+def _added_deviation(points: Tensor, slopes: Tensor, lengths: Tensor) -> Tensor:
+    """Distance from the chord of the trajectory after a jump, less that of the teacher's point."""
+    end = points[-1]
+    chord = end - points[0]
     direction = chord / chord.norm(dim=-1, keepdim=True)
-    offset = end - x
-    return (offset - (offset * direction).sum(-1, keepdim=True) * direction).norm(dim=-1)
+
+    def across(v: Tensor) -> Tensor:
+        return (v - (v * direction).sum(-1, keepdim=True) * direction).double()
+
+    teacher = torch.stack([across(point - end).norm(dim=-1) for point in points])
+    costs = []
+    for point, slope, length in zip(points[:-1], slopes, lengths[:, :, None], strict=True):
+        offset, turn = across(point - end), across(slope)
+        # |offset + length turn|^2 for all lengths by three products of each trajectory: no jump is formed.
+        squares = offset.square().sum(-1) + length * (2 * (offset * turn).sum(-1) + length * turn.square().sum(-1))
+        costs.append((squares.clamp(min=0).sqrt() - teacher).mean(-1))
+    return torch.stack(costs)
 
 
-def _added_deviation(jump: Tensor, target: Tensor, trajectory: Tensor) -> Tensor:
-    return _deviation(jump, trajectory) - _deviation(target, trajectory)
+def _distance(points: Tensor, slopes: Tensor, lengths: Tensor, *, p: int) -> Tensor:
+    """Distance of a jump from the teacher's point."""
+    cost = torch.full_like(lengths, torch.inf)
+    for i, slope in enumerate(slopes):
+        jumps = points[i] + lengths[i, i + 1 :, None, None].to(points.dtype) * slope
+        cost[i, i + 1 :] = (jumps - points[i + 1 :]).norm(p=p, dim=-1).mean(-1)
+    return cost
 
 
 METRICS: dict[str, Metric] = {
     "dev": _added_deviation,
-    "l1": lambda jump, target, trajectory: (jump - target).abs().sum(-1),
-    "l2": lambda jump, target, trajectory: (jump - target).norm(dim=-1),
+    "l1": partial(_distance, p=1),
+    "l2": partial(_distance, p=2),
 }
 
 
@@ -85,11 +103,9 @@ def gits(
     else:
         x, history = start.begin(denoiser, noise, sigmas, cond, memory=solver.memory)
     points, slopes = _teacher(ProbabilityFlow(denoiser, cond), x, sigmas, solver, history)
+    lengths = (sigmas - sigmas[:-1, None]).to(points.device)
     cost = torch.full((fine_steps + 1, fine_steps + 1), torch.inf, dtype=torch.float64)
-    for i in range(fine_steps):
-        lengths = (sigmas[i + 1 :] - sigmas[i]).to(points.device, points.dtype)
-        jumps = points[i] + lengths[:, None, None] * slopes[i]
-        cost[i, i + 1 :] = measure(jumps, points[i + 1 :], points).mean(1).double().cpu()
+    cost[:-1] = measure(points, slopes, lengths).cpu()
     return sigmas[shortest_path(cost, num_steps, coefficient)]
 
 

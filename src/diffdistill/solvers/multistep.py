@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from numbers import Integral
 from typing import ClassVar
 
 from diffdistill.solvers.base import Solver
@@ -21,7 +22,7 @@ class Multistep(Solver):
 
     def __init__(self, *, order: int, lower_order_final: bool = False, afs: AFS = False) -> None:
         super().__init__(afs=afs)
-        if isinstance(order, bool) or not isinstance(order, int) or not 1 <= order <= self.highest_order:
+        if isinstance(order, bool) or not isinstance(order, Integral) or not 1 <= order <= self.highest_order:
             raise ValueError(f"order must be an integer from 1 to {self.highest_order}, but is {order!r}")
         self.order = order
         self.memory = order - 1

@@ -24,7 +24,10 @@ class SampleNoise:
 
     def draw(self, *, dtype: torch.dtype = torch.float32, device: torch.device | str = "cpu") -> Tensor:
         """The next `[B, *shape]` of every stream. It is drawn in float32, so that all dtypes see the same numbers."""
-        noise = torch.stack([torch.randn(self.shape, generator=g) for g in self.generators])
+        pinned = torch.device(device).type == "cuda"  # so that the copy waits for nothing
+        noise = torch.empty(len(self.generators), *self.shape, pin_memory=pinned)
+        for row, generator in zip(noise, self.generators, strict=True):
+            row.normal_(generator=generator)
         return noise.to(device=device, dtype=dtype, non_blocking=True)
 
 

@@ -96,7 +96,7 @@ def sample(
     """Carry `noise` along the schedule `sigmas` to a sample.
 
     Args:
-        denoiser: any callable `(x, sigma, cond) -> x0`.
+        denoiser: any callable `(x, sigma, cond) -> x0`; it is given sigma in float64, `[B]`.
         noise: standard normal, unscaled, `[B, ...]`; its dtype and device are those of the state.
         solver: from `make_solver`.
         sigmas: from `make_schedule`, `[num_steps + 1]`; where it ends at 0, the last step returns the denoised image.
@@ -111,9 +111,17 @@ def sample(
         The sample `[B, ...]`, or a `Trajectory`.
 
     Raises:
-        ValueError: levels that do not decrease, unknown thresholding, labels of the wrong shape, a learned solver that
-            reads the bottleneck of a denoiser that declares none, levels that do not begin where `start` ends.
+        ValueError: levels that do not decrease, unknown thresholding, labels of the wrong shape, another number of
+            seeds than of samples, a learned solver that reads the bottleneck of a denoiser that declares none, levels
+            that do not begin where `start` ends, a denoiser that answers in another shape.
+        TypeError: `solver` is no `Solver`, or `start` no `GaussianStart`.
     """
+    if not isinstance(solver, Solver):
+        raise TypeError(f"solver must be a Solver, such as make_solver makes, but is {solver!r}")
+    if start is not None and not isinstance(start, GaussianStart):
+        raise TypeError(f"start must be a GaussianStart or None, but is {start!r}")
+    if seeds is not None and len(seeds) != len(noise):
+        raise ValueError(f"seeds must be one for each of the {len(noise)} samples, but there are {len(seeds)}")
     sigmas = check_sigmas(torch.as_tensor(sigmas, dtype=torch.float64).cpu())
     steps = intervals(sigmas.tolist(), len(noise), noise.device)
     if denoise_to_zero and sigmas[-1] > 0:

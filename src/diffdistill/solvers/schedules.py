@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from numbers import Integral
 from typing import Literal
 
 import torch
@@ -28,8 +29,8 @@ def check_sigmas(sigmas: Tensor) -> Tensor:
 
 def check_num_steps(num_steps: int) -> None:
     """Raise a `ValueError` unless there is at least one step."""
-    if num_steps != int(num_steps) or num_steps < 1:
-        raise ValueError(f"num_steps must be an integer of at least 1, but is {num_steps}")
+    if isinstance(num_steps, bool) or not isinstance(num_steps, Integral) or num_steps < 1:
+        raise ValueError(f"num_steps must be an integer of at least 1, but is {num_steps!r}")
 
 
 def check_range(sigma_min: float, sigma_max: float, rho: float = 1.0) -> None:

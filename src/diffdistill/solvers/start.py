@@ -65,7 +65,8 @@ class GaussianStart:
                 levels, or closer where that would pass sigma_max.
 
         Raises:
-            ValueError: the schedule does not begin at `self.sigma`, the denoiser ends below it, or shapes differ.
+            ValueError: the schedule does not begin at `self.sigma`, the denoiser ends below it, or shapes or numbers of
+                classes differ.
         """
         first, second = sigmas[:2].tolist()
         if abs(first - self.sigma) > 1e-6 * self.sigma:
@@ -74,6 +75,9 @@ class GaussianStart:
                 f"make the schedule with sigma_max={self.sigma:g}"
             )
         top = float(getattr(denoiser, "sigma_max", Denoiser.sigma_max)) if self.sigma_max is None else self.sigma_max
+        classes, known = getattr(denoiser, "num_classes", 0), self.statistics.num_classes
+        if classes and known and classes != known:
+            raise ValueError(f"the statistics are of {known} classes, but the denoiser is of {classes}")
         if top < self.sigma:
             raise ValueError(f"a start at sigma = {self.sigma:g} lies above the denoiser's sigma_max = {top:g}")
         w, gaussian = self._weight(denoiser), self.denoiser(denoiser)

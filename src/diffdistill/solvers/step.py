@@ -73,13 +73,21 @@ class Interval:
         return first, second
 
 
-def intervals(sigmas: Tensor | Sequence[float], batch: int, device: torch.device | str = "cpu") -> list[Interval]:
+def intervals(
+    sigmas: Tensor | Sequence[float],
+    batch: int,
+    device: torch.device | str = "cpu",
+    *,
+    ends_at_zero: bool | None = None,
+) -> list[Interval]:
     """The steps of a schedule `[num_steps + 1]` for a batch; a last level of 0 makes the last step one `to_zero`.
 
-    Steps of a tensor are differentiable with respect to it; those of numbers are cheaper, see `solvers.levels`.
+    Steps of a tensor are differentiable with respect to it; those of numbers are cheaper, see `solvers.levels`. Of a
+    tensor on a GPU, `ends_at_zero` spares the reading of its last level.
     """
     total = len(sigmas) - 1
-    ends_at_zero = bool(sigmas[-1] == 0)
+    if ends_at_zero is None:
+        ends_at_zero = bool(sigmas[-1] == 0)
     if isinstance(sigmas, Tensor):
         levels = [level.expand(batch) for level in sigmas.to(device=device, dtype=torch.float64, non_blocking=True)]
     else:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import signal
+import os
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, Protocol, cast
 
@@ -140,14 +140,14 @@ class Batches:
             batch_sampler=cast(Any, _UpdateSampler(self.order, self.rows, updates)),
             num_workers=self.workers,
             pin_memory=self.device.type == "cuda",
-            worker_init_fn=_ignore_interrupt,
+            worker_init_fn=_leave_process_group,
             prefetch_factor=4 if self.workers else None,
         )
 
 
-def _ignore_interrupt(worker: int) -> None:
-    """Ctrl-C reaches the whole process group: it is the trainer that decides when to stop."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
+def _leave_process_group(worker: int) -> None:
+    """Ctrl-C, `torchrun` and `timeout` signal the whole group, but it is the trainer that decides when to stop."""
+    os.setpgrp()
 
 
 def _held_tensors(data: MapData, device: torch.device) -> dict[str, Tensor] | None:

@@ -7,8 +7,11 @@ of its files: `0001000.pt`, or `0001000.1of2.pt` and so on. Any number of proces
 from __future__ import annotations
 
 import contextlib
+import errno
 import json
 import logging
+import os
+import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -179,7 +182,10 @@ def _together(failed: str) -> Iterator[None]:
     except CheckpointError as error:
         fault = error
     except Exception as error:  # torch.save and torch.load have no common error class
-        fault = CheckpointError(f"{failed} ({one_line(error)})")
+        reason = one_line(error)
+        if isinstance(error, OSError) and error.filename is not None and str(error.filename) in failed:
+            reason = f"[Errno {error.errno}] {error.strerror}"
+        fault = CheckpointError(f"{failed} ({reason})")
         fault.__cause__ = error
     for found in gather(fault):
         if found is not None:
@@ -189,7 +195,12 @@ def _together(failed: str) -> Iterator[None]:
 def _write(path: Path, content: Mapping[str, Any]) -> dict[str, Any]:
     """Write a file; its size and hash."""
     with replacing(path) as temporary:
-        torch.save(content, temporary)
+        try:
+            torch.save(content, temporary)
+        except RuntimeError as error:  # torch says what went wrong inside, not that the disk is full
+            if shutil.disk_usage(temporary.parent).free > 2**20:
+                raise
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC)) from error
         return {"bytes": temporary.stat().st_size, "sha256": sha256(temporary)}
 
 

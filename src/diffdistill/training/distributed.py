@@ -9,15 +9,23 @@ import contextlib
 import os
 import re
 from collections.abc import Iterator, Mapping, Sequence
+from datetime import timedelta
 from typing import Any, TypeVar, cast
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.distributed.rendezvous import rendezvous
 
 BUCKET_BYTES = 32 * 2**20
+JOIN_MINUTES = 10.0
+"""How long a process waits for the others to start."""
 
 T = TypeVar("T")
+
+
+class LostProcessError(RuntimeError):
+    """Another process ended or cannot be reached, so that this one cannot go on; the message is one line."""
 
 
 @contextlib.contextmanager
@@ -25,6 +33,9 @@ def processes() -> Iterator[None]:
     """Join the processes that `torchrun`, or Slurm, started, each on its own GPU where there are any.
 
     Nothing is done when alone.
+
+    Raises:
+        LostProcessError: a process did not start, or ended before the block did.
     """
     if world_size() == 1:
         os.environ.update(slurm_place(os.environ))
@@ -34,15 +45,33 @@ def processes() -> Iterator[None]:
     if torch.cuda.is_available():
         # Slurm may show each task its own GPU alone, which is then number 0.
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]) % torch.cuda.device_count())
-    dist.init_process_group("cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo")
     try:
+        _join("cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo")
         yield
+    except RuntimeError as error:
+        if not (isinstance(error, dist.DistError) or "gloo/" in str(error)):
+            raise
+        # "[SOURCE FILE:LINE] REASON. This is typically ..."
+        reason = re.sub(r"^\[\S*\] |\. This is .*", "", str(error).strip().split("\n")[0])
+        if isinstance(error, dist.DistNetworkError):
+            reason += f"; MASTER_ADDR={os.environ['MASTER_ADDR']} MASTER_PORT={os.environ['MASTER_PORT']}"
+        raise LostProcessError(f"another process ended or cannot be reached ({reason})") from error
     finally:
-        dist.destroy_process_group()
+        if dist.is_initialized():
+            dist.destroy_process_group()
+
+
+def _join(backend: str) -> None:
+    """Alone, `init_process_group` would wait for half an hour for a process that does not start."""
+    store, place, count = next(rendezvous("env://", timeout=timedelta(minutes=JOIN_MINUTES)))
+    dist.init_process_group(backend, store=store, rank=place, world_size=count)
 
 
 def slurm_place(environment: Mapping[str, str]) -> dict[str, str]:
-    """What `torchrun` would set for a task of a Slurm step of several; nothing for one task, or under `torchrun`."""
+    """What `torchrun` would set for a task of a Slurm step of several; nothing for one task, or under `torchrun`.
+
+    MASTER_ADDR and MASTER_PORT stay as they are where they are set.
+    """
     count = environment.get("SLURM_STEP_NUM_TASKS", "1")
     if count == "1" or "RANK" in environment:
         return {}
@@ -50,17 +79,22 @@ def slurm_place(environment: Mapping[str, str]) -> dict[str, str]:
         "RANK": environment["SLURM_PROCID"],
         "LOCAL_RANK": environment["SLURM_LOCALID"],
         "WORLD_SIZE": count,
-        "MASTER_ADDR": first_host(environment["SLURM_STEP_NODELIST"]),
-        "MASTER_PORT": str(20_000 + int(environment["SLURM_JOB_ID"]) % 20_000),
+        "MASTER_ADDR": environment.get("MASTER_ADDR") or first_host(environment["SLURM_STEP_NODELIST"]),
+        "MASTER_PORT": environment.get("MASTER_PORT") or str(_port(environment)),
     }
+
+
+def _port(environment: Mapping[str, str]) -> int:
+    """A port below those that Linux gives away, another for each step of a job and for the jobs of an array."""
+    return 12_000 + (int(environment["SLURM_JOB_ID"]) + 1009 * int(environment["SLURM_STEP_ID"])) % 20_000
 
 
 def first_host(nodes: str) -> str:
     """The first host of a list in Slurm's form, such as `gpu[003-007,012],login`."""
-    found = re.match(r"([^,\[]+)(?:\[([^\],-]+)[^\]]*\]([^,\[]*))?", nodes)
+    found = re.match(r"(?:[^,\[]|\[[^\]]+\])+", nodes)
     if found is None:
         raise ValueError(f"{nodes!r} is no list of hosts")
-    return "".join(part or "" for part in found.groups())
+    return re.sub(r"\[([^\],-]+)[^\]]*\]", r"\1", found[0])
 
 
 def world_size() -> int:

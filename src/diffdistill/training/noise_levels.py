@@ -50,7 +50,7 @@ def on_schedule(*, sigmas: Sequence[float] | Tensor) -> NoiseLevels:
 
     def draw(batch: int, generator: torch.Generator) -> Tensor:
         index = randint(len(levels), (batch,), generator)
-        return levels.to(generator.device)[index]
+        return levels.to(generator.device, non_blocking=True)[index]
 
     return draw
 

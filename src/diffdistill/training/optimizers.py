@@ -27,7 +27,8 @@ def make_optimizer(parameters: Sequence[nn.Parameter], config: TrainerConfig) ->
         raise ValueError("the objective trains no parameter: `trained` has none that requires a gradient")
     lr, decay = config.learning_rate, config.weight_decay
     if config.optimizer == "sgd":
-        return torch.optim.SGD(parameters, lr, momentum=config.betas[0], weight_decay=decay, fused=True)
+        fused = not is_split(parameters[0])  # which torch does not have for split ones
+        return torch.optim.SGD(parameters, lr, momentum=config.betas[0], weight_decay=decay, fused=fused)
     options: dict[str, Any] = {"lr": lr, "betas": config.betas, "eps": config.eps, "weight_decay": decay}
     if config.optimizer in EIGHT_BIT:
         if is_split(parameters[0]):

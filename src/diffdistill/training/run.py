@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import os
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from diffdistill.atomic import write_text
+from diffdistill.atomic import locked, naming, write_text
 from diffdistill.hashes import sha256
 from diffdistill.training.checkpoints import Checkpoint, Checkpoints, one_line
 from diffdistill.training.config import HARMLESS
@@ -50,10 +51,10 @@ class Run:
         if self.path.exists() and not self.path.is_dir():
             raise ValueError(f"{self.path} is a file: a run needs a folder")
         stored = None
-        if (self.path / "config.yaml").exists():
+        if (self.path / "config.yaml").exists() and _content(self.path):
             stored = _read_yaml(self.path / "config.yaml")
             self._check_same(stored)
-        elif self.path.exists() and (other := _foreign(self.path)):
+        elif self.path.exists() and (other := _content(self.path)):
             raise ValueError(f"{self.path} holds no run but other files ({other}): choose an empty or new folder")
         barrier()
         if rank() == 0:
@@ -65,12 +66,17 @@ class Run:
         self._checkpoints = Checkpoints(self.path / "checkpoints", self._digests())
 
     def _check_same(self, stored: Any) -> None:
+        """Refuse to continue another run. A stage that is finished stays as it is when later ones may change."""
         found = [d for d in differences(stored, self.config) if d[0].rpartition(".")[2] not in self.harmless]
         if found and not self.accept_changes:
             shown = ", ".join(f"{name} was {old!r} and is now {new!r}" for name, old, new in found[:5])
             more = f" and {len(found) - 5} more" if len(found) > 5 else ""
             raise ValueError(
                 f"{self.path} holds another run: {shown}{more}; choose another folder, or accept_changes=true"
+            )
+        if found and "stage" not in self.config and self._marked_finished():
+            raise ValueError(
+                f"{self.path} holds a run that is finished, and has nothing to continue: choose another folder"
             )
 
     def _digest(self, config: Any) -> str:
@@ -91,6 +97,24 @@ class Run:
             raise ValueError(f"a stage is named like a file, without folders, not {name!r}")
         config = {**self.config, "stage": name}
         return Run(self.path / "stages" / name, config, harmless=self.harmless, accept_changes=self.accept_changes)
+
+    @contextlib.contextmanager
+    def held(self) -> Iterator[None]:
+        """Keep other programs from writing to the folder. All processes call it.
+
+        Raises:
+            ValueError: another program holds it.
+        """
+        with contextlib.ExitStack() as stack:
+            fault = None
+            if rank() == 0:
+                try:
+                    stack.enter_context(locked(self.path))
+                except ValueError as error:
+                    fault = error
+            if fault := from_main(fault):
+                raise fault
+            yield
 
     @property
     def finished(self) -> bool:
@@ -119,7 +143,8 @@ class Run:
     def log(self, record: Mapping[str, Any]) -> None:
         """Append a line to metrics.jsonl."""
         if rank() == 0:
-            with open(self.path / "metrics.jsonl", "a", encoding="utf-8") as file:
+            path = self.path / "metrics.jsonl"
+            with naming(path), open(path, "a", encoding="utf-8") as file:
                 file.write(json.dumps(record) + "\n")
 
     def metrics(self) -> list[dict[str, Any]]:
@@ -196,9 +221,10 @@ def _plain(value: Any) -> Any:
     raise ValueError(f"a config holds plain values, not {type(value).__name__} ({value!r})")
 
 
-def _foreign(path: Path) -> str | None:
-    """The first entry that neither a run nor Hydra puts there."""
+def _content(path: Path) -> str | None:
+    """The first entry that is neither `config.yaml`, all that a command which failed at once leaves, nor Hydra's."""
     names = sorted(p.name for p in path.iterdir() if not p.name.startswith(".") and p.suffix != ".log")
+    names = [name for name in names if name != "config.yaml"]
     return names[0] if names else None
 
 

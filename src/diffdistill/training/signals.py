@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import os
+import re
 import signal
+import subprocess
 import threading
 from collections.abc import Sequence
 from types import FrameType, TracebackType
+
+from diffdistill.training.distributed import rank
 
 REQUEUE = signal.SIGUSR2
 """What Slurm sends before the time limit of a job of submitit, whose handler puts the job back into the queue."""
@@ -17,13 +21,16 @@ class Interrupted(SystemExit):
 
     def __init__(self, signum: int) -> None:
         super().__init__(128 + signum)
+        self.signum = signum
 
 
 class StopRequest:
     """Inside the context, the first SIGTERM or SIGINT only sets `signum`; a second one acts as usual.
 
-    SIGUSR2 does the same where a handler waits for it, which is called after the stop. Outside the main thread, where
-    Python handles no signals, nothing changes.
+    SIGUSR2 does the same in a job of submitit, whose handler for it is called after the stop, and after a SIGTERM that
+    made room for another job. A signal that comes too late to be answered by `Interrupted` acts as usual when the
+    context ends, so that none is lost between two stages of a run. Outside the main thread, where Python handles no
+    signals, nothing changes.
     """
 
     def __init__(self) -> None:
@@ -49,5 +56,22 @@ class StopRequest:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self._restore(tuple(self._previous))
-        if isinstance(error, Interrupted) and self.signum == REQUEUE:
-            os.kill(os.getpid(), REQUEUE)
+        if error is None and self.signum is not None:
+            os.kill(os.getpid(), self.signum)
+        elif isinstance(error, Interrupted) and callable(signal.getsignal(REQUEUE)):
+            if rank() > 0:
+                raise SystemExit(0)  # many clusters end all tasks, process 0 too, with the first that fails
+            if REQUEUE in (self.signum, error.signum) or preempted(os.environ.get("SLURM_JOB_ID", "")):
+                os.kill(os.getpid(), REQUEUE)
+
+
+def preempted(job: str) -> bool:
+    """Whether Slurm has told a job to make room for another. A job that was cancelled is not RUNNING any more."""
+    try:
+        shown = subprocess.run(
+            ["scontrol", "show", "job", "-o", job], capture_output=True, text=True, timeout=60
+        ).stdout
+    except (OSError, subprocess.TimeoutExpired):
+        return False
+    fields = next((line.split() for line in shown.splitlines() if line.startswith(f"JobId={job} ")), [])
+    return "JobState=RUNNING" in fields and any(re.match(r"PreemptTime=\d", field) for field in fields)

@@ -126,11 +126,12 @@ class Trainer:
             NonFiniteLossError: a loss that is not finite; the last good checkpoint is kept.
             CheckpointError: a checkpoint that cannot be read, does not fit, or cannot be written.
             DataError: the data could not be read any more; the last good checkpoint is kept.
+            ValueError: another program trains in the folder of the run.
             Interrupted: SIGTERM or SIGINT; a checkpoint was written.
         """
-        self._resume()
         forked = torch.random.fork_rng(devices=_cuda_index(self.device))
-        with StopRequest() as stop, forked, tuned_convolutions():
+        with self.run.held(), StopRequest() as stop, forked, tuned_convolutions():
+            self._resume()
             if self.update < self.config.updates:
                 self._loop(stop)
         self.objective.eval()
@@ -148,17 +149,22 @@ class Trainer:
                 self.update += 1
                 bar.update()
                 done = self.update == config.updates
-                if done or self.update % config.log_every == 0:
+                if self._log_due():
                     self._write_log(bar)
                 if done or (config.sample_every and self.update % config.sample_every == 0):
                     self._write_pictures()
                 stopped = self._stopped(stop)
                 if done or stopped or self._checkpoint_due():
                     self.save()
-                if stopped and not done:
+                if stopped:
                     bar.close()
-                    print(f"stopped at update {self.update}; run it again to continue", file=sys.stderr)
+                    if distributed.rank() == 0:
+                        print(f"stopped at update {self.update}; run it again to continue", file=sys.stderr)
                     raise Interrupted(stopped)
+
+    def _log_due(self) -> bool:
+        """Whether a line of the log follows the update that was done last."""
+        return self.update % self.config.log_every == 0 or self.update == self.config.updates
 
     def _read_batches(self) -> Iterator[dict[str, Tensor]]:
         try:
@@ -187,7 +193,7 @@ class Trainer:
         """Seed what dropout draws from; `torch.manual_seed` takes longer, since it looks at every device."""
         torch.default_generator.manual_seed(seed)
         if self.device.type == "cuda":
-            torch.cuda.manual_seed(seed)
+            torch.cuda.default_generators[self.device.index].manual_seed(seed)
 
     def _optimizer_step(self, streams: list[Iterator[Any]]) -> bool:
         """Accumulate the next loss of every part and step; False once the objective has no more."""
@@ -265,7 +271,7 @@ class Trainer:
         """The signal that asks to stop, or 0. Several processes agree on it when they log."""
         if distributed.world_size() == 1:
             return stop.signum or 0
-        return distributed.largest(stop.signum or 0) if self.update % self.config.log_every == 0 else 0
+        return distributed.largest(stop.signum or 0) if self._log_due() else 0
 
     def _checkpoint_due(self) -> bool:
         config = self.config
@@ -276,7 +282,7 @@ class Trainer:
         due = time.monotonic() - self._saved_at > 60 * config.checkpoint_minutes
         if distributed.world_size() == 1:
             return due
-        return bool(distributed.from_main(int(due))) if self.update % config.log_every == 0 else False
+        return bool(distributed.from_main(int(due))) if self._log_due() else False
 
     def _seconds(self) -> float:
         return self._seconds_before + time.monotonic() - self._started

@@ -175,10 +175,11 @@ def sd3():
     )
 
 
-def flux(*, guidance_embeds=True):
+def flux(*, guidance_embeds=True, in_channels=16, out_channels=None):
     return component(
         "FluxTransformer2DModel",
-        in_channels=16,
+        in_channels=in_channels,
+        out_channels=out_channels,
         num_layers=1,
         num_single_layers=1,
         attention_head_dim=16,

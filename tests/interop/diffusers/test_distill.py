@@ -11,7 +11,7 @@ pytest.importorskip("diffusers")
 from diffdistill import load_denoiser, sample
 from diffdistill.data import load_data
 from diffdistill.interop.diffusers import as_in_stock_pipelines, from_network, load_pipeline
-from diffdistill.interop.diffusers.caching import captioned
+from diffdistill.interop.diffusers.caching import cache_latents, captioned
 from diffdistill.models import guided
 from diffdistill.solvers import make_schedule, make_solver
 from tests.interop.diffusers import builders
@@ -161,6 +161,55 @@ def test_webdataset_shards_and_bad_sources(tmp_path):
         list(captioned(tmp_path / "folder"))
     with pytest.raises(FileNotFoundError, match="cache_latents"):
         load_data("latents", path=tmp_path / "folder")
+
+
+@pytest.fixture
+def captions(tmp_path):
+    """Four images and captions, with names that are not ASCII."""
+    folder = tmp_path / "images"
+    folder.mkdir()
+    for i in range(4):
+        (folder / f"猫 {i}.png").write_bytes(png(i))
+        (folder / f"猫 {i}.txt").write_text("a cät", encoding="utf-8")
+    return folder
+
+
+def test_latents_of_another_origin_are_never_kept(trained, captions, tmp_path):
+    """Also where the run before was killed, so that there is no index yet."""
+    parts, out = load_pipeline(trained / "teacher"), tmp_path / "out"
+    cache_latents(parts, captions, out, shard_size=2)
+    whole = load_data("latents", path=out).tensors()
+    (out / "index.json").unlink()
+    for changes in ({"dtype": "float32"}, {"seed": 1}):
+        with pytest.raises(ValueError, match="other settings"):
+            cache_latents(parts, captions, out, shard_size=2, **changes)
+    with pytest.raises(ValueError, match="other settings"):
+        cache_latents(load_pipeline(trained / "exported"), captions, out, shard_size=2)
+    kept = (out / "000000.safetensors").stat().st_mtime_ns
+    (out / "000001.safetensors").write_bytes(b"damaged")
+    cache_latents(parts, captions, out, shard_size=2)
+    assert (out / "000000.safetensors").stat().st_mtime_ns == kept
+    again = load_data("latents", path=out).tensors()
+    assert all(torch.equal(again[name], value) for name, value in whole.items())
+
+
+def test_damaged_sources_are_named(trained, captions, tmp_path):
+    parts = load_pipeline(trained / "teacher")
+    cases = {
+        "z.png: it is no image": ("z.png", b"no image"),
+        "z.png: image file is truncated": ("z.png", png(5)[:100]),
+        "z.txt is not UTF-8": ("z.txt", b"\xff\xfe"),
+        "0.tar is no tar archive": ("0.tar", b"x" * 2000),
+    }
+    for match, (name, content) in cases.items():
+        (captions / "z.png").write_bytes(png(5))
+        (captions / "z.txt").write_text("z")
+        (captions / name).write_bytes(content)
+        with pytest.raises(ValueError, match=match):
+            cache_latents(parts, captions, tmp_path / "out")
+    tarfile.open(captions / "0.tar", "w").close()
+    with pytest.raises(FileNotFoundError, match="no images"):
+        cache_latents(parts, captions, tmp_path / "out")
 
 
 def test_conditions_of_both_kinds_reach_the_objective():

@@ -164,6 +164,11 @@ def test_dit_sd3_and_flux():
         assert ClassifierFreeGuidance(denoiser, 2.0)(x, sigma, torch.tensor([0, 4, -1])).shape == x.shape
 
     flow = diffusers.FlowMatchEulerDiscreteScheduler()
+    student = guidance_student(from_network(builders.filled(dit()), scheduler()), (0.0, 4.0)).train()
+    labels, many = torch.arange(64) % 5, (torch.randn(64, 4, 8, 8), torch.ones(64).double())
+    with torch.no_grad():
+        # Blocks drop no labels by themselves in training.
+        assert torch.equal(student(*many, labels), student.eval()(*many, labels))
     stable, cond = sd3(), pooled_text()
     t = sigma / (1 + sigma)
     with torch.no_grad():
@@ -272,6 +277,8 @@ def test_bad_input():
     stock.register_to_config(prediction_type="epsilin")
     with pytest.raises(ValueError, match="'epsilin'.*flow_prediction"):
         from_network(unet(), stock)
+    with pytest.raises(ValueError, match="24 input and 16 output channels"):
+        from_network(flux(in_channels=24, out_channels=16), diffusers.FlowMatchEulerDiscreteScheduler())
     denoiser = from_network(unet(), scheduler())
     for cond, match in (
         ({"text": torch.zeros(3, 7, 12)}, "text"),

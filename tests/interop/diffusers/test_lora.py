@@ -207,7 +207,7 @@ def test_both_stages_take_adapters_from_their_config(teacher, tmp_path):
     from diffdistill.data.latents import write_index, write_shard
 
     (tmp_path / "latents").mkdir()
-    write_index(tmp_path / "latents", [write_shard(tmp_path / "latents", 0, Latents().held)], (4, 8, 8), {})
+    write_index(tmp_path / "latents", [write_shard(tmp_path / "latents", 0, Latents().held, {})], (4, 8, 8), {})
     save_denoiser(teacher.denoiser, tmp_path / "teacher.safetensors")
     fast = ["trainer.updates=2", "trainer.batch_size=4", "trainer.accumulation=1", "trainer.device=cpu"]
     shared = ["lora={rank:2}", f"data.path={tmp_path / 'latents'}", "trainer.precision=fp32", *fast]

@@ -195,6 +195,15 @@ def test_what_cannot_be_exported_is_refused(teacher, tmp_path):
     scaled = from_network(unet(w_channels=256), scheduler(), guidance_convention="scale", w_range=(0, 4))
     with pytest.raises(ValueError, match="guidance_convention"):
         export_student(scaled, teacher, tmp_path / "out")
+    others = {
+        "prediction is eps, that of the pipeline v": pipeline(schedule=scheduler(prediction_type="v_prediction")),
+        "sigma_max": pipeline(schedule=scheduler(beta_end=0.02)),
+        "in_channels is 4, that of the pipeline 9": pipeline(network=unet(in_channels=9)),
+        "cross_attention_dim is 12, that of the pipeline 22": sdxl_pipeline(scheduler("EulerDiscreteScheduler")),
+    }
+    for match, other in others.items():
+        with pytest.raises(ValueError, match=match):
+            export_student(student_of(teacher), from_pipeline(other), tmp_path / "out")
     (tmp_path / "full").mkdir()
     (tmp_path / "full/file").touch()
     with pytest.raises(ValueError, match="not empty"):

@@ -204,6 +204,18 @@ def test_what_the_scheduler_refuses(teacher):
         scheduler_for(teacher.pipeline, solver={"name": "edm_sde"})
     with pytest.raises(ValueError, match="nope"):
         scheduler_for(teacher.pipeline, solver={"name": "nope"})
+    with pytest.raises(TypeError, match="name"):
+        scheduler_for(teacher.pipeline, solver={"order": 2})
+    base = pipeline(network=teacher.pipeline.unet)
+    base.scheduler = scheduler_for(base, solver={"name": "euler", "afs": True})
+    edits = components(base, "StableDiffusionImg2ImgPipeline")
+    options = {"image": torch.rand(1, 3, 16, 16), "num_inference_steps": 4, "output_type": "latent"}
+    for strength in (0.5, 1.0):
+        with pytest.raises(ValueError, match="afs=False"):
+            edits("cat", strength=strength, **options)
+    base.scheduler = edits.scheduler = scheduler_for(base)
+    with pytest.raises(ValueError, match="strength below 1 / 4"):
+        edits("cat", strength=0.1, **options)
     apart = AMEDPlugin(make_solver("dpm2"), lambda features, sigma, sigma_next: made_apart(sigma))
     pipe = pipeline(network=teacher.pipeline.unet)
     pipe.scheduler = scheduler_for(pipe, solver=apart)

@@ -158,5 +158,16 @@ def test_a_plugin_in_a_plugin_is_refused():
     plugin = AMEDPlugin(make_solver("euler"), TabulatedPredictor([0.5]))
     with pytest.raises(TypeError, match="AMEDPlugin"):
         AMEDPlugin(plugin, TabulatedPredictor([0.5]))
-    with pytest.raises(TypeError, match="cannot wrap"):
-        LearnedSteps(make_solver("dpm2"), LearnedTable(1))
+    steps = LearnedSteps(make_solver("euler"), LearnedTable(1))
+    with pytest.raises(TypeError, match="cannot wrap LearnedSteps"):
+        AMEDPlugin(steps, TabulatedPredictor([0.5]))
+    for inner in (steps, plugin, make_solver("dpm2")):
+        with pytest.raises(TypeError, match="cannot wrap"):
+            LearnedSteps(inner, LearnedTable(1))
+
+
+def test_what_is_no_solver_or_no_predictor_is_refused():
+    with pytest.raises(TypeError, match="cannot wrap str"):
+        AMEDPlugin(inner_solver="euler", predictor=TabulatedPredictor([0.5]))
+    with pytest.raises(TypeError, match="a function, but is 3"):
+        make_solver("amed", predictor=3)

@@ -47,6 +47,13 @@ def test_forward_pass_and_parameter_names_are_the_published_ones():
     torch.testing.assert_close(predictor(channels, sigma, sigma_next).r, correction.r, rtol=0, atol=1e-6)
 
 
+def test_autocast_leaves_the_predictor_alone():
+    predictor, features, sigma = AMEDPredictor(), torch.randn(3, 5, 8, 8), torch.tensor([40.0, 3.0, 0.2])
+    with torch.autocast("cpu", torch.bfloat16):
+        half = predictor(features, sigma, sigma / 2)
+    assert torch.equal(half.r, predictor(features, sigma, sigma / 2).r)
+
+
 def test_sizes_and_bounds():
     assert sum(p.numel() for p in AMEDPredictor(0, 0).parameters()) == 8929
     assert sum(p.numel() for p in AMEDPredictor(0.01, 0.2).parameters()) == 8929 + 2 * 21
@@ -147,14 +154,34 @@ def test_bad_input():
                 build(bound, 0.0)
             with pytest.raises(ValueError, match=r"\[0, 1\)"):
                 build(0.0, bound)
-    with pytest.raises(ValueError, match="at least 1"):
-        LearnedTable(0)
+    for count in (0, 2.5, True):
+        with pytest.raises(ValueError, match="at least 1"):
+            LearnedTable(count)
+    for empty in (None, []):
+        with pytest.raises(ValueError, match="a row for each interval in one of r, scale_dir, scale_time, scale_first"):
+            TabulatedPredictor(empty)
     with pytest.raises(ValueError, match="shape"):
         TabulatedPredictor([0.5, 0.5], scale_dir=[1.0])
     with pytest.raises(ValueError, match="between 0 and"):
         TabulatedPredictor([0.5, 1.5])
     with pytest.raises(ValueError, match="features"):
         AMEDPredictor()(torch.randn(3, 64), torch.ones(3), torch.ones(3))
+
+
+def test_a_table_may_leave_r_as_published():
+    mixture = GaussianMixture(weights=[1.0], means=torch.zeros(1, 2, 5, 7), variances=[0.3])
+    noise = torch.randn(3, 2, 5, 7)
+    scales = torch.tensor([[0.9, 1.0, 1.1], [1.2, 0.8, 1.0]])
+    left_out, given = (
+        sample(
+            mixture,
+            noise,
+            solver=AMEDPlugin(make_solver("euler"), TabulatedPredictor(r, scale_dir=scales)),
+            sigmas=SIGMAS,
+        )
+        for r in (None, [0.5, 0.5])
+    )
+    assert torch.equal(left_out, given)
 
 
 def test_a_table_of_another_length_is_refused():

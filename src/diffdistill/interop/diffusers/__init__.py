@@ -7,7 +7,8 @@ from diffdistill.interop.diffusers.conventions import (
     guidance_scale_embedding,
 )
 from diffdistill.interop.diffusers.export import export_student
-from diffdistill.interop.diffusers.parts import LatentCodec, Parts, from_network, from_pipeline, load_pipeline
+from diffdistill.interop.diffusers.folders import load_pipeline
+from diffdistill.interop.diffusers.parts import LatentCodec, Parts, from_network, from_pipeline
 
 __all__ = [
     "GUIDANCE_CONVENTIONS",

@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import hashlib
 import io
+import lzma
 import os
+import struct
 import tarfile
+import zlib
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -44,37 +47,60 @@ def captioned(source: str | os.PathLike[str]) -> Iterator[tuple[str, bytes, str]
         caption = path.with_suffix(".txt")
         if not caption.is_file():
             raise ValueError(f"the image {path} has no caption: expected {caption.name} beside it")
-        yield path.name, path.read_bytes(), caption.read_text(encoding="utf-8").strip()
+        yield path.name, path.read_bytes(), _text(caption.read_bytes(), str(caption))
 
 
 def _of_tar(shard: Path) -> Iterator[tuple[str, bytes, str]]:
     """The pairs of one shard, whose files of a sample lie beside each other."""
-    with tarfile.open(shard) as archive:
-        pending: dict[str, dict[str, bytes]] = {}
-        for member in archive:
-            file = archive.extractfile(member)
-            if file is None:
-                continue
-            stem, _, suffix = member.name.rpartition(".")
-            kind = "image" if f".{suffix.lower()}" in IMAGE_SUFFIXES else "caption" if suffix == "txt" else None
-            if kind is None:
-                continue
-            parts = pending.setdefault(stem, {})
-            parts[kind] = file.read()
-            if len(parts) == 2:
-                yield stem, parts["image"], parts["caption"].decode().strip()
-                del pending[stem]
+    pending: dict[str, dict[str, bytes]] = {}
+    for name, content in _members(shard):
+        stem, _, suffix = name.rpartition(".")
+        kind = "image" if f".{suffix.lower()}" in IMAGE_SUFFIXES else "caption" if suffix == "txt" else None
+        if kind is None:
+            continue
+        parts = pending.setdefault(stem, {})
+        parts[kind] = content
+        if len(parts) == 2:
+            yield stem, parts["image"], _text(parts["caption"], f"{stem}.txt in {shard}")
+            del pending[stem]
     if pending:
         raise ValueError(f"{shard}: {next(iter(pending))} has no caption, or a caption without an image")
 
 
-def read_image(content: bytes, resolution: int) -> Tensor:
-    """An image file as `[3, resolution, resolution]` in [-1, 1]: the shorter side resized, the centre cropped."""
+def _members(shard: Path) -> Iterator[tuple[str, bytes]]:
+    """Names and contents of the files in a shard."""
+    try:
+        with tarfile.open(shard) as archive:
+            for member in archive:
+                file = archive.extractfile(member)
+                if file is not None:
+                    yield member.name, file.read()
+    except (tarfile.TarError, EOFError, zlib.error, lzma.LZMAError):
+        raise ValueError(f"the shard {shard} is no tar archive, or is truncated") from None
+
+
+def _text(content: bytes, name: str) -> str:
+    try:
+        return content.decode().strip()
+    except UnicodeDecodeError as error:
+        raise ValueError(f"the caption {name} is not UTF-8: {error}") from None
+
+
+def read_image(content: bytes, resolution: int, name: str = "image") -> Tensor:
+    """An image file as `[3, resolution, resolution]` in [-1, 1]: the shorter side resized, the centre cropped.
+
+    Raises:
+        ValueError: it cannot be read; the message calls it `name`.
+    """
     import numpy as np
     from PIL import Image
 
-    with Image.open(io.BytesIO(content)) as opened:
-        image = opened.convert("RGB")
+    try:
+        with Image.open(io.BytesIO(content)) as opened:
+            image = opened.convert("RGB")
+    except (OSError, SyntaxError, ValueError, struct.error, Image.DecompressionBombError) as error:
+        reason = "it is no image" if isinstance(error, Image.UnidentifiedImageError) else str(error)
+        raise ValueError(f"cannot read {name}: {reason}") from None
     short = min(image.size)
     left, top = (image.width - short) / 2, (image.height - short) / 2
     box = (left, top, left + short, top + short)
@@ -92,7 +118,7 @@ def cache_latents(
     dtype: str = "float16",
     seed: int = 0,
 ) -> Path:
-    """Encode images and captions for training; a shard that is there already is kept, so that a run can go on.
+    """Encode images and captions for training; a shard that is whole already is kept, so that a run can go on.
 
     Args:
         parts: the pipeline whose autoencoder and text encoder to use.
@@ -107,14 +133,16 @@ def cache_latents(
         `out`.
 
     Raises:
-        FileNotFoundError, ValueError: as `captioned`; a pipeline without autoencoder or text encoder; a folder that
-            was made from another source.
+        FileNotFoundError, ValueError: as `captioned`; a file that cannot be read; a pipeline without autoencoder or
+            text encoder; a folder that was made from another source, by another model or with other settings.
     """
     if parts.codec is None or parts.prompts is None:
         raise ValueError(f"{type(parts.pipeline).__name__} has no autoencoder and text encoder to make latents with")
     kind, out = choose("dtype", dtype, DTYPES), Path(out)
-    origin = {"source": os.fspath(source), "dtype": dtype, "seed": seed, "shard_size": shard_size}
     resolution = parts.denoiser.data_shape[-1] * parts.codec.factor
+    model = str(parts.pipeline.name_or_path or type(parts.pipeline).__name__)
+    origin = {"source": os.fspath(source), "model": model, "resolution": resolution}
+    origin |= {"dtype": dtype, "seed": seed, "shard_size": shard_size}
 
     def encoded(items: list[tuple[str, bytes, str]]) -> dict[str, Tensor]:
         pieces = [_encode(parts, items[i : i + batch_size], resolution, seed) for i in range(0, len(items), batch_size)]
@@ -122,6 +150,8 @@ def cache_latents(
 
     images = tqdm(captioned(source), desc="encoding", unit="image", disable=None)
     shards = write_shards(out, images, encoded, shard_size=shard_size, origin=origin)
+    if not shards:
+        raise FileNotFoundError(f"no images with captions in the shards of {os.fspath(source)!r}")
     write_index(out, shards, parts.denoiser.data_shape, origin)
     return out
 
@@ -130,8 +160,8 @@ def _encode(parts: Parts, items: list[tuple[str, bytes, str]], resolution: int, 
     """Latents and embeddings of a batch, on the CPU."""
     assert parts.codec is not None and parts.prompts is not None
     device = next(parts.denoiser.parameters()).device
-    images = torch.stack([read_image(content, resolution) for _, content, _ in items])
-    key = hashlib.blake2b(f"{seed} {items[0][0]}".encode(), digest_size=7).digest()
+    images = torch.stack([read_image(content, resolution, name) for name, content, _ in items])
+    key = hashlib.blake2b(f"{seed} {items[0][0]}".encode("utf-8", "surrogatepass"), digest_size=7).digest()
     generator = torch.Generator(device).manual_seed(int.from_bytes(key, "little"))
     latents = parts.codec.encode(images.to(device), generator)
     cond = parts.prompts([caption for _, _, caption in items])

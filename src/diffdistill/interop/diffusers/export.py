@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 import os
 from pathlib import Path
 from typing import Any, Literal
@@ -16,7 +17,7 @@ from diffdistill.interop.diffusers.base import DiffusersNetwork
 from diffdistill.interop.diffusers.card import model_card
 from diffdistill.interop.diffusers.conventions import GUIDANCE_CONVENTIONS
 from diffdistill.interop.diffusers.extra import diffusers
-from diffdistill.interop.diffusers.levels import flow_shift, sigma_table
+from diffdistill.interop.diffusers.levels import flow_shift, sigma_table, stock
 from diffdistill.interop.diffusers.networks import FluxTransformer, UNet2DCondition
 from diffdistill.interop.diffusers.parts import RECORD, Parts
 from diffdistill.models.network import NetworkDenoiser
@@ -47,8 +48,9 @@ def export_student(
             `load_lora_weights(folder)`.
 
     Raises:
-        ValueError: a student of another kind or convention, one for the stochastic sampler, one whose noise levels
-            are not those of the stock scheduler, or a folder with other files in it; "apart" without adapters.
+        ValueError: a student of another kind or convention, or of another teacher than this pipeline, one for the
+            stochastic sampler, one whose noise levels are not those of the stock scheduler, or a folder with other
+            files in it; "apart" without adapters.
     """
     apart = choose("adapters", adapters, {"merged": False, "apart": True})
     with new_folder(folder) as made:
@@ -58,6 +60,7 @@ def export_student(
 
 def _write(student: NetworkDenoiser, teacher: Parts, folder: Path, *, apart: bool) -> None:
     network, pipeline = checked(student), teacher.pipeline
+    check_kinship(student, teacher.denoiser)
     if apart and network.lora is None:
         raise ValueError('this student has no adapters: export it with adapters="merged"')
     scheduler = stock_scheduler(student, pipeline.scheduler)
@@ -103,6 +106,33 @@ def checked(student: NetworkDenoiser) -> DiffusersNetwork:
     return network
 
 
+SHARED = (
+    *("in_channels", "out_channels", "cross_attention_dim", "addition_embed_type"),
+    *("projection_class_embeddings_input_dim", "joint_attention_dim", "pooled_projection_dim"),
+)
+"""Options of a network that the other parts of its pipeline fix."""
+
+
+def check_kinship(student: NetworkDenoiser, teacher: NetworkDenoiser) -> None:
+    """Raise `ValueError` unless the student takes and predicts what the network of the teacher's pipeline does."""
+    mine, theirs = _traits(student), _traits(teacher)
+    for name, value in mine.items():
+        other = theirs[name]
+        alike = math.isclose(value, other, rel_tol=1e-4) if isinstance(value, float) else value == other
+        if not alike:
+            raise ValueError(
+                f"the student is not of this pipeline: its {name} is {value}, that of the pipeline {other}; give the "
+                "pipeline of the model that it was distilled from"
+            )
+
+
+def _traits(denoiser: NetworkDenoiser) -> dict[str, Any]:
+    config: Any = denoiser.config
+    options = {name: config["network"]["options"].get(name) for name in SHARED}
+    ends = {name: float(config[name]) for name in ("sigma_min", "sigma_max")}
+    return {"network": config["network"]["kind"], **options, "prediction": config["preconditioning"]["name"], **ends}
+
+
 def stock_scheduler(student: NetworkDenoiser, teacher_scheduler: Any) -> Any:
     """The stock scheduler that samples a student exactly: DPM-Solver++ of first order on the trailing grid.
 
@@ -112,7 +142,7 @@ def stock_scheduler(student: NetworkDenoiser, teacher_scheduler: Any) -> Any:
     Raises:
         ValueError: the student is for the stochastic sampler, or for other noise levels.
     """
-    distilled = student.distilled
+    distilled, teacher_scheduler = student.distilled, stock(teacher_scheduler)
     flow = isinstance(student.preconditioning, Flow)
     if distilled is not None and distilled.sampler != "deterministic":
         own = "run this student with student_scheduler, or " if distilled.sampler == "stochastic" else ""

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from diffdistill.denoiser import per_sample
 from diffdistill.interop.diffusers.levels import FLOW_END
-from diffdistill.interop.diffusers.solver_scheduler import FrozenDict, SolverScheduler
+from diffdistill.interop.diffusers.solver_scheduler import FrozenDict, SchedulerMixin, SolverScheduler
 from diffdistill.solvers import Solver
 
 SHIFTING = ("use_dynamic_shifting", "base_shift", "max_shift", "base_image_seq_len", "max_image_seq_len")
@@ -113,3 +113,7 @@ class FlowSolverScheduler(SolverScheduler):
         t = torch.as_tensor(timestep).reshape(-1) / self.levels.preconditioning["time_scale"]
         t = per_sample(t.to(sample.device).expand(len(sample)), sample)
         return (1 - t) * sample + t * noise
+
+
+# A saved pipeline is only loaded where the module of its scheduler holds the mixin too.
+__all__ = ["FlowSolverScheduler", "SchedulerMixin"]

@@ -31,6 +31,11 @@ class Levels:
     sigma_max: float
 
 
+def stock(scheduler: Any) -> Any:
+    """The scheduler of diffusers that one of ours stands in for; any other as it is."""
+    return getattr(scheduler, "source", scheduler)
+
+
 def levels_of(scheduler: Any, *, time_scale: float = 1000.0) -> Levels:
     """Read prediction type and noise levels of a scheduler.
 
@@ -41,6 +46,7 @@ def levels_of(scheduler: Any, *, time_scale: float = 1000.0) -> Levels:
     Raises:
         ValueError: an unknown prediction type, or a scheduler without noise levels.
     """
+    scheduler = stock(scheduler)
     config, name = scheduler.config, type(scheduler).__name__
     prediction = config.get("prediction_type", "epsilon")
     if name.startswith("FlowMatch") or prediction == "flow_prediction":
@@ -62,7 +68,7 @@ def sigma_table(scheduler: Any) -> Tensor:
     Raises:
         ValueError: the scheduler has none.
     """
-    alphas = getattr(scheduler, "alphas_cumprod", None)
+    alphas = getattr(stock(scheduler), "alphas_cumprod", None)
     if not isinstance(alphas, Tensor):
         raise ValueError(
             f"{type(scheduler).__name__} has no alphas_cumprod: it is neither of discrete time nor of flow matching"

@@ -54,6 +54,12 @@ class DiT(Labelled):
 
     kind = "DiTTransformer2DModel"
 
+    def __init__(self, module: Any, **common: Any) -> None:
+        super().__init__(module, **common)
+        for place in self.places:
+            embedder: Any = place.get_submodule("class_embedder")
+            embedder.dropout_prob = 0.0  # it would drop labels in training, where the condition says if there is one
+
     @property
     def label_dim(self) -> int:
         return self.options.num_embeds_ada_norm
@@ -158,6 +164,12 @@ class FluxTransformer(DiffusersNetwork):
 
     def __init__(self, module: Any, **common: Any) -> None:
         super().__init__(module, **common)
+        channels, made = self.options.in_channels, self.options.out_channels
+        if made not in (None, channels):
+            raise ValueError(
+                f"a FluxTransformer2DModel with {channels} input and {made} output channels is not read: it takes an "
+                "image beside the latents, as those for filling and control do"
+            )
         self.required = ("encoder_hidden_states", "pooled_projections")
 
     def build(self, options: dict[str, Any]) -> Any:

@@ -2,19 +2,15 @@
 
 from __future__ import annotations
 
-import json
-import logging
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from diffdistill.denoiser import Distilled
-from diffdistill.interop.diffusers.extra import diffusers
 from diffdistill.interop.diffusers.levels import levels_of
 from diffdistill.interop.diffusers.networks import FAMILIES, FluxTransformer, UNet2D
 from diffdistill.models.files import build_denoiser
@@ -23,10 +19,6 @@ from diffdistill.registry import choose
 
 RECORD = "guidance_convention"
 """The entry of a UNet's config.json that says how it takes the guidance weight, and in which range."""
-
-
-ADAPTERS = "pytorch_lora_weights.safetensors"
-"""What stock pipelines name the file of a pipeline's adapters."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -255,39 +247,3 @@ def _prompt_encoder(pipeline: Any) -> Callable[[Sequence[str]], dict[str, Tensor
         return {"encoder_hidden_states": embeddings}
 
     return encode
-
-
-def load_pipeline(folder: str | Path, **options: Any) -> Parts:
-    """Load a diffusers folder; nothing is downloaded, and no code of the folder runs.
-
-    Args:
-        folder: it holds `model_index.json`.
-        options: those of `from_pipeline`.
-
-    Raises:
-        ValueError: the folder is damaged, or of a kind that is not read.
-        ImportError: the extra is missing.
-    """
-    library = diffusers()
-    folder = Path(folder)
-    try:
-        index = json.loads((folder / "model_index.json").read_text())
-        unchecked = {"safety_checker": None} if "safety_checker" in index else {}
-        pipeline = library.DiffusionPipeline.from_pretrained(
-            folder, local_files_only=True, use_safetensors=True, **unchecked
-        )
-    except (OSError, ValueError, RuntimeError, AttributeError, TypeError) as error:
-        raise ValueError(f"cannot read the diffusers folder {folder}: {' '.join(str(error).split())[:300]}") from None
-    if (folder / ADAPTERS).is_file():  # of a student whose adapters lie apart
-        pipeline.load_lora_weights(folder, weight_name=ADAPTERS)
-        pipeline.fuse_lora()
-        pipeline.unload_lora_weights()
-    return from_pipeline(pipeline, **options)
-
-
-def read_folder(index: Path) -> NetworkDenoiser:
-    """The denoiser of a diffusers folder, given its `model_index.json`, and a word in the log on what it is."""
-    parts = load_pipeline(index.parent)
-    taking = "" if parts.denoiser.w_range is None else f", guidance weight {list(parts.denoiser.w_range)} as an input"
-    logging.getLogger("diffdistill").info("%s: %s%s", index.parent, type(parts.pipeline).__name__, taking)
-    return parts.denoiser

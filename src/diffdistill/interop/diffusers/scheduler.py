@@ -10,7 +10,7 @@ from torch import Tensor
 
 from diffdistill.denoiser import Distilled
 from diffdistill.interop.diffusers.flow_scheduler import FlowSolverScheduler
-from diffdistill.interop.diffusers.levels import levels_of
+from diffdistill.interop.diffusers.levels import levels_of, stock
 from diffdistill.interop.diffusers.solver_scheduler import SolverScheduler
 from diffdistill.learned.files import LearnedSolver
 from diffdistill.solvers import FeatureTap, Solver
@@ -42,18 +42,12 @@ def scheduler_for(
         if solver.start is not None:
             raise ValueError("this learned solver has an analytic start, for which stock pipelines have no place")
         sigmas, solver = solver.sigmas, solver.solver
-    own = pipeline.scheduler
-    if isinstance(own, SolverScheduler):
-        source, config = own.config.source, own.config.source_config
-    else:
-        source, config = type(own).__name__, {k: v for k, v in dict(own.config).items() if not k.startswith("_")}
+    own = stock(pipeline.scheduler)
+    config = {name: value for name, value in dict(own.config).items() if not name.startswith("_")}
     levels = None if sigmas is None else torch.as_tensor(sigmas, dtype=torch.float64).tolist()
     options = None if isinstance(solver, Solver) or solver is None else dict(solver)
-    flow = isinstance(own, FlowSolverScheduler) or (
-        not isinstance(own, SolverScheduler) and levels_of(own).preconditioning["name"] == "flow"
-    )
-    kind = FlowSolverScheduler if flow else SolverScheduler
-    made = kind(solver=options, schedule=schedule, sigmas=levels, source=source, source_config=config)
+    kind = FlowSolverScheduler if levels_of(own).preconditioning["name"] == "flow" else SolverScheduler
+    made = kind(solver=options, schedule=schedule, sigmas=levels, source=type(own).__name__, source_config=config)
     if isinstance(solver, Solver):
         made.solver = made.usable(solver)
         made.set_timesteps(made.num_inference_steps)

@@ -37,6 +37,8 @@ from diffusers.configuration_utils import ConfigMixin, FrozenDict, register_to_c
 from diffusers.schedulers.scheduling_utils import SchedulerMixin, SchedulerOutput  # noqa: E402
 from diffusers.utils.torch_utils import randn_tensor  # noqa: E402
 
+AFS = "an analytical first step has no place in image-to-image, which begins at a timestep: set afs=False"
+
 
 class _Ask(Exception):
     """The evaluation that a step needs next: at `x`, with the noise level `given: [B]` for the network."""
@@ -101,7 +103,8 @@ class SolverScheduler(SchedulerMixin, ConfigMixin):
         source_config: Mapping[str, Any] | None = None,
     ) -> None:
         options = dict(solver or {"name": "euler"})
-        self.solver = self.usable(StochasticEuler() if options["name"] == "stochastic" else make_solver(**options))
+        stochastic = options.get("name") == "stochastic"
+        self.solver = self.usable(StochasticEuler() if stochastic else make_solver(**options))
         self.source: Any = getattr(diffusers(), source).from_config(dict(source_config or {}))
         self.levels = levels_of(self.source)
         self.preconditioning: Preconditioning = make_preconditioning(**self.levels.preconditioning)
@@ -177,9 +180,18 @@ class SolverScheduler(SchedulerMixin, ConfigMixin):
         self._restart(0, 0)
 
     def set_begin_index(self, begin_index: int = 0) -> None:
-        """Begin at an evaluation that is the first of a step: where image-to-image pipelines do."""
+        """Begin at an evaluation that is the first of a step: where image-to-image pipelines do.
+
+        Raises:
+            ValueError: no step begins there, or the solver takes an analytical first step.
+        """
+        if begin_index and self.solver.afs:
+            raise ValueError(AFS)
         if begin_index not in self._firsts:
-            raise ValueError(f"begin_index={begin_index} lies inside a step: steps begin at {self._firsts}")
+            raise ValueError(
+                f"begin_index={begin_index}: steps begin at {self._firsts}, and a strength below 1 / "
+                f"{self.num_inference_steps} leaves none"
+            )
         self._restart(self._firsts.index(begin_index), begin_index)
 
     def _restart(self, step: int, evaluations: int) -> None:
@@ -278,7 +290,13 @@ class SolverScheduler(SchedulerMixin, ConfigMixin):
         return Evaluation(ask.x, ask.sigma, denoised, None if features is None else features[-len(ask.x) :])
 
     def add_noise(self, original_samples: Tensor, noise: Tensor, timesteps: Tensor) -> Tensor:
-        """`x0 + sigma noise` at timesteps `[B]` or `[1]`."""
+        """`x0 + sigma noise` at timesteps `[B]` or `[1]`.
+
+        Raises:
+            ValueError: at the first timestep, if the solver takes an analytical first step, which comes before it.
+        """
+        if self.solver.afs and bool((torch.as_tensor(timesteps).cpu() == self.timesteps[0].cpu()).any()):
+            raise ValueError(AFS)
         sigma = self._sigma_at(torch.as_tensor(timesteps).reshape(-1).cpu().double()).to(original_samples.device)
         return original_samples + per_sample(sigma.expand(len(original_samples)), noise) * noise
 
@@ -291,4 +309,4 @@ class SolverScheduler(SchedulerMixin, ConfigMixin):
         return len(self.timesteps)
 
 
-__all__ = ["FrozenDict", "SolverScheduler"]
+__all__ = ["FrozenDict", "SchedulerMixin", "SolverScheduler"]

@@ -44,15 +44,14 @@ class AMEDPredictor(Predictor):
     def __init__(self, scale_dir: float = 0.01, scale_time: float = 0.2, *, scale_first: float = 0.0) -> None:
         super().__init__()
         given = {"scale_dir": scale_dir, "scale_time": scale_time, "scale_first": scale_first}
-        self.bounds = {name: check_bound(name, bound) for name, bound in given.items()}
+        self.scales = {name: bound for name, value in given.items() if (bound := check_bound(name, value))}
         self.map_layer0 = _linear(NOISE_CHANNELS, NOISE_CHANNELS)
         self.enc_layer0 = _linear(SIZE * SIZE, HIDDEN, SIZE**-1.0)
         self.enc_layer1 = _linear(HIDDEN, ENCODED, HIDDEN**-0.5)
         inputs = ENCODED + 2 * NOISE_CHANNELS
         self.fc_r = _linear(inputs, 1, inputs**-0.5)
-        for name, bound in self.bounds.items():
-            if bound:
-                self.add_module(f"fc_{name}", _linear(inputs, 1, inputs**-0.5))
+        for name in self.scales:
+            self.add_module(f"fc_{name}", _linear(inputs, 1, inputs**-0.5))
 
     def forward(self, features: Tensor | None, sigma: Tensor, sigma_next: Tensor) -> Correction:
         """Predict.
@@ -71,16 +70,13 @@ class AMEDPredictor(Predictor):
             pooled = torch.zeros(sigma.numel(), SIZE * SIZE, dtype=dtype, device=device)
         else:
             pooled = pool(features).to(dtype)
-        batch = len(pooled)
-        encoded = self.enc_layer1(F.silu(self.enc_layer0(pooled)))
-        levels = [F.silu(self.map_layer0(embed(s.expand(batch)).to(dtype))) for s in (sigma, sigma_next)]
-        inputs = torch.cat([encoded, *levels], dim=1)
-        scales = {
-            name: scale_within(bound, self.get_submodule(f"fc_{name}")(inputs)[:, 0].double())
-            for name, bound in self.bounds.items()
-            if bound
-        }
-        return Correction(r=torch.sigmoid(self.fc_r(inputs)[:, 0].double()), **scales)
+        with torch.autocast(device.type, enabled=False):  # which is for the large network: these are coefficients
+            encoded = self.enc_layer1(F.silu(self.enc_layer0(pooled)))
+            levels = [F.silu(self.map_layer0(embed(s.expand(len(pooled))).to(dtype))) for s in (sigma, sigma_next)]
+            inputs = torch.cat([encoded, *levels], dim=1)
+            logits = {name: self.get_submodule(f"fc_{name}")(inputs)[:, 0].double() for name in ("r", *self.scales)}
+        scales = {name: scale_within(bound, logits[name]) for name, bound in self.scales.items()}
+        return Correction(r=torch.sigmoid(logits["r"]), **scales)
 
 
 def pool(features: Tensor) -> Tensor:

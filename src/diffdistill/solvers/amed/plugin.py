@@ -4,16 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import replace
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from diffdistill.denoiser import per_sample
 from diffdistill.solvers.amed.predictors import FunctionPredictor, Predictor
+from diffdistill.solvers.amed.steps import LearnedSteps
 from diffdistill.solvers.base import Solver
 from diffdistill.solvers.flow import ProbabilityFlow
-from diffdistill.solvers.step import Correction, Evaluation, History, Interval
+from diffdistill.solvers.step import AFS, Correction, Evaluation, History, Interval
 
 
 class AMEDPlugin(Solver):
@@ -23,29 +23,33 @@ class AMEDPlugin(Solver):
     stages takes one step, whose second stage lies there. So each interval costs two evaluations.
 
     Args:
-        inner: the solver to wrap.
+        inner_solver: the solver to wrap.
         predictor: a `Predictor`, or any function `(features, sigma, sigma_next) -> Correction`.
 
     Raises:
-        TypeError: an inner solver without a free place, such as Heun, or one that is stochastic or learned itself.
+        TypeError: an inner solver without a free place, such as Heun, or one that is stochastic or learned itself; a
+            predictor that is none.
     """
 
     stages = 2
 
-    def __init__(self, inner: Solver, predictor: Predictor | Callable[..., Correction]) -> None:
+    def __init__(self, inner_solver: Solver, predictor: Predictor | Callable[..., Correction]) -> None:
         if (
-            not inner.takes_correction
-            or inner.stochastic
-            or inner.stages not in (1, 2)
-            or isinstance(inner, AMEDPlugin)
+            not isinstance(inner_solver, Solver)
+            or not inner_solver.takes_correction
+            or inner_solver.stochastic
+            or inner_solver.stages not in (1, 2)
+            or isinstance(inner_solver, (AMEDPlugin, LearnedSteps))
         ):
             raise TypeError(
-                f"AMEDPlugin cannot wrap {type(inner).__name__}: it needs a deterministic solver of one stage, or one "
-                "of two stages whose second has a free place (dpm2)"
+                f"AMEDPlugin cannot wrap {type(inner_solver).__name__}: it needs a deterministic solver of one stage, "
+                "or one of two stages whose second has a free place (dpm2)"
             )
-        super().__init__(afs=inner.afs)
-        self.inner = inner
-        self.memory = inner.memory
+        if not callable(predictor):
+            raise TypeError(f"predictor must be a Predictor or a function, but is {predictor!r}")
+        super().__init__(afs=inner_solver.afs)
+        self.inner = inner_solver
+        self.memory = inner_solver.memory
         self.predictor = predictor if isinstance(predictor, Predictor) else FunctionPredictor(predictor)
         self.features = self.predictor.features
 
@@ -143,5 +147,5 @@ class AMED(AMEDPlugin):
         afs: analytical first step, as published.
     """
 
-    def __init__(self, predictor: Predictor | Callable[..., Correction], *, afs: Any = False) -> None:
+    def __init__(self, predictor: Predictor | Callable[..., Correction], *, afs: AFS = False) -> None:
         super().__init__(MeanDirection(afs=afs), predictor)

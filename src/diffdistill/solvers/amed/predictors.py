@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from numbers import Integral
 from typing import Any, ClassVar, Literal
 
 import torch
@@ -92,12 +93,12 @@ class TabulatedPredictor(Table):
         r, scale_dir, scale_time, scale_first: `[N]`, or `[N, B]` with one column per sample; None for "as published".
 
     Raises:
-        ValueError: no row at all, tables of different lengths, `r` outside (0, 1), or scales that are not positive.
+        ValueError: no table or row at all, tables of different lengths, `r` outside (0, 1), scales not positive.
     """
 
     def __init__(
         self,
-        r: Sequence[Any] | Tensor,
+        r: Sequence[Any] | Tensor | None = None,
         *,
         scale_dir: Sequence[Any] | Tensor | None = None,
         scale_time: Sequence[Any] | Tensor | None = None,
@@ -105,13 +106,15 @@ class TabulatedPredictor(Table):
     ) -> None:
         super().__init__()
         given = {"r": r, "scale_dir": scale_dir, "scale_time": scale_time, "scale_first": scale_first}
-        self.num_intervals = len(r)
+        self.num_intervals = next((len(values) for values in given.values() if values is not None), 0)
+        if not self.num_intervals:
+            raise ValueError(f"a tabulated predictor needs a row for each interval in one of {', '.join(given)}")
         for name, values in given.items():
             table = None if values is None else torch.as_tensor(values, dtype=torch.float64)
             if table is not None:
-                if table.ndim not in (1, 2) or len(table) != self.num_intervals or not len(table):
+                if table.ndim not in (1, 2) or len(table) != self.num_intervals:
                     raise ValueError(
-                        f"the table {name} must have the shape [N] or [N, B] with N = {self.num_intervals} > 0, "
+                        f"the table {name} must have the shape [N] or [N, B] with N = {self.num_intervals}, "
                         f"but has shape {list(table.shape)}"
                     )
                 highest = 1.0 if name == "r" else float("inf")
@@ -149,8 +152,8 @@ class LearnedTable(Table):
         self, num_intervals: int, *, scale_dir: float = 0.01, scale_time: float = 0.2, scale_first: float = 0.0
     ) -> None:
         super().__init__()
-        if isinstance(num_intervals, bool) or num_intervals < 1:
-            raise ValueError(f"num_intervals must be at least 1, but is {num_intervals!r}")
+        if isinstance(num_intervals, bool) or not isinstance(num_intervals, Integral) or num_intervals < 1:
+            raise ValueError(f"num_intervals must be an integer of at least 1, but is {num_intervals!r}")
         self.num_intervals = num_intervals
         given = (scale_dir, scale_time, scale_first)
         self.bounds = {name: check_bound(name, bound) for name, bound in zip(self.SCALES, given, strict=True)}

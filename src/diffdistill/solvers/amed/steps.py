@@ -18,7 +18,7 @@ class LearnedSteps(Solver):
     The steps are not split, so r plays no part; the schedule is what takes its place, and is learned beside it.
 
     Args:
-        inner: the solver to wrap.
+        inner_solver: the solver to wrap.
         predictor: a predictor that reads no features, such as `LearnedTable`: it is asked before the network is.
 
     Raises:
@@ -26,18 +26,23 @@ class LearnedSteps(Solver):
         ValueError: a predictor that reads features.
     """
 
-    def __init__(self, inner: Solver, predictor: Predictor) -> None:
-        if not inner.takes_correction or inner.stochastic or inner.stages != 1:
+    def __init__(self, inner_solver: Solver, predictor: Predictor) -> None:
+        if (
+            not inner_solver.takes_correction
+            or inner_solver.stochastic
+            or inner_solver.stages != 1
+            or isinstance(inner_solver, LearnedSteps)
+        ):
             raise TypeError(
-                f"LearnedSteps cannot wrap {type(inner).__name__}: it needs a deterministic one-stage solver"
+                f"LearnedSteps cannot wrap {type(inner_solver).__name__}: it needs a deterministic one-stage solver"
             )
         if predictor.features != "unused":
             raise ValueError(
                 f"LearnedSteps asks its predictor before the network, but {type(predictor).__name__} reads it"
             )
-        super().__init__(afs=inner.afs)
-        self.inner = inner
-        self.memory = inner.memory
+        super().__init__(afs=inner_solver.afs)
+        self.inner = inner_solver
+        self.memory = inner_solver.memory
         self.predictor = predictor
 
     def step(

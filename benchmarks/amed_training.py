@@ -1,6 +1,6 @@
 """Ways to train AMED's predictor: seconds and the memory that the graph holds, for the same trajectories.
 
-    python benchmarks/train_amed.py [network=digits] [trajectories=512] [batch=128]
+    python benchmarks/amed_training.py [network=digits] [trajectories=512] [batch=128]
 
 `network` names a file in configs/network; weights are random, which does for timing. On a GPU memory is the peak that
 was allocated during training; on a CPU it is what autograd saved for the backward pass.
@@ -38,10 +38,11 @@ def main(network: str = "digits", trajectories: int = 512, batch: int = 128) -> 
     for form in ("amed", "plugin ipndm"):
         for way, options in WAYS.items():
             if form == "amed" or not options.get("together"):
-                measure(denoiser, form, way, options, trajectories, batch)
+                print(measure(denoiser, form, way, options, trajectories, batch), flush=True)
 
 
-def measure(denoiser: torch.nn.Module, form: str, way: str, options: dict, trajectories: int, batch: int) -> None:
+def measure(denoiser: torch.nn.Module, form: str, way: str, options: dict, trajectories: int, batch: int) -> str:
+    """A line with the milliseconds for a trajectory and the memory of one way."""
     device = next(denoiser.parameters()).device
     ends = {"sigma_min": 0.002, "sigma_max": 80.0}
     predictor = AMEDPredictor(0.01, 0.0 if form == "amed" else 0.2).to(device)
@@ -82,7 +83,7 @@ def measure(denoiser: torch.nn.Module, form: str, way: str, options: dict, traje
             torch.cuda.synchronize()
             largest = torch.cuda.max_memory_allocated()
         seconds = clock(device) - started
-    print(f"  {form:13s} {way:30s} {1e3 * seconds / trajectories:8.2f} ms per trajectory {largest / 2**20:9.1f} MiB")
+    return f"  {form:13s} {way:30s} {1e3 * seconds / trajectories:8.2f} ms per trajectory {largest / 2**20:9.1f} MiB"
 
 
 def clock(device: torch.device) -> float:

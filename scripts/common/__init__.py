@@ -1,11 +1,10 @@
-"""What the scripts share: Hydra configs by name, and errors of one line with exit code 2."""
+"""What the scripts share: Hydra configs by name, settings as plain values, and how a run ends."""
 
 from __future__ import annotations
 
 import io
 import os
 import sys
-import time
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext, redirect_stdout
@@ -17,33 +16,22 @@ from typing import Any
 import hydra
 import torch
 from hydra.core.hydra_config import HydraConfig
-from hydra.errors import HydraException, MissingConfigException
 from omegaconf import DictConfig, OmegaConf
-from omegaconf.errors import OmegaConfBaseException
 
+from common.checks import check_settings
+from common.errors import CONFIGS, errors_in_one_line
+from common.jobs import errors_in_the_log
+from common.usage import check_preset, usage
 from diffdistill.acceleration import accelerated
 from diffdistill.data import ImageData
 from diffdistill.denoiser import Denoiser
 from diffdistill.generation import Plan
 from diffdistill.models import save_denoiser
 from diffdistill.registry import choose
-from diffdistill.training import DataError, NonFiniteLossError, Run
+from diffdistill.training import Run
 from diffdistill.training.distributed import processes, rank
 
-CONFIGS = str(Path(__file__).resolve().parent.parent / "configs")
-TRACEBACK = os.environ.get("HYDRA_FULL_ERROR") == "1"
 warnings.formatwarning = lambda message, *_args, **_kwargs: f"warning: {message}\n"
-USER_ERRORS = (
-    ValueError,
-    TypeError,
-    OSError,
-    ImportError,
-    DataError,
-    NonFiniteLossError,
-    HydraException,
-    OmegaConfBaseException,
-)
-SAME_ERROR_SECONDS = 5.0
 
 
 def command(config_name: str) -> Callable[[Callable[[DictConfig], Any]], Callable[[], None]]:
@@ -56,14 +44,20 @@ def command(config_name: str) -> Callable[[Callable[[DictConfig], Any]], Callabl
     def decorate(main: Callable[[DictConfig], Any]) -> Callable[[], None]:
         @wraps(main)
         def task(config: DictConfig) -> None:
-            with errors_in_one_line(), processes(), quiet_unless_first():
+            ends = errors_in_the_log if "SUBMITIT_EXECUTOR" in os.environ else errors_in_one_line
+            with ends(), processes(), quiet_unless_first():
+                check_settings(plain(config), defaults_of(config_name))
                 torch.manual_seed(OmegaConf.select(config, "trainer.seed", default=0))  # for the first weights
                 main(config)
 
         @wraps(main)
         def program() -> None:
+            if {"--help", "-h"} & set(sys.argv[1:]):
+                print(usage(CONFIGS, config_name, sys.modules[main.__module__].__doc__ or ""))
+                return
             with errors_in_one_line(), hydra_environment():
-                hydra.main(version_base="1.3", config_path=CONFIGS, config_name=config_name)(task)()
+                check_preset(CONFIGS, config_name, sys.argv[1:])
+                hydra.main(version_base="1.3", config_path=str(CONFIGS), config_name=config_name)(task)()
 
         return program
 
@@ -76,7 +70,7 @@ def hydra_environment() -> Iterator[None]:
 
     Later programs see no change.
     """
-    path = os.pathsep.join([str(Path(__file__).parent), *filter(None, [os.environ.get("PYTHONPATH")])])
+    path = os.pathsep.join([str(Path(__file__).parents[1]), *filter(None, [os.environ.get("PYTHONPATH")])])
     changes = {"HYDRA_FULL_ERROR": "1", "PYTHONPATH": path}
     before = {name: os.environ.get(name) for name in changes}
     os.environ.update(changes)
@@ -94,38 +88,11 @@ def quiet_unless_first() -> AbstractContextManager[Any]:
     return redirect_stdout(io.StringIO()) if rank() else nullcontext()
 
 
-@contextmanager
-def errors_in_one_line() -> Iterator[None]:
-    """End the program with one line and exit code 2 at an error that the user can mend."""
-    try:
-        yield
-    except USER_ERRORS as error:
-        if TRACEBACK:
-            raise
-        here = int(os.environ.get("RANK", "0"))
-        if here:
-            time.sleep(SAME_ERROR_SECONDS)  # an error of all is shown by the first; torchrun then ends the rest
-        print(f"error{f' in process {here}' if here else ''}: {one_line(error)}", file=sys.stderr)
-        sys.exit(2)
-    except Exception as error:
-        if TRACEBACK or not type(error).__module__.startswith("submitit"):
-            raise
-        print(f"error: a submitted job ended early ({one_line(error)})", file=sys.stderr)
-        sys.exit(2)
-
-
-def one_line(error: BaseException) -> str:
-    """The message of an error in one line; for a missing preset, with those there are."""
-    if isinstance(error, MissingConfigException) and error.missing_cfg_file:
-        group, _, name = error.missing_cfg_file.partition("/")
-        presets = sorted(
-            str(p.relative_to(Path(CONFIGS, group)).with_suffix("")) for p in Path(CONFIGS, group).rglob("*.yaml")
-        )
-        return f"unknown {group} {name!r}: choose one of {', '.join(presets)}"
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    if isinstance(error, (HydraException, OmegaConfBaseException)):
-        lines = [line for line in lines if not line.startswith(("full_key:", "object_type=", "reference_type="))]
-    return " ".join(lines).replace("\t", ", ") or type(error).__name__
+def defaults_of(config_name: str) -> dict[str, Any]:
+    """The settings of a script as its file states them."""
+    found = OmegaConf.to_container(OmegaConf.load(CONFIGS / f"{config_name}.yaml"))
+    assert isinstance(found, dict)
+    return {str(key): value for key, value in found.items()}
 
 
 def plain(config: DictConfig) -> dict[str, Any]:
@@ -137,11 +104,7 @@ def plain(config: DictConfig) -> dict[str, Any]:
 
 def switches(settings: dict[str, Any]) -> dict[str, bool]:
     """The settings `channels_last`, `compile` and `cuda_graph` of a script."""
-    found = {name: settings[name] for name in ("channels_last", "compile", "cuda_graph")}
-    for name, value in found.items():
-        if not isinstance(value, bool):
-            raise ValueError(f"{name} must be true or false, but is {value!r}")
-    return found
+    return {name: settings[name] for name in ("channels_last", "compile", "cuda_graph")}
 
 
 def faster(scheme: Plan, settings: dict[str, Any]) -> Plan:
@@ -156,7 +119,7 @@ def compose(config_name: str, overrides: list[str]) -> DictConfig:
 
     if GlobalHydra.instance().is_initialized():
         return hydra.compose(config_name, overrides)
-    with hydra.initialize_config_dir(CONFIGS, version_base="1.3"):
+    with hydra.initialize_config_dir(str(CONFIGS), version_base="1.3"):
         return hydra.compose(config_name, overrides)
 
 

@@ -1,0 +1,91 @@
+"""Folders of diffusers, which may be a stranger's: what they name is checked before any of it is loaded."""
+
+from __future__ import annotations
+
+import json
+import logging
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError
+from torch import nn
+
+from diffdistill.interop.diffusers.extra import diffusers
+from diffdistill.interop.diffusers.parts import Parts, from_pipeline
+from diffdistill.models.network import NetworkDenoiser
+
+ADAPTERS = "pytorch_lora_weights.safetensors"
+"""What stock pipelines name the file of a pipeline's adapters."""
+OWN = "diffdistill.interop.diffusers."
+DAMAGES = (OSError, ValueError, RuntimeError, AttributeError, TypeError, LookupError, ArithmeticError, SafetensorError)
+"""What the loading of a damaged folder ends in."""
+
+
+def load_pipeline(folder: str | Path, **options: Any) -> Parts:
+    """Load a diffusers folder; nothing is downloaded, and no code of the folder runs.
+
+    Args:
+        folder: it holds `model_index.json`.
+        options: those of `from_pipeline`.
+
+    Raises:
+        ValueError: the folder is damaged, holds code, or is of a kind that is not read.
+        ImportError: the extra is missing.
+    """
+    library = diffusers()
+    folder = Path(folder)
+    try:
+        index = json.loads((folder / "model_index.json").read_text(encoding="utf-8"))
+        _check(folder, index)
+        unchecked = {"safety_checker": None} if "safety_checker" in index else {}
+        pipeline = library.DiffusionPipeline.from_pretrained(
+            folder, local_files_only=True, use_safetensors=True, **unchecked
+        )
+        if (folder / ADAPTERS).is_file():  # of a student whose adapters lie apart
+            pipeline.load_lora_weights(folder, weight_name=ADAPTERS)
+            pipeline.fuse_lora()
+            pipeline.unload_lora_weights()
+        missing = next((name for name, parameter in _parameters(pipeline) if parameter.is_meta), None)
+        if missing is not None:
+            raise ValueError(f"the weights of {missing} are missing")
+        return from_pipeline(pipeline, **options)
+    except DAMAGES as error:
+        raise ValueError(f"cannot read the diffusers folder {folder}: {' '.join(str(error).split())[:300]}") from None
+
+
+def _parameters(pipeline: Any) -> Iterator[tuple[str, nn.Parameter]]:
+    for part, module in pipeline.components.items():
+        if isinstance(module, nn.Module):
+            yield from module.named_parameters(prefix=part)
+
+
+def _check(folder: Path, index: Any) -> None:
+    """Raise `ValueError` if a pipeline has classes from elsewhere, or code where diffusers looks for some.
+
+    Before version 0.38 diffusers runs such code, and imports any module that the index names.
+    """
+    if not isinstance(index, dict) or not isinstance(index.get("_class_name"), str):
+        raise ValueError("its model_index.json names no pipeline of diffusers")
+    places = [folder / "None.py"]  # of a custom pipeline, where none is asked for
+    for name, entry in index.items():
+        source = entry[0] if isinstance(entry, list) and len(entry) == 2 else None
+        if source is None:
+            continue
+        library = source in ("diffusers", "transformers") or hasattr(diffusers().pipelines, str(source))
+        if not library and not str(source).startswith(OWN):
+            raise ValueError(
+                f"{name} is of {str(source)[:80]!r}: the parts of a pipeline are of diffusers or transformers"
+            )
+        places.append(folder / name / f"{source}.py")
+    code = next((place for place in places if place.exists()), None)
+    if code is not None:
+        raise ValueError(f"it brings code of its own, {code}, which is not run")
+
+
+def read_folder(index: Path) -> NetworkDenoiser:
+    """The denoiser of a diffusers folder, given its `model_index.json`, and a word in the log on what it is."""
+    parts = load_pipeline(index.parent)
+    taking = "" if parts.denoiser.w_range is None else f", guidance weight {list(parts.denoiser.w_range)} as an input"
+    logging.getLogger("diffdistill").info("%s: %s%s", index.parent, type(parts.pipeline).__name__, taking)
+    return parts.denoiser

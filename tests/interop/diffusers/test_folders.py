@@ -1,0 +1,112 @@
+"""Folders of diffusers, also a stranger's: no code of theirs runs, and damage ends in a line that names the folder."""
+
+import json
+import shutil
+
+import pytest
+import torch
+
+pytest.importorskip("diffusers")
+
+from safetensors.torch import load_file, save_file
+
+from diffdistill import load_denoiser
+from diffdistill.interop.diffusers import load_pipeline
+from diffdistill.interop.diffusers.scheduler import scheduler_for
+from tests.interop.diffusers.builders import diffusers, flux_pipeline, pipeline
+
+
+@pytest.fixture(scope="module")
+def good(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("folders") / "good"
+    pipeline().save_pretrained(folder)
+    return folder
+
+
+def index_of(folder, **entries):
+    path = folder / "model_index.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), **entries}))
+
+
+CODE = {
+    "pipeline": ("evil.py", {"_class_name": ["evil", "Evil"]}, "names no pipeline"),
+    "part": ("unet/evil.py", {"unet": ["evil", "Evil"]}, "'evil'"),
+    "no name": ("None.py", {}, "code of its own"),
+    "name of a library": ("unet/diffusers.py", {}, "code of its own"),
+    "module": ("evil.py", {"text_encoder": ["antigravity", "Evil"]}, "'antigravity'"),
+    "path": ("evil.py", {"unet": ["../evil", "Evil"]}, "evil"),
+}
+
+
+@pytest.mark.parametrize("case", CODE)
+def test_code_in_a_folder_is_refused_and_not_executed(case, good, tmp_path):
+    """Versions of diffusers before 0.38 execute each of these."""
+    file, entries, match = CODE[case]
+    shutil.copytree(good, tmp_path / "folder")
+    witness = tmp_path / "witness"
+    names = "import diffusers\nclass Evil(diffusers.UNet2DConditionModel): pass\nUNet2DConditionModel = Evil\n"
+    (tmp_path / "folder" / file).write_text(f"open({str(witness)!r}, 'w').close()\n{names}")
+    index_of(tmp_path / "folder", **entries)
+    with pytest.raises(ValueError, match=match):
+        load_denoiser(tmp_path / "folder")
+    assert not witness.exists()
+
+
+def test_code_that_nothing_would_load_does_not_matter(good, tmp_path):
+    shutil.copytree(good, tmp_path / "folder")
+    (tmp_path / "folder/handler.py").write_text("raise SystemExit")
+    assert load_denoiser(tmp_path / "folder").data_shape == (4, 8, 8)
+
+
+def cut(path):
+    path.write_bytes(path.read_bytes()[:-100])
+
+
+def without_a_weight(path):
+    state = load_file(path)
+    del state["conv_out.weight"]
+    save_file(state, path, metadata={"format": "pt"})
+
+
+UNET = "unet/diffusion_pytorch_model.safetensors"
+DAMAGES = {
+    "unet": (lambda folder: cut(folder / UNET), "unet"),
+    "text encoder": (lambda folder: cut(folder / "text_encoder/model.safetensors"), "header"),
+    "adapters": (lambda folder: (folder / "pytorch_lora_weights.safetensors").write_bytes(b"abc"), "lora"),
+    "missing weight": (lambda folder: without_a_weight(folder / UNET), "unet.conv_out.weight"),
+    "tokenizer": (lambda folder: [file.unlink() for file in (folder / "tokenizer").iterdir()], "cannot read"),
+    "index": (lambda folder: (folder / "model_index.json").write_text('{"a": 1}'), "names no pipeline"),
+    "list": (lambda folder: (folder / "model_index.json").write_text("[1]"), "names no pipeline"),
+}
+
+
+@pytest.mark.parametrize("case", DAMAGES)
+def test_damaged_folders_end_in_one_line_that_names_them(case, good, tmp_path):
+    damage, match = DAMAGES[case]
+    shutil.copytree(good, tmp_path / "folder")
+    damage(tmp_path / "folder")
+    with pytest.raises(ValueError, match=match) as refused:
+        load_pipeline(tmp_path / "folder")
+    assert str(tmp_path / "folder") in str(refused.value) and "\n" not in str(refused.value)
+
+
+@pytest.mark.parametrize("make", [pipeline, flux_pipeline])
+def test_a_pipeline_is_saved_and_loaded_with_our_scheduler(make, tmp_path):
+    pipe = make()
+    plain = load_levels(pipe, tmp_path / "plain")
+    pipe.scheduler = scheduler_for(pipe, solver={"name": "dpmpp", "order": 2})
+    levels = load_levels(pipe, tmp_path / "ours")
+    assert levels == plain
+    loaded = diffusers.DiffusionPipeline.from_pretrained(tmp_path / "ours")
+    loaded.set_progress_bar_config(disable=True)
+    options = {"num_inference_steps": 3, "guidance_scale": 3.0, "output_type": "latent", "height": 16, "width": 16}
+    first, second = (
+        each("a cat", generator=torch.Generator().manual_seed(0), **options).images for each in (pipe, loaded)
+    )
+    assert torch.equal(first, second)
+
+
+def load_levels(pipe, folder):
+    pipe.save_pretrained(folder)
+    denoiser = load_denoiser(folder)
+    return denoiser.config["preconditioning"], denoiser.sigma_min, denoiser.sigma_max
