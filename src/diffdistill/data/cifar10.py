@@ -36,7 +36,9 @@ class CIFAR10(ImageData):
         try:
             source = datasets.CIFAR10(str(root), train=split == "train", download=download)
         except RuntimeError as error:
-            raise FileNotFoundError(f"no intact CIFAR-10 in {str(root)!r}: download=True (data.download=true) fetches it") from error
+            raise FileNotFoundError(
+                f"no intact CIFAR-10 in {str(root)!r}: download=True (data.download=true) fetches it"
+            ) from error
         self._images: np.ndarray = source.data
         self._labels = torch.as_tensor(source.targets)
 
