@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from typing import Any
 
 from torch import Tensor
 
 from diffdistill.denoiser import per_sample
-from diffdistill.solvers import Euler, Interval, ProbabilityFlow
+from diffdistill.solvers import Correction, Euler, Evaluation, Interval, ProbabilityFlow
+from diffdistill.solvers.step import History
 
 
 class StochasticEuler(Euler):
@@ -25,17 +25,16 @@ class StochasticEuler(Euler):
         flow: ProbabilityFlow,
         x: Tensor,
         interval: Interval,
-        history: Any = (),
+        history: History = (),
         *,
+        evaluation: Evaluation | None = None,
+        correction: Correction | None = None,
         noise: Tensor | None = None,
-        **evaluated: Any,
-    ) -> tuple[Tensor, Any]:
+    ) -> tuple[Tensor, History]:
         """As `Solver.step`; `noise` is needed in all steps but the last."""
         after = interval.sigma_after
         if after is None:
-            return super().step(flow, x, interval, history, **evaluated)
-        if noise is None:
-            raise ValueError("the stochastic sampler needs noise: pass noise= in the shape of x")
-        x_after, history = super().step(flow, x, replace(interval, sigma_next=after), history, **evaluated)
-        back = (interval.sigma_next**2 - after**2).sqrt()
-        return x_after + per_sample(back, x) * noise, history
+            return super().step(flow, x, interval, history, evaluation=evaluation, correction=correction)
+        noise, longer = self.check_noise(noise), replace(interval, sigma_next=after)
+        x, history = super().step(flow, x, longer, history, evaluation=evaluation, correction=correction)
+        return x + per_sample((interval.sigma_next**2 - after**2).sqrt(), x) * noise, history
