@@ -236,11 +236,13 @@ def fakes_a_gpu():
     return True
 
 
+FAKES = pytest.mark.skipif(not fakes_a_gpu(), reason="this PyTorch fakes no GPU without a driver")
+
+
+@FAKES
 @pytest.mark.parametrize(("network", "solver"), [("dhariwal", "euler"), ("song", "heun"), ("song", "unipc")])
 def test_a_run_neither_waits_for_the_gpu_nor_copies(network, solver):
     # On PyTorch's fake tensors: a read by the host raises, and a copy between devices is seen by `Crossings`.
-    if not fakes_a_gpu():
-        pytest.skip("this PyTorch fakes no GPU without a driver")
     config = {**tiny_denoiser().config, **NETWORKS[network]}
     with FakeTensorMode(allow_non_fake_inputs=True), torch.no_grad():
         with torch.device("cuda"):
@@ -282,6 +284,7 @@ def on_gpu(module):
 
 
 # Without deis, whose weights for levels that all samples share come from tensors on the CPU: they would be fake too.
+@FAKES
 @pytest.mark.parametrize("name", [*sorted(SOLVERS.keys() - {"deis"}), "plugin", "steps"])
 def test_no_solver_waits_for_the_gpu_or_copies(name):
     sigmas = make_schedule("polynomial", num_steps=3, sigma_min=0.02, sigma_max=80.0).tolist()
@@ -322,6 +325,7 @@ def objectives():
     yield "stepwise", StepwiseDistillation(teacher, plugin, **options)
 
 
+@FAKES
 @pytest.mark.parametrize("name", ["denoising", "stage 1", *STEPS, "autoencoder", "endpoint", "stepwise"])
 def test_no_loss_waits_for_the_gpu_or_copies(name):
     objective = dict(objectives())[name]

@@ -73,7 +73,7 @@ DAMAGES = {
     "unet": (lambda folder: cut(folder / UNET), "unet"),
     "text encoder": (lambda folder: cut(folder / "text_encoder/model.safetensors"), "header"),
     "adapters": (lambda folder: (folder / "pytorch_lora_weights.safetensors").write_bytes(b"abc"), "lora"),
-    "missing weight": (lambda folder: without_a_weight(folder / UNET), "unet.conv_out.weight"),
+    "missing weight": (lambda folder: without_a_weight(folder / UNET), "conv_out.weight"),
     "tokenizer": (lambda folder: [file.unlink() for file in (folder / "tokenizer").iterdir()], "cannot read"),
     "index": (lambda folder: (folder / "model_index.json").write_text('{"a": 1}'), "names no pipeline"),
     "list": (lambda folder: (folder / "model_index.json").write_text("[1]"), "names no pipeline"),
