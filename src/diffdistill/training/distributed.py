@@ -45,26 +45,30 @@ def processes() -> Iterator[None]:
     if torch.cuda.is_available():
         # Slurm may show each task its own GPU alone, which is then number 0.
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]) % torch.cuda.device_count())
+    _join("cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo")
     try:
-        _join("cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo")
         yield
     except RuntimeError as error:
         if not (isinstance(error, dist.DistError) or "gloo/" in str(error)):
             raise
-        # "[SOURCE FILE:LINE] REASON. This is typically ..."
-        reason = re.sub(r"^\[\S*\] |\. This is .*", "", str(error).strip().split("\n")[0])
-        if isinstance(error, dist.DistNetworkError):
-            reason += f"; MASTER_ADDR={os.environ['MASTER_ADDR']} MASTER_PORT={os.environ['MASTER_PORT']}"
-        raise LostProcessError(f"another process ended or cannot be reached ({reason})") from error
+        raise LostProcessError(f"another process ended or cannot be reached ({_reason(error)})") from error
     finally:
-        if dist.is_initialized():
-            dist.destroy_process_group()
+        dist.destroy_process_group()
 
 
 def _join(backend: str) -> None:
     """Alone, `init_process_group` would wait for half an hour for a process that does not start."""
-    store, place, count = next(rendezvous("env://", timeout=timedelta(minutes=JOIN_MINUTES)))
-    dist.init_process_group(backend, store=store, rank=place, world_size=count)
+    try:
+        store, place, count = next(rendezvous("env://", timeout=timedelta(minutes=JOIN_MINUTES)))
+        dist.init_process_group(backend, store=store, rank=place, world_size=count)
+    except RuntimeError as error:
+        where = f"MASTER_ADDR={os.environ['MASTER_ADDR']} MASTER_PORT={os.environ['MASTER_PORT']}"
+        raise LostProcessError(f"another process ended or cannot be reached ({_reason(error)}); {where}") from error
+
+
+def _reason(error: RuntimeError) -> str:
+    """What torch says went wrong: "[SOURCE FILE:LINE] REASON. This is typically ..."."""
+    return re.sub(r"^\[\S*\] |\. This is .*", "", str(error).strip().split("\n")[0])
 
 
 def slurm_place(environment: Mapping[str, str]) -> dict[str, str]:
