@@ -90,6 +90,24 @@ def test_fingerprints_tell_weights_and_configs_apart():
     assert first != fingerprint(tiny_denoiser(preconditioning={"name": "edm", "sigma_data": 0.6}))
 
 
+def test_fingerprints_are_computed_once_and_again_where_weights_change(monkeypatch):
+    denoiser = tiny_denoiser()
+    first = fingerprint(denoiser)
+    copied = []
+    monkeypatch.setattr(torch.Tensor, "cpu", lambda self: copied.append(self) or self.clone())
+    with torch.inference_mode():
+        assert fingerprint(denoiser) == first and not copied
+    bias = next(p for name, p in denoiser.named_parameters() if name.endswith("bias"))
+    with torch.no_grad():
+        bias.neg_()
+        assert fingerprint(denoiser) != first and copied
+        bias.neg_()
+    assert fingerprint(denoiser) == first
+    assert fingerprint(denoiser.double()) != first
+    denoiser.config = {**denoiser.config, "sigma_max": 70.0}
+    assert fingerprint(denoiser.float()) != first
+
+
 def test_unknown_models(tmp_path):
     with pytest.raises(ValueError, match="unknown model 'digits-techer': choose one of .* or give the path"):
         load_denoiser("digits-techer")

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -67,13 +66,9 @@ class DigitsClassifierFeatures(Features):
     def __init__(self) -> None:
         self._model = load_classifier()
 
-    @cached_property
-    def _fingerprint(self) -> str:
-        return fingerprint(self._model)
-
     @property
     def weights(self) -> str | None:
-        return self._fingerprint
+        return fingerprint(self._model)
 
     def both(self, x: Tensor) -> tuple[Tensor, Tensor | None]:
         model = self._model.to(x.device)

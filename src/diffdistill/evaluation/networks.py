@@ -97,13 +97,9 @@ class DINOv2(Features):
         transformers = optional("transformers", wanted_by="the feature extractor dinov2")
         self._model = load_pretrained(transformers.Dinov2Model, model)
 
-    @cached_property
-    def _fingerprint(self) -> str:
-        return fingerprint(self._model)
-
     @property
     def weights(self) -> str | None:
-        return self._fingerprint
+        return fingerprint(self._model)
 
     def both(self, x: Tensor) -> tuple[Tensor, Tensor | None]:
         x = to_bytes(x).float()

@@ -9,6 +9,7 @@ import os
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
@@ -263,13 +264,26 @@ READERS: dict[str, Callable[[Path], Denoiser]] = {
 
 
 def fingerprint(denoiser: nn.Module) -> str:
-    """A short hash of config and weights, for predictors to record which model they belong to."""
+    """A short hash of config and weights, for predictors to record which model they belong to.
+
+    It is computed once, and again when a tensor was replaced or written to.
+    """
     digest = hashlib.sha256()
     if isinstance(denoiser, Denoiser) and getattr(denoiser, "config", None) is not None:
         config = {key: value for key, value in _config(denoiser).items() if key != "provenance"}
         digest.update(json.dumps(config, sort_keys=True).encode())
-    for name, value in sorted(denoiser.state_dict().items()):
+    state = sorted(denoiser.state_dict().items())
+    now = digest.hexdigest(), [(value.dtype, value.data_ptr(), value._version) for _, value in state]
+    then, known = _FINGERPRINTS.get(denoiser, (None, ""))
+    if now == then:
+        return known
+    for name, value in state:
         value = value.detach().cpu().contiguous()
         digest.update(f"{name} {value.dtype} {list(value.shape)}".encode())
-        digest.update(value.reshape(-1).view(torch.uint8).numpy().tobytes())
-    return digest.hexdigest()[:16]
+        digest.update(value.reshape(-1).view(torch.uint8).numpy())
+    known = digest.hexdigest()[:16]
+    _FINGERPRINTS[denoiser] = now, known
+    return known
+
+
+_FINGERPRINTS: WeakKeyDictionary[nn.Module, tuple[object, str]] = WeakKeyDictionary()
