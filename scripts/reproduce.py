@@ -5,7 +5,7 @@
     torchrun --nproc_per_node=8 scripts/reproduce.py table=amed_cifar10
 
 Running the same command again continues at the cell where it stopped. Results lie in `out`: index.html, table.md,
-table.csv, plot.png, and one small file for each cell.
+table.csv, plot.png, samples.png, and one small file for each cell.
 """
 
 from __future__ import annotations

@@ -58,6 +58,36 @@ def save_grid(
         picture.save(temporary, format="PNG")
 
 
+def save_mosaic(
+    parts: Sequence[Sequence[Any]],
+    path: str | os.PathLike[str],
+    *,
+    row_captions: Sequence[str] = (),
+    column_captions: Sequence[str] = (),
+) -> None:
+    """Write pictures as one PNG, row by row.
+
+    Args:
+        parts: rows of PIL images, None for a place that stays empty; at least one image.
+        path: the file.
+        row_captions: text left of the rows.
+        column_captions: text above the columns.
+    """
+    from PIL import Image
+
+    images = [part for row in parts for part in row if part is not None]
+    width, height = (max(sides) for sides in zip(*(image.size for image in images), strict=True))
+    cell = width + 6 * GAP, height + GAP
+    canvas = Image.new("RGB", (max(map(len, parts)) * cell[0] - 6 * GAP, len(parts) * cell[1] - GAP), "white")
+    for i, row in enumerate(parts):
+        for j, part in enumerate(row):
+            if part is not None:
+                canvas.paste(part, (j * cell[0], i * cell[1]))
+    picture = _captioned(canvas, cell, row_captions, column_captions)
+    with replacing(path) as temporary:
+        picture.save(temporary, format="PNG")
+
+
 def _captioned(grid: Any, cell: tuple[int, int], rows: Sequence[str], columns: Sequence[str]) -> Any:
     """The grid with captions in a margin to its left and above it."""
     from PIL import Image, ImageDraw, ImageFont

@@ -224,6 +224,22 @@ def test_markdown_and_csv(done):
     assert first["nfe"] == "2" and first["source"] == "nobody"
 
 
+def test_samples_of_the_same_seeds_stand_below_each_other(done):
+    sheet = np.asarray(Image.open(done.folder / "samples.png"))
+    strips = []
+    for slug in ("euler-b__2", "euler-b__3", "heun__2"):
+        grid = np.asarray(Image.open(done.folder / "cells" / f"{slug}.png"))
+        assert grid.shape == (4 * 18 - 2, 10 * 18 - 2, 3)
+        strips.append(grid[:16].repeat(2, axis=0).repeat(2, axis=1))
+    height, width = strips[0].shape[:2]
+    top, left = sheet.shape[0] - 2 * height - 2, sheet.shape[1] - 2 * width - 12
+    assert top > 0 and left > 0
+    places = [(top, left), (top, left + width + 12), (top + height + 2, left)]
+    for strip, (y, x) in zip(strips, places, strict=True):
+        assert np.array_equal(sheet[y : y + height, x : x + width], strip)
+    assert (sheet[top + height + 2 :, left + width :] == 255).all()  # Heun takes no 3 evaluations
+
+
 class Page(HTMLParser):
     """Tags that stay open, and attributes that could load something."""
 

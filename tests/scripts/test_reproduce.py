@@ -68,6 +68,7 @@ def test_a_killed_table_continues_without_repeating_finished_cells(tables, tmp_p
         "files.json",
         "index.html",
         "plot.png",
+        "samples.png",
         "table.csv",
         "table.md",
     }

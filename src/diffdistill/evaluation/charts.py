@@ -1,18 +1,21 @@
-"""A table of results as a plot."""
+"""A table of results as pictures: the numbers as a plot, the samples side by side."""
 
 from __future__ import annotations
 
 from pathlib import Path
 from typing import Any
 
+from diffdistill.evaluation.cells import GRID_COLUMNS, GRID_IMAGES
 from diffdistill.evaluation.measures import MEASURES
 from diffdistill.evaluation.pages import row_cells
 from diffdistill.evaluation.reproduction import Outcome
 from diffdistill.evaluation.tables import COLUMNS
-from diffdistill.pictures import name_lines, save_figure
+from diffdistill.pictures import GAP, name_lines, save_figure, save_mosaic
 
 COLOURS = ("#1f77b4", "#d62728", "#2ca02c", "#9467bd", "#ff7f0e", "#8c564b", "#17becf", "#e377c2", "#7f7f7f")
 MARKERS = "osD^v"
+LINE_HEIGHT = 32
+"""Of samples side by side, in pixels; smaller ones are enlarged."""
 
 
 def plot(outcome: Outcome, path: Path) -> None:
@@ -46,3 +49,28 @@ def plot(outcome: Outcome, path: Path) -> None:
             name_lines(axes)
 
     save_figure(draw, path, size=(1 + 5.5 * len(table.measures), max(3.8, 1 + 0.17 * len(table.rows))))
+
+
+def show_samples(outcome: Outcome, path: Path) -> None:
+    """The first line of each cell's grid, the same seeds below each other; nothing is written where there is none."""
+    from PIL import Image
+
+    table = outcome.table
+    lines = -(-min(GRID_IMAGES, table.num_samples) // GRID_COLUMNS)
+    rows: dict[str, list[Any]] = {}
+    for row in table.rows:
+        strips: list[Any] = []
+        for cell in row_cells(outcome, row):
+            file = outcome.folder / "cells" / f"{cell.slug}.png"
+            if outcome.result(cell) is None or not file.is_file():
+                strips.append(None)
+                continue
+            with Image.open(file) as grid:
+                strip = grid.crop((0, 0, grid.width, (grid.height + GAP) // lines - GAP))
+            scale = max(1, round(LINE_HEIGHT / strip.height))
+            strips.append(strip.resize((strip.width * scale, strip.height * scale), Image.Resampling.NEAREST))
+        if any(strips):
+            rows[row.name] = strips
+    if rows:
+        columns = [f"{table.column} = {column:g}" for column in table.columns]
+        save_mosaic([*rows.values()], path, row_captions=[*rows], column_captions=columns)

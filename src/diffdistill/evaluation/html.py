@@ -9,7 +9,7 @@ from pathlib import Path
 
 from diffdistill.atomic import write_text
 from diffdistill.evaluation import pages
-from diffdistill.evaluation.charts import plot
+from diffdistill.evaluation.charts import plot, show_samples
 from diffdistill.evaluation.measures import MEASURES
 from diffdistill.evaluation.reproduction import Outcome
 from diffdistill.evaluation.tables import COLUMNS, Cell
@@ -34,14 +34,16 @@ code { font-size: .9em; }
 
 
 def write_pages(outcome: Outcome) -> list[Path]:
-    """Write `table.md`, `table.csv`, `plot.png` and `index.html` beside the cells, and return their paths."""
+    """Write `table.md`, `table.csv`, `plot.png`, `samples.png` and `index.html` beside the cells. Return them."""
     folder = outcome.folder
     folder.mkdir(parents=True, exist_ok=True)
     write_text(folder / "table.md", pages.markdown(outcome))
     write_text(folder / "table.csv", pages.as_csv(outcome))
     plot(outcome, folder / "plot.png")
+    show_samples(outcome, folder / "samples.png")
     write_text(folder / "index.html", page(outcome))
-    return [folder / name for name in ("table.md", "table.csv", "plot.png", "index.html")]
+    names = ("table.md", "table.csv", "plot.png", "samples.png", "index.html")
+    return [folder / name for name in names if (folder / name).exists()]
 
 
 def page(outcome: Outcome) -> str:
