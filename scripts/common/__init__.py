@@ -18,7 +18,7 @@ import torch
 from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig, OmegaConf
 
-from common.checks import check_settings
+from common.checks import check_settings, is_integer
 from common.errors import CONFIGS, errors_in_one_line
 from common.jobs import errors_in_the_log
 from common.usage import check_preset, usage
@@ -47,7 +47,8 @@ def command(config_name: str) -> Callable[[Callable[[DictConfig], Any]], Callabl
             ends = errors_in_the_log if "SUBMITIT_EXECUTOR" in os.environ else errors_in_one_line
             with ends(), processes(), quiet_unless_first():
                 check_settings(plain(config), defaults_of(config_name))
-                torch.manual_seed(OmegaConf.select(config, "trainer.seed", default=0))  # for the first weights
+                seed = OmegaConf.select(config, "trainer.seed", default=0)
+                torch.manual_seed(seed if is_integer(seed) else 0)  # for the first weights; the trainer refuses others
                 main(config)
 
         @wraps(main)

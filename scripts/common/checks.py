@@ -11,9 +11,9 @@ COUNTS = ("num_samples", "num_steps", "num_images", "num_trajectories", "tuning_
 COUNTS += ("splits", "repeats", "updates", "components", "rank")
 SWITCHES = ("accept_changes", "channels_last", "compile", "cuda_graph", "dry_run", "again", "save_samples")
 SWITCHES += ("keep_features", "beside", "per_class", "analytic_first_step")
-NAMES = ("model", "teacher", "out", "dest", "features")
+NAMES = ("model", "teacher", "out", "dest", "features", "images", "mask", "pipeline")
 OPTIONAL = ("w", "num_steps")
-"""Settings that may be null whatever their default is."""
+"""Settings that may be null whatever their default is, unless that is a range."""
 
 
 def is_integer(value: Any) -> bool:
@@ -21,8 +21,7 @@ def is_integer(value: Any) -> bool:
 
 
 def is_name(value: Any) -> bool:
-    """Some text, or the config of a model that is built."""
-    return isinstance(value, dict) or (isinstance(value, str) and value != "")
+    return isinstance(value, str) and value != ""
 
 
 def is_number(value: Any) -> bool:
@@ -46,6 +45,7 @@ def is_rate(value: Any) -> bool:
 
 
 Rule = tuple[Callable[[Any], bool], str]
+NUMBER: Rule = (is_number, "a finite number")
 RULES: dict[str, Rule] = {
     **dict.fromkeys(COUNTS, (is_count, "an integer of at least 1")),
     **dict.fromkeys(SWITCHES, (lambda value: isinstance(value, bool), "true or false")),
@@ -53,10 +53,22 @@ RULES: dict[str, Rule] = {
     "seed": (is_integer, "an integer"),
     "evaluations": (are_counts, "a list of integers of at least 1"),
     "lr": (is_rate, "a positive number"),
-    "w": (is_number, "a finite number"),
+    "w": NUMBER,
+    "lora": (lambda value: isinstance(value, dict), "null or a mapping, such as {rank: 16}"),
 }
 RANGE: Rule = (is_range, "a finite number, or the least and the greatest")
-"""For the w of a script whose default is a range."""
+
+
+def rule_of(name: str, default: Any) -> Rule | None:
+    """What a setting must be; one that no rule names must be a number if its default has a point.
+
+    A group of settings is checked where it is used.
+    """
+    if isinstance(default, dict):
+        return None
+    if name == "w" and isinstance(default, list):
+        return RANGE
+    return RULES.get(name, NUMBER if isinstance(default, float) else None)
 
 
 def check_settings(settings: Mapping[str, Any], defaults: Mapping[str, Any]) -> None:
@@ -69,13 +81,13 @@ def check_settings(settings: Mapping[str, Any], defaults: Mapping[str, Any]) -> 
     Raises:
         ValueError: names the first wrong value, and what it must be.
     """
-    for name, value in settings.items():
-        optional = name in OPTIONAL or (name in defaults and defaults[name] is None)
-        if name not in RULES or (value is None and optional):
+    for name, default in defaults.items():
+        if name not in settings:
             continue
-        valid, words = RANGE if name == "w" and isinstance(defaults.get(name), list) else RULES[name]
-        if not valid(value):
-            raise ValueError(f"{name} must be {words}, but is {value!r}")
+        value, rule = settings[name], rule_of(name, default)
+        may_be_null = default is None or (name in OPTIONAL and not isinstance(default, list))
+        if rule is not None and not rule[0](value) and not (value is None and may_be_null):
+            raise ValueError(f"{name} must be {rule[1]}, but is {value!r}")
 
 
 def check_file(path: str | Path | None, suffix: str) -> None:

@@ -15,6 +15,7 @@ from diffdistill.devices import device_of, tuned_convolutions
 from diffdistill.learned.files import load_predictor
 from diffdistill.models import guided
 from diffdistill.progressive.stochastic import StochasticEuler
+from diffdistill.registry import check_options
 from diffdistill.solvers import (
     Euler,
     GaussianStart,
@@ -223,7 +224,15 @@ def count_nfe(plan: Plan) -> int:
 
 
 def preview(*, num_samples: int, w: float | None = None, num_steps: int | None = None) -> Callable[[Denoiser], Tensor]:
-    """A function that draws the same `num_samples` seeds from a model each time, for the grids of a training run."""
+    """A function that draws the same `num_samples` seeds from a model each time, for the grids of a training run.
+
+    Raises:
+        ValueError: an option out of range.
+    """
+    check_options("preview", preview, {"num_samples": num_samples, "w": w, "num_steps": num_steps})
+    for name, count in (("num_samples", num_samples), ("num_steps", num_steps)):
+        if count is not None and count < 1:
+            raise ValueError(f"preview: {name} must be at least 1, but is {count}")
 
     def draw(model: Denoiser) -> Tensor:
         labels = spread_labels(num_samples, model.num_classes)

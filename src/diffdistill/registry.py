@@ -3,25 +3,69 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Mapping
-from typing import Any, TypeVar
+from collections.abc import Callable, Mapping, Sequence
+from types import NoneType, UnionType
+from typing import Any, SupportsFloat, TypeVar, Union, get_args, get_origin, get_type_hints
 
 T = TypeVar("T")
+
+CHECKED: dict[Any, tuple[type | tuple[type, ...], str]] = {
+    float: (SupportsFloat, "a number"),
+    int: (SupportsFloat, "an integer"),  # whether it is whole is seen by who takes it
+    bool: (bool, "true or false"),
+    str: (str, "text"),
+    Mapping: (Mapping, "a mapping"),
+    Sequence: ((list, tuple), "a list"),
+    NoneType: (NoneType, "null"),
+}
+"""Types of options whose values are checked, and their names in words."""
 
 
 def choose(kind: str, name: str, table: Mapping[str, T]) -> T:
     """Return `table[name]`; raise a `ValueError` that lists the valid names otherwise."""
-    if name not in table:
+    if not isinstance(name, str) or name not in table:
         raise ValueError(f"unknown {kind} {name!r}: choose one of {', '.join(sorted(table))}")
     return table[name]
 
 
 def construct(kind: str, name: str, table: Mapping[str, Callable[..., T]], /, *args: Any, **options: Any) -> T:
-    """Call `table[name](*args, **options)`; an option it does not have is a `TypeError` that lists those it has."""
+    """Call `table[name](*args, **options)` after `check_options`."""
     make = choose(kind, name, table)
-    parameters = inspect.signature(make).parameters
-    valid = [p.name for p in parameters.values() if p.kind in (p.KEYWORD_ONLY, p.POSITIONAL_OR_KEYWORD)][len(args) :]
-    for option in options:
-        if option not in valid:
-            raise TypeError(f"{kind} {name!r} has no option {option!r}: it takes {', '.join(valid) or 'none'}")
+    check_options(f"{kind} {name!r}", make, options, positional=len(args))
     return make(*args, **options)
+
+
+def check_options(what: str, make: Callable[..., Any], options: Mapping[str, Any], *, positional: int = 0) -> None:
+    """Refuse options that a function does not have, and values that are not what its annotations say.
+
+    Of the annotations, numbers, truth values, texts and mappings are checked.
+
+    Args:
+        what: names the function in messages.
+        make: the function, or the class.
+        options: what it is to be called with by name.
+        positional: how many of its arguments are given by position.
+
+    Raises:
+        TypeError: an option that it does not have; lists those that it has.
+        ValueError: a value of another type; names the option and what it takes.
+    """
+    parameters = inspect.signature(make).parameters
+    valid = [p.name for p in parameters.values() if p.kind in (p.KEYWORD_ONLY, p.POSITIONAL_OR_KEYWORD)][positional:]
+    hints = get_type_hints(make.__init__ if isinstance(make, type) else make)
+    for option, value in options.items():
+        if option not in valid:
+            raise TypeError(f"{what} has no option {option!r}: it takes {', '.join(valid) or 'none'}")
+        words = _mismatch(value, hints.get(option, Any))
+        if words:
+            raise ValueError(f"{what}: {option} must be {words}, but is {value!r}")
+
+
+def _mismatch(value: Any, hint: Any) -> str:
+    """What a value of the type `hint` is in words, if this value is none."""
+    if get_origin(hint) in (Union, UnionType):
+        found = [_mismatch(value, part) for part in get_args(hint)]
+        return " or ".join(found) if all(found) else ""
+    types, words = CHECKED.get(get_origin(hint) or hint, (object, ""))
+    fits = isinstance(value, types) and not (isinstance(value, bool) and types is SupportsFloat)
+    return "" if fits else words

@@ -134,7 +134,7 @@ def test_gits_needs_few_steps_where_the_trajectory_bends():
         ("polynomial", {"num_steps": 0, **ENDS}, ValueError, "at least 1"),
         ("polynomial", {"num_steps": 2.5, **ENDS}, ValueError, "integer"),
         ("polynomial", {"num_steps": 6.0, **ENDS}, ValueError, "integer"),
-        ("polynomial", {"num_steps": "6", **ENDS}, ValueError, "integer of at least 1, but is '6'"),
+        ("polynomial", {"num_steps": "6", **ENDS}, ValueError, "num_steps must be an integer, but is '6'"),
         ("polynomial", {"num_steps": 3, "sigma_min": 2.0, "sigma_max": 1.0}, ValueError, "sigma_min < sigma_max"),
         ("polynomial", {"num_steps": 3, "sigma_min": -1.0, "sigma_max": 1.0}, ValueError, "0 <= sigma_min"),
         ("polynomial", {"num_steps": 3, **ENDS, "rho": 0.0}, ValueError, "rho"),

@@ -66,7 +66,11 @@ def build_denoiser(
     if autoencoder is None and "autoencoder" in config:
         autoencoder = build_autoencoder(config["autoencoder"])
     if network is None:
-        network = construct("network", config["network"]["name"], NETWORKS, **_options(config["network"]))
+        name, options = config["network"]["name"], _options(config["network"])
+        try:
+            network = construct("network", name, NETWORKS, **options)
+        except (RuntimeError, ArithmeticError) as error:
+            raise ValueError(f"no network {name!r} can be built with {options}: {error}") from None
     denoiser = NetworkDenoiser(
         network,
         make_preconditioning(preconditioning["name"], **_options(preconditioning)),

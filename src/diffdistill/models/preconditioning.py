@@ -47,6 +47,8 @@ class EDM(Preconditioning):
 
     def __init__(self, *, sigma_data: float = 0.5, time_scale: float = 1.0, boundary: float = 0.0) -> None:
         super().__init__()
+        if sigma_data <= 0:
+            raise ValueError(f"sigma_data must be a positive number, but is {sigma_data}")
         self.sigma_data = sigma_data
         self.time_scale = time_scale
         self.boundary = boundary

@@ -97,6 +97,8 @@ class TrainerConfig:
             self._check(name, "a positive integer or null", lambda v: v is None or (isinstance(v, int) and v > 0))
         for name in ("warmup", "workers"):
             self._check(name, "an integer of at least 0", lambda v: isinstance(v, int) and v >= 0)
+        self._check("seed", "an integer", lambda v: isinstance(v, int))
+        self._check("device", "the name of a device", lambda v: isinstance(v, str))
         for name in ("learning_rate", "eps"):
             self._check(name, "a positive number", lambda v: 0 < v < math.inf)
         for name in ("clip", "ema_half_life", "ema_rampup", "checkpoint_minutes"):

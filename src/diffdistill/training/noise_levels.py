@@ -22,6 +22,8 @@ def make_noise_levels(name: str, **options: Any) -> NoiseLevels:
 
 def cosine(*, sigma_min: float = 0.002, sigma_max: float = 80.0) -> NoiseLevels:
     """Uniform in the time t of the cosine process, `sigma = tan(pi t / 2)` (Meng et al. 2023, Section 3.1)."""
+    if not 0 <= sigma_min < sigma_max:
+        raise ValueError(f"noise levels lie between 0 <= sigma_min < sigma_max, not {sigma_min} and {sigma_max}")
     low, high = math.atan(sigma_min), math.atan(sigma_max)
 
     def draw(batch: int, generator: torch.Generator) -> Tensor:
@@ -33,6 +35,8 @@ def cosine(*, sigma_min: float = 0.002, sigma_max: float = 80.0) -> NoiseLevels:
 
 def lognormal(*, mean: float = -1.2, std: float = 1.2) -> NoiseLevels:
     """`log sigma ~ N(mean, std**2)` (Karras et al. 2022, Table 1)."""
+    if not 0 <= std < math.inf:
+        raise ValueError(f"std must be a number of at least 0, but is {std}")
 
     def draw(batch: int, generator: torch.Generator) -> Tensor:
         n = randn((batch,), generator, dtype=torch.float64)
