@@ -143,6 +143,8 @@ def test_analytical_first_step():
     sigma = torch.tensor([80.0, 10.0, 1.0], dtype=torch.float64)
     flow = ProbabilityFlow(lambda x, sigma, cond: x)
     torch.testing.assert_close(flow.analytic(x, sigma).eps, x / (1 + sigma**2).sqrt().view(3, 1, 1))
+    denoised = x * (1 - sigma / (1 + sigma**2).sqrt()).view(3, 1, 1)
+    torch.testing.assert_close(flow.analytic(x.float(), sigma).denoised, denoised.float(), rtol=1e-6, atol=0)
     assert flow.nfe == 0
 
 
