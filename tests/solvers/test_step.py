@@ -55,6 +55,14 @@ def test_short_runs_are_finite(row, num_steps, afs, sigma_min, mixture):
         assert run.nfe == row.evaluations * (num_steps - 1) + last - afs
 
 
+@pytest.mark.parametrize("name", ["dpmpp", "unipc"])
+def test_a_run_that_never_reaches_its_order_does_not_lower_it(name, mixture):
+    sigmas, noise = torch.tensor([9.0, 3.0, 1.0]), seeded_noise(range(3), SHAPE, dtype=torch.float64)
+    third = sample(mixture, noise, solver=make_solver(name, order=3), sigmas=sigmas)
+    second = sample(mixture, noise, solver=make_solver(name, order=2, lower_order_final=False), sigmas=sigmas)
+    torch.testing.assert_close(third, second, rtol=1e-12, atol=1e-12)
+
+
 @pytest.mark.parametrize("row", ROWS, ids=str)
 def test_last_step_to_zero_returns_the_denoised_image(row, mixture):
     solver = row.solver(**row.deterministic)
