@@ -150,3 +150,5 @@ def test_bad_input(mixture):
         encode(mixture, x0, sigmas=torch.tensor([80.0, 1.0, 0.0]))
     with pytest.raises(ValueError, match="stochastic"):
         encode(mixture, x0, sigmas=schedule(4), solver=StochasticEuler())
+    with pytest.raises(ValueError, match="set afs=False"):
+        encode(mixture, x0, sigmas=schedule(4), solver=make_solver("ipndm", afs=True))
