@@ -279,17 +279,19 @@ def test_choosing_the_start():
     """On data of three distant points a Gaussian is right only at high noise, so the choice lies in between."""
     mixture = GaussianMixture([0.3, 0.3, 0.4], 2 * double(3, *SHAPE), [0.01] * 3)
     stats = GaussianStatistics.fit(mixture.sample_data(2000))
-    choice = choose_start_sigma(
-        mixture,
-        stats,
-        double(32, *SHAPE, seed=3),
-        solver=make_solver("dpmpp", order=2),
-        schedule=lambda top: make_schedule("polynomial", num_steps=5, sigma_min=0.002, sigma_max=top),
-        candidates=(100.0, 30.0, 10.0, 0.05),
-    )
+    noise, solver = double(32, *SHAPE, seed=3), make_solver("dpmpp", order=2)
+
+    def schedule(top):
+        return make_schedule("polynomial", num_steps=5, sigma_min=0.002, sigma_max=top)
+
+    options = {"solver": solver, "schedule": schedule}
+    choice = choose_start_sigma(mixture, stats, noise, candidates=(100.0, 30.0, 10.0, 0.05), **options)
     assert set(choice.errors) == {None, 30.0, 10.0, 0.05}
     assert choice.sigma in (30.0, 10.0)
     assert choice.errors[choice.sigma] == min(choice.errors.values()) < 0.8 * choice.errors[None]
+    norms = choose_start_sigma(mixture, stats, noise, candidates=(), reference=0 * noise, **options)
+    x = sample(mixture, noise, solver=solver, sigmas=schedule(80.0))
+    assert (norms.sigma, norms.errors) == (None, {None: pytest.approx(float(x.flatten(1).norm(dim=1).mean()))})
 
 
 def test_bad_input():
