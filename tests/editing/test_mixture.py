@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from diffdistill.editing import Known, encode, image_to_image, inpaint, noised, style_transfer
+from diffdistill.editing.image_to_image import Start, run
 from diffdistill.models import GaussianMixture
 from diffdistill.progressive.stochastic import StochasticEuler
 from diffdistill.solvers import make_schedule, make_solver, sample, seeded_noise
@@ -133,6 +134,16 @@ def test_repeated_steps_fit_what_is_made_to_what_is_known(mixture):
     torch.testing.assert_close(alone, made[3:4])
     with pytest.raises(ValueError, match="repeats.*0"):
         inpaint(mixture, Known(x0, mask), noise, repeats=0, **options)
+
+
+def test_the_noise_between_repeats_leads_back_to_the_level_of_the_step():
+    """With data at one point every level's variance is sigma^2, however often a step is repeated."""
+    point = GaussianMixture([1.0], torch.zeros(1, 4, 5), [0.0])
+    start = Start(
+        4 * torch.randn(2000, 4, 5, generator=torch.Generator().manual_seed(0)), torch.tensor([4.0, 2.0, 1.0])
+    )
+    x = run(point, start, make_solver("euler"), repeats=3)
+    assert x.var().item() == pytest.approx(1.0, rel=4 * (2 / x.numel()) ** 0.5)
 
 
 def test_bad_input(mixture):

@@ -97,8 +97,8 @@ def test_levels_of_the_table_have_their_index(name):
     assert torch.equal(rounded.c_noise(table), index)
     between = (table[3:5].log().mean().exp()).view(1)
     assert smooth.c_noise(between).item() == pytest.approx(3.5)
-    # Rounding is in sigma, not in its logarithm: the geometric mean is nearer to the lower level.
-    assert rounded.c_noise(between).item() == 3
+    # Rounding is in sigma, not in its logarithm: just above the geometric mean the lower level is still the nearest.
+    assert rounded.c_noise(between * (1 + 1e-5)).item() == 3
     last = (table[-2:].log().mean().exp()).view(1)
     assert smooth.c_noise(last).item() == pytest.approx(len(table) - 1.5)
     ends = torch.tensor([1e-5, 1e6], dtype=torch.float64)
