@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from diffdistill.editing import Known, encode, image_to_image, inpaint, noised, style_transfer
+from diffdistill.editing.image_to_image import Start, run
 from diffdistill.models import GaussianMixture
 from diffdistill.progressive.stochastic import StochasticEuler
 from diffdistill.solvers import make_schedule, make_solver, sample, seeded_noise
@@ -135,6 +136,16 @@ def test_repeated_steps_fit_what_is_made_to_what_is_known(mixture):
         inpaint(mixture, Known(x0, mask), noise, repeats=0, **options)
 
 
+def test_the_noise_between_repeats_leads_back_to_the_level_of_the_step():
+    """With data at one point every level's variance is sigma^2, however often a step is repeated."""
+    point = GaussianMixture([1.0], torch.zeros(1, 4, 5), [0.0])
+    start = Start(
+        4 * torch.randn(2000, 4, 5, generator=torch.Generator().manual_seed(0)), torch.tensor([4.0, 2.0, 1.0])
+    )
+    x = run(point, start, make_solver("euler"), repeats=3)
+    assert x.var().item() == pytest.approx(1.0, rel=4 * (2 / x.numel()) ** 0.5)
+
+
 def test_bad_input(mixture):
     x0, noise = torch.zeros(3, *SHAPE), torch.zeros(3, *SHAPE)
     options = {"solver": make_solver("euler"), "sigmas": schedule(4)}
@@ -150,3 +161,5 @@ def test_bad_input(mixture):
         encode(mixture, x0, sigmas=torch.tensor([80.0, 1.0, 0.0]))
     with pytest.raises(ValueError, match="stochastic"):
         encode(mixture, x0, sigmas=schedule(4), solver=StochasticEuler())
+    with pytest.raises(ValueError, match="set afs=False"):
+        encode(mixture, x0, sigmas=schedule(4), solver=make_solver("ipndm", afs=True))

@@ -16,6 +16,7 @@ from PIL import Image
 from diffdistill.data import TensorData, load_data
 from diffdistill.evaluation import make_features
 from diffdistill.evaluation.collect import Collected, Keep, collect, shard
+from diffdistill.evaluation.evaluate import Evaluation, describe, evaluate
 from diffdistill.evaluation.features import Features, to_bytes
 from diffdistill.evaluation.frechet import FeatureStatistics, Gaussian, frechet_distance
 from diffdistill.evaluation.measures import MEASURES, measure, needed
@@ -331,6 +332,22 @@ def test_absent_packages_and_weights_are_one_sentence(tmp_path):
             CLIPScore()
     with pytest.raises(TypeError, match="has no option 'size': it takes path"):
         make_features("inception", size=3)
+
+
+def test_the_clip_score_of_few_images_has_as_many_parts(tmp_path, monkeypatch):
+    class Lengths:
+        def __init__(self, *, model):
+            pass
+
+        def __call__(self, x, captions):
+            return torch.tensor([float(len(caption)) for caption in captions])
+
+    monkeypatch.setattr("diffdistill.evaluation.clip.CLIPScore", Lengths)
+    (tmp_path / "captions.txt").write_text("a\nabc\nabcdefgh\n")
+    options = Evaluation("pixels", measures=(), captions=str(tmp_path / "captions.txt"), clip="none", splits=5)
+    record = evaluate(StoredImages(images(3)), options, data=None, device=torch.device("cpu"))
+    assert record["measures"]["clip_score"] == {"value": 4.0, "part_mean": 4.0, "part_std": pytest.approx(13**0.5)}
+    assert describe(record).endswith("over 3 parts")
 
 
 def test_bytes_are_those_of_edm():

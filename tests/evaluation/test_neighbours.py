@@ -87,6 +87,13 @@ def test_copies_are_at_distance_zero_and_a_shift_at_its_length():
     assert nearest_distances(moved, training).tolist() == pytest.approx([0.25, 0.25], rel=1e-6)
 
 
+def test_nearer_than_95_percent_of_the_unseen():
+    """Unseen images at the distances 1 to 101 put the threshold at 6."""
+    training, unseen = torch.zeros(1, 1, 1, 1), torch.arange(1.0, 102.0).view(-1, 1, 1, 1)
+    measured = measure_memorisation(unseen[:10], training, unseen)
+    assert (measured.closer_share, measured.unseen_median) == (0.5, 51)
+
+
 def test_memorisation_tells_copies_from_new_images():
     generator = torch.Generator().manual_seed(1)
     training, unseen, fresh = (torch.randn(n, 1, 4, 5, generator=generator) for n in (300, 200, 400))

@@ -38,6 +38,22 @@ def test_a_half_circle():
     assert shape.reconstruction[1:].max() < 1e-6 < shape.reconstruction[0].min(1)[0].max()
 
 
+def test_summaries_name_the_level_where_a_trajectory_bends():
+    """A half circle with an uneven spacing of points, whose curvature does not depend on it, and a sharp corner."""
+    angle = math.pi * torch.linspace(0, 1, POINTS, dtype=torch.float64) ** 2
+    circle = torch.stack([3 * angle.cos(), 3 * angle.sin(), 0 * angle], dim=1)
+    torch.testing.assert_close(
+        analyze(embedded(circle), components=2).curvature, torch.full((POINTS - 2, 2), 1 / 3).double()
+    )
+    corner = torch.tensor([[0, 0], [1, 1], [2, 0], [3, 0], [5, 0]], dtype=torch.float64)
+    shape = analyze(embedded(corner), components=1)
+    numbers = shape.numbers()
+    assert numbers["deviation_largest_at_sigma"] == numbers["curvature_largest_at_sigma"] == 1.75
+    largest = (shape.reconstruction[0].amax(0) / 5).mean().item()
+    assert numbers["reconstruction_largest_of_chord"] == [pytest.approx(largest)]
+    assert numbers["chord_mean"] == pytest.approx(5.0)
+
+
 def test_a_helix_leaves_the_plane():
     """Reconstruction errors and explained variance say the same: mean squares left out over the total."""
     run = embedded(arc(3.0, pitch=0.7))

@@ -59,6 +59,32 @@ def test_the_exactly_guided_student_has_zero_loss_and_another_has_not():
     assert wrong.item() > 1e-3
 
 
+def test_the_loss_is_that_of_algorithm_1():
+    mixture = GaussianMixture([0.6, 0.4], torch.randn(2, 2, 5, 7), [0.1, 0.2], labels=[0, 1])
+    batch = {"x": torch.randn(3, 2, 5, 7), "y": torch.tensor([0, 1, 1])}
+
+    class Zero(ExactStudent):
+        def forward(self, x, sigma, cond=None, w=None):
+            self.seen = x, sigma, w
+            return torch.zeros_like(x)
+
+    student = Zero(mixture)
+    value = objective(mixture, student).loss(batch, torch.Generator().manual_seed(0)).value
+    noisy, sigma, w = student.seen
+    assert w.unique().numel() == 3 and w.min() >= 0 and w.max() <= 4
+    noise = (noisy - batch["x"]) / sigma.view(-1, 1, 1, 1)
+    assert 0.9 < noise.std() < 1.1
+    conditional, unconditional = mixture(noisy, sigma, batch["y"]), mixture(noisy, sigma)
+    target = conditional + w.view(-1, 1, 1, 1) * (conditional - unconditional)
+    squares = target.double().square().flatten(1).mean(1)
+    assert value.item() == pytest.approx(float(((sigma**-2).clamp(min=1) * squares).mean()), rel=1e-5)
+
+
+def test_no_dropout_in_training():
+    teacher = tiny_denoiser()
+    assert not any(m.training for m in objective(teacher, guidance_student(teacher, (0.0, 4.0))).train().modules())
+
+
 def test_w_reaches_the_student_after_one_update():
     teacher = tiny_denoiser()
     student = guidance_student(teacher, (0.0, 4.0))

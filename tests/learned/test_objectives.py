@@ -87,6 +87,17 @@ def test_forward_mode_and_reuse_change_nothing(form, afs):
         torch.testing.assert_close(same_gradient, gradient, rtol=1e-7, atol=1e-9 * gradient.abs().max().item())
 
 
+@pytest.mark.parametrize("form", ["ipndm", "dpmpp", "unipc"])
+def test_a_multistep_solver_is_trained_along_its_own_run(form):
+    """The loss of its last step is the distance of the ends."""
+    objective, data = stepwise(form), batch()
+    values, _ = run(objective)
+    model, noise, cond = objective.denoiser, data["noise"], data["y"]
+    end = sample(model, noise, solver=objective.solver, sigmas=SIGMAS, cond=cond)
+    target = sample(model, noise, solver=Heun(), sigmas=FINE, cond=cond)
+    assert values[-1] == pytest.approx((end - target).square().sum().item() / 3, rel=1e-9)
+
+
 @pytest.mark.parametrize("form", SINGLE_STEP)
 def test_all_steps_in_one_batch_sum_to_the_steps_in_turn(form):
     values, gradient = run(stepwise(form))

@@ -82,6 +82,10 @@ def test_consistency_models_keep_their_input_at_the_boundary():
     edm = make_preconditioning("edm", boundary=0.002)
     sigma = torch.tensor([0.002], dtype=torch.float64)
     assert edm.c_skip(sigma).item() == 1.0 and edm.c_out(sigma).item() == 0.0
+    # Song et al. 2023, Appendix C, at sigma = 0.3 with sigma_data = 0.5.
+    above = torch.tensor([0.3], dtype=torch.float64)
+    assert edm.c_skip(above).item() == pytest.approx(0.25 / (0.298**2 + 0.25))
+    assert edm.c_out(above).item() == pytest.approx(0.5 * 0.298 / math.sqrt(0.09 + 0.25))
 
 
 @pytest.mark.parametrize("name", DISCRETE)
@@ -93,6 +97,10 @@ def test_levels_of_the_table_have_their_index(name):
     assert torch.equal(rounded.c_noise(table), index)
     between = (table[3:5].log().mean().exp()).view(1)
     assert smooth.c_noise(between).item() == pytest.approx(3.5)
+    # Rounding is in sigma, not in its logarithm: just above the geometric mean the lower level is still the nearest.
+    assert rounded.c_noise(between * (1 + 1e-5)).item() == 3
+    last = (table[-2:].log().mean().exp()).view(1)
+    assert smooth.c_noise(last).item() == pytest.approx(len(table) - 1.5)
     ends = torch.tensor([1e-5, 1e6], dtype=torch.float64)
     assert smooth.c_noise(ends).tolist() == rounded.c_noise(ends).tolist() == [0.0, len(table) - 1.0]
 
@@ -102,8 +110,12 @@ def test_tables():
         table = make()
         assert table.dtype == torch.float64 and len(table) == 1000 and (table.diff() > 0).all() and table[0] > 0
     assert scaled_linear_table()[[0, -1]].tolist() == pytest.approx([0.0292, 14.615], abs=1e-3)
-    # EDM's range of the improved DDPM schedule (Karras et al. 2022, Table 1).
-    assert iddpm_table()[[0, -1]].tolist() == pytest.approx([0.0064, 20291], rel=0.3)
+    # The recurrence of the improved DDPM schedule (Karras et al. 2022, Table 1).
+    u = [0.0]
+    for j in range(1000, 0, -1):
+        above, below = (math.sin(0.5 * math.pi * k / (1000 * 1.008)) ** 2 for k in (j, j - 1))
+        u.append(math.sqrt((u[-1] ** 2 + 1) / max(below / above, 0.001) - 1))
+    assert iddpm_table().tolist() == pytest.approx(u[1:], rel=1e-9)
     with pytest.raises(ValueError, match="unknown table of noise levels 'cubic': choose one of iddpm, linear"):
         make_table("cubic")
     with pytest.raises(ValueError, match="positive, increasing"):

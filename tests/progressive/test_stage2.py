@@ -7,7 +7,7 @@ import torch
 
 from diffdistill.denoiser import Denoiser, per_sample
 from diffdistill.editing import encode
-from diffdistill.models import GaussianMixture
+from diffdistill.models import ClassifierFreeGuidance, GaussianMixture, GuidanceConditioned
 from diffdistill.progressive.stage2 import (
     STEPS,
     StepDistillation,
@@ -22,8 +22,21 @@ from diffdistill.solvers import Interval, ProbabilityFlow, make_schedule, sample
 from diffdistill.training.weighting import make_weighting
 
 
-def mixture():
-    return GaussianMixture(weights=[0.7, 0.3], means=torch.randn(2, 2, 5, 7), variances=[0.3, 0.1])
+def mixture(**options):
+    return GaussianMixture(weights=[0.7, 0.3], means=torch.randn(2, 2, 5, 7), variances=[0.3, 0.1], **options)
+
+
+class Guided(Denoiser):
+    """The guided mixture as a function of w: what stage 1 should find."""
+
+    num_classes = 2
+
+    def __init__(self):
+        super().__init__()
+        self.mixture = mixture(labels=[0, 1])
+
+    def forward(self, x, sigma, cond=None, w=None):
+        return ClassifierFreeGuidance(self.mixture, w)(x, sigma, cond)
 
 
 class TwoSteps(Denoiser):
@@ -31,14 +44,15 @@ class TwoSteps(Denoiser):
 
     def __init__(self, teacher, steps):
         super().__init__()
-        self.teacher, self.steps = teacher, steps
+        self.teacher, self.steps, self.num_classes = teacher, steps, teacher.num_classes
 
-    def forward(self, x, sigma, cond=None):
+    def forward(self, x, sigma, cond=None, w=None):
+        teacher = self.teacher if w is None else GuidanceConditioned(self.teacher, w)
         index = (self.steps[:, 0] - sigma[:, None]).abs().argmin(1)
         begin, mid, end = self.steps[index].unbind(1)
-        slope = (x - self.teacher(x, begin, cond)) / per_sample(begin, x)
+        slope = (x - teacher(x, begin, cond)) / per_sample(begin, x)
         x_mid = x + per_sample(mid - begin, x) * slope
-        slope_mid = (x_mid - self.teacher(x_mid, mid, cond)) / per_sample(mid, x)
+        slope_mid = (x_mid - teacher(x_mid, mid, cond)) / per_sample(mid, x)
         x_end = x_mid + per_sample(end - mid, x) * slope_mid
         # the closed form of Salimans and Ho 2022, Appendix G, with alpha and sigma of the variance-preserving process
         alpha, alpha_end = (1 + begin**2) ** -0.5, (1 + end**2) ** -0.5
@@ -57,6 +71,17 @@ def test_the_exact_two_step_map_has_zero_loss(sampler):
     value = loss.loss(batch, torch.Generator().manual_seed(0)).value
     assert value.item() < 1e-20
     loss = StepDistillation(teacher, teacher, steps=steps, weighting=make_weighting("truncated_snr"))
+    assert loss.loss(batch, torch.Generator().manual_seed(0)).value.item() > 1e-6
+
+
+def test_teacher_and_student_are_given_the_same_w_and_labels_and_no_dropout():
+    teacher, steps = Guided(), deterministic_steps(make_schedule("cosine", num_steps=8, sigma_min=0, sigma_max=80))
+    student, batch = TwoSteps(teacher, steps), {"x": torch.randn(3, 2, 5, 7).double(), "y": torch.tensor([0, 1, 1])}
+    weighting = make_weighting("snr_plus_one")
+    loss = StepDistillation(teacher, student, steps=steps, weighting=weighting, w_range=(0.0, 4.0)).train()
+    assert not any(module.training for module in loss.modules())
+    assert loss.loss(batch, torch.Generator().manual_seed(0)).value.item() < 1e-20
+    loss = StepDistillation(teacher, teacher, steps=steps, weighting=weighting, w_range=(0.0, 4.0))
     assert loss.loss(batch, torch.Generator().manual_seed(0)).value.item() > 1e-6
 
 

@@ -11,6 +11,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from diffdistill.models import GaussianMixture
 from diffdistill.solvers import (
     SOLVERS,
+    Interval,
     ProbabilityFlow,
     SampleNoise,
     dynamic_thresholding,
@@ -45,9 +46,10 @@ def test_marginal_variance_on_a_gaussian(name):
     torch.testing.assert_close(measured, variance + run.sigmas**2, rtol=0.08, atol=0.0)
 
 
-def test_edm_sde_is_algorithm_2_of_edm():
+@pytest.mark.parametrize("churn", [2.0, 40.0])
+def test_edm_sde_is_algorithm_2_of_edm(churn):
     mixture = GaussianMixture([0.5, 0.5], torch.randn(2, 2, 5), [0.1, 0.2])
-    options = {"churn": 2.0, "s_min": 0.1, "s_max": 15.0, "s_noise": 1.01}
+    options = {"churn": churn, "s_min": 0.1, "s_max": 15.0, "s_noise": 1.01}
     sigmas = [*make_schedule("polynomial", num_steps=5, sigma_min=0.05, sigma_max=20.0).tolist(), 0.0]
     noise = seeded_noise([3, 11, 4], (2, 5), dtype=torch.float64)
     stream = SampleNoise([3, 11, 4], (2, 5))
@@ -58,7 +60,7 @@ def test_edm_sde_is_algorithm_2_of_edm():
 
     x = sigmas[0] * noise
     for t, t_next in itertools.pairwise(sigmas):
-        t_hat = t * (1 + 2.0 / 6) if 0.1 <= t <= 15 else t
+        t_hat = t * (1 + min(churn / 6, 2**0.5 - 1)) if 0.1 <= t <= 15 else t
         x_hat = x + (t_hat**2 - t**2) ** 0.5 * 1.01 * stream.draw(dtype=torch.float64)
         d = slope(x_hat, t_hat)
         x = x_hat + (t_next - t_hat) * d
@@ -66,6 +68,22 @@ def test_edm_sde_is_algorithm_2_of_edm():
             x = x_hat + (t_next - t_hat) * (d + slope(x, t_next)) / 2
     found = sample(mixture, noise, solver=make_solver("edm_sde", **options), sigmas=sigmas, seeds=[3, 11, 4])
     torch.testing.assert_close(found, x, rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("eta", [0.0, 0.6, 1.0])
+def test_an_ancestral_step_is_equation_16_of_ddim(eta):
+    mixture = GaussianMixture([0.5, 0.5], torch.randn(2, 2, 5), [0.1, 0.2])
+    sigma, sigma_next = torch.tensor([[9.0, 2.0, 0.7], [5.0, 0.1, 0.0]], dtype=torch.float64)
+    x, noise = torch.randn(2, 3, 2, 5, dtype=torch.float64)
+    found, _ = make_solver("euler_ancestral", eta=eta).step(
+        ProbabilityFlow(mixture), x, Interval(sigma, sigma_next), noise=noise
+    )
+    # In the variables of the variance-preserving process: z = sqrt(a) x, a = 1 / (1 + sigma^2).
+    s, s_next = sigma.view(3, 1, 1), sigma_next.view(3, 1, 1)
+    a, a_next, denoised = 1 / (1 + s**2), 1 / (1 + s_next**2), mixture(x, sigma)
+    std = eta * ((1 - a_next) / (1 - a) * (1 - a / a_next)).sqrt()
+    z_next = a_next.sqrt() * denoised + (1 - a_next - std**2).sqrt() * (x - denoised) / s + std * noise
+    torch.testing.assert_close(found, z_next / a_next.sqrt())
 
 
 @pytest.mark.parametrize("name", STOCHASTIC)
@@ -143,6 +161,8 @@ def test_analytical_first_step():
     sigma = torch.tensor([80.0, 10.0, 1.0], dtype=torch.float64)
     flow = ProbabilityFlow(lambda x, sigma, cond: x)
     torch.testing.assert_close(flow.analytic(x, sigma).eps, x / (1 + sigma**2).sqrt().view(3, 1, 1))
+    denoised = x * (1 - sigma / (1 + sigma**2).sqrt()).view(3, 1, 1)
+    torch.testing.assert_close(flow.analytic(x.float(), sigma).denoised, denoised.float(), rtol=1e-6, atol=0)
     assert flow.nfe == 0
 
 

@@ -60,6 +60,9 @@ def test_discrete_visits_the_entries_of_its_table():
     torch.testing.assert_close(sigmas, torch.tensor(table[::-1], dtype=torch.float64))
     halves = make_schedule("discrete", num_steps=8, sigma_min=0.1, sigma_max=9.0, table=table)
     torch.testing.assert_close(halves[1], torch.tensor(math.sqrt(9.0 * 2.0), dtype=torch.float64))
+    # With rho = 2 the places are 4, 1 and 0: uniform in their square root. Ends beyond the table are kept.
+    curved = make_schedule("discrete", num_steps=2, sigma_min=0.01, sigma_max=9.0, table=table, rho=2.0)
+    assert curved.tolist() == pytest.approx([9.0, 0.3, 0.01])
 
 
 @pytest.mark.parametrize("model", ALIGN_YOUR_STEPS)
@@ -75,13 +78,14 @@ def test_align_your_steps(model):
 
 @pytest.mark.parametrize("num_steps", [1, 2, 4, 6])
 def test_shortest_path_is_that_of_brute_force(num_steps):
-    cost = torch.randn(7, 7, generator=torch.Generator().manual_seed(5), dtype=torch.float64)
-
-    def total(path):
-        return sum(1.15**k * cost[i, j].item() for k, (i, j) in enumerate(itertools.pairwise(path)))
-
     paths = [(0, *inner, 6) for inner in itertools.combinations(range(1, 6), num_steps - 1)]
-    assert tuple(shortest_path(cost, num_steps, 1.15)) == min(paths, key=total)
+    for seed in range(20):
+        cost = torch.randn(7, 7, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+
+        def total(path, cost=cost):
+            return sum(1.15**k * cost[i, j].item() for k, (i, j) in enumerate(itertools.pairwise(path)))
+
+        assert tuple(shortest_path(cost, num_steps, 1.15)) == min(paths, key=total)
 
 
 @pytest.mark.parametrize("metric", METRICS)
@@ -109,8 +113,8 @@ def test_costs_of_gits_are_those_of_each_jump(metric):
 def test_gits_chooses_levels_of_the_fine_schedule(metric):
     mixture = GaussianMixture([0.5, 0.5], torch.randn(2, 2, 3, 5), [0.1, 0.2])
     noise = torch.randn(7, 2, 3, 5, dtype=torch.float64)
-    options = {"denoiser": mixture, "noise": noise, "metric": metric, "fine_steps": 12, **ENDS}
-    fine = make_schedule("polynomial", num_steps=12, **ENDS)
+    options = {"denoiser": mixture, "noise": noise, "metric": metric, "fine_steps": 12, "rho": 5.0, **ENDS}
+    fine = make_schedule("polynomial", num_steps=12, rho=5.0, **ENDS)
     assert torch.equal(make_schedule("gits", num_steps=12, **options), fine)
     sigmas = make_schedule("gits", num_steps=4, **options)
     assert len(sigmas) == 5 and set(sigmas.tolist()) <= set(fine.tolist())

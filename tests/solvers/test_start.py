@@ -82,7 +82,14 @@ def test_the_denoiser_is_the_posterior_mean(form):
     stats, x, sigma = statistics(form), double(4, *SHAPE, seed=3), torch.tensor([0.1, 1.0, 5.0, 70.0]).double()
     mean = stats.mean[LABELS]
     values = [by_matrix(stats, lambda v, s=s: v / (v + s**2), x - mean)[i] for i, s in enumerate(sigma)]
-    torch.testing.assert_close(stats.denoise(x, sigma, LABELS), mean + torch.stack(values), rtol=1e-10, atol=1e-10)
+    conditional = mean + torch.stack(values)
+    torch.testing.assert_close(stats.denoise(x, sigma, LABELS), conditional, rtol=1e-10, atol=1e-10)
+    # Guided, (1 + w) D_c - w D_null; the last sample has no class, so that nothing guides it.
+    null = stats.denoise(x, sigma)
+    for w in (torch.tensor([0.5, 1.0, 2.0, 3.0]), 1.5):
+        weights = torch.as_tensor(w).view(-1, 1, 1, 1)
+        guided = (1 + weights) * conditional - weights * null
+        torch.testing.assert_close(stats.denoise(x, sigma, LABELS, w), guided, rtol=1e-10, atol=1e-10)
 
 
 @pytest.mark.parametrize("form", FORMS)
@@ -126,6 +133,10 @@ def test_fitting(form, rank):
             torch.testing.assert_close(matrix, sample_covariance)
         if form == "low_rank":
             torch.testing.assert_close(matrix.diagonal(), sample_covariance.diagonal())
+            factors = stats.covariance.factors[row]
+            torch.testing.assert_close(sample_covariance @ factors, factors @ (factors.T @ factors))
+            largest = torch.linalg.eigvalsh(sample_covariance)[-rank:]
+            torch.testing.assert_close(factors.square().sum(0).flip(0), largest)
 
 
 def test_fourier_is_exact_on_stationary_images():
@@ -268,17 +279,19 @@ def test_choosing_the_start():
     """On data of three distant points a Gaussian is right only at high noise, so the choice lies in between."""
     mixture = GaussianMixture([0.3, 0.3, 0.4], 2 * double(3, *SHAPE), [0.01] * 3)
     stats = GaussianStatistics.fit(mixture.sample_data(2000))
-    choice = choose_start_sigma(
-        mixture,
-        stats,
-        double(32, *SHAPE, seed=3),
-        solver=make_solver("dpmpp", order=2),
-        schedule=lambda top: make_schedule("polynomial", num_steps=5, sigma_min=0.002, sigma_max=top),
-        candidates=(100.0, 30.0, 10.0, 0.05),
-    )
+    noise, solver = double(32, *SHAPE, seed=3), make_solver("dpmpp", order=2)
+
+    def schedule(top):
+        return make_schedule("polynomial", num_steps=5, sigma_min=0.002, sigma_max=top)
+
+    options = {"solver": solver, "schedule": schedule}
+    choice = choose_start_sigma(mixture, stats, noise, candidates=(100.0, 30.0, 10.0, 0.05), **options)
     assert set(choice.errors) == {None, 30.0, 10.0, 0.05}
     assert choice.sigma in (30.0, 10.0)
     assert choice.errors[choice.sigma] == min(choice.errors.values()) < 0.8 * choice.errors[None]
+    norms = choose_start_sigma(mixture, stats, noise, candidates=(), reference=0 * noise, **options)
+    x = sample(mixture, noise, solver=solver, sigmas=schedule(80.0))
+    assert (norms.sigma, norms.errors) == (None, {None: pytest.approx(float(x.flatten(1).norm(dim=1).mean()))})
 
 
 def test_bad_input():

@@ -1,7 +1,10 @@
 """What holds for the step of every solver: finiteness, samples that do not mix, gradients, evaluations, bad input."""
 
+import math
+
 import pytest
 import torch
+from scipy.integrate import quad
 
 from diffdistill.models import GaussianMixture
 from diffdistill.solvers import (
@@ -14,6 +17,7 @@ from diffdistill.solvers import (
     sample,
     seeded_noise,
 )
+from diffdistill.solvers.deis import MODES, adams_weights
 from tests.solvers.table import ROWS
 
 SHAPE = (2, 5, 7)
@@ -53,6 +57,38 @@ def test_short_runs_are_finite(row, num_steps, afs, sigma_min, mixture):
         assert torch.isfinite(run.x).all()
         last = 1 if sigma_min == 0 else row.evaluations
         assert run.nfe == row.evaluations * (num_steps - 1) + last - afs
+
+
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("sigmas", [(0.3, 1.0, 3.0, 9.0, 30.0), (0.002, 2.0, 20.0, 50.0, 80.0), (40.0, 5.0, 0.2, 0.01)])
+def test_weights_of_deis_are_the_integrals_of_lagranges_polynomials(mode, sigmas):
+    # Time of the VP process that has the levels 0.002 and 80 at the times 0.001 and 1 (Karras et al. 2022).
+    low, high = math.log(0.002**2 + 1), math.log(80.0**2 + 1)
+    beta_d = 2 * (low / 1e-3 - high) / (1e-3 - 1)
+    beta_min = high - beta_d / 2
+
+    def variable(s):
+        return (math.sqrt(beta_min**2 + 2 * beta_d * math.log1p(s**2)) - beta_min) / beta_d if mode == "tab" else s
+
+    sigma_next, *nodes = sigmas
+    found = adams_weights(MODES[mode], sigma_next, nodes)
+    for j, node in enumerate(nodes):
+
+        def basis(log_s, j=j, node=node):
+            others = [variable(other) for i, other in enumerate(nodes) if i != j]
+            s = math.exp(log_s)
+            return s * math.prod((variable(s) - other) / (variable(node) - other) for other in others)
+
+        expected, _ = quad(basis, math.log(nodes[0]), math.log(sigma_next), epsabs=0, epsrel=1e-11, limit=200)
+        assert found[j] == pytest.approx(expected, rel=1e-9)
+
+
+@pytest.mark.parametrize("name", ["dpmpp", "unipc"])
+def test_a_run_that_never_reaches_its_order_does_not_lower_it(name, mixture):
+    sigmas, noise = torch.tensor([9.0, 3.0, 1.0]), seeded_noise(range(3), SHAPE, dtype=torch.float64)
+    third = sample(mixture, noise, solver=make_solver(name, order=3), sigmas=sigmas)
+    second = sample(mixture, noise, solver=make_solver(name, order=2, lower_order_final=False), sigmas=sigmas)
+    torch.testing.assert_close(third, second, rtol=1e-12, atol=1e-12)
 
 
 @pytest.mark.parametrize("row", ROWS, ids=str)

@@ -24,6 +24,8 @@ def _reversible(solver: Solver, sigmas: Tensor) -> Tensor:
         raise ValueError("encoding begins at the last noise level, which must be positive: it is 0")
     if solver.stochastic:
         raise ValueError(f"{type(solver).__name__} is stochastic: encoding needs a solver of the ODE")
+    if solver.afs:
+        raise ValueError("an analytical first step is one from noise, and encoding begins with images: set afs=False")
     return sigmas
 
 
@@ -66,8 +68,8 @@ def encode(
         up to the error of the solver.
 
     Raises:
-        ValueError: levels that do not decrease or end at 0, a stochastic solver, or a condition that the denoiser does
-            not take.
+        ValueError: levels that do not decrease or end at 0, a stochastic solver or one with an analytical first step,
+            or a condition that the denoiser does not take.
     """
     if isinstance(denoiser, Denoiser):
         denoiser.check_condition(cond, len(x0))

@@ -88,10 +88,11 @@ def evaluate(
         ValueError: settings that do not fit each other or the images.
         FileNotFoundError, ImportError: what a measure needs is not there.
     """
-    record: dict[str, Any] = {"num_samples": len(source), "measures": {}}
+    splits = min(options.splits, len(source))
+    record: dict[str, Any] = {"num_samples": len(source), "splits": splits, "measures": {}}
     if options.captions is not None:
         source = Replayed(source)
-        record["measures"]["clip_score"] = asdict(_clip_score(source, options, device))
+        record["measures"]["clip_score"] = asdict(_clip_score(source, options, splits, device))
         record["clip"] = options.clip
     if options.measures:
         features = make_features(options.features)
@@ -109,12 +110,12 @@ def evaluate(
         )
         found = measure(collected, reference, features, options.measures)
         record["measures"].update({name: asdict(value) for name, value in found.items()})
-        record.update(features=features.name, weights=features.weights, splits=options.splits)
+        record.update(features=features.name, weights=features.weights)
         record["reference"] = options.reference or dict(data or {})
     return record
 
 
-def _clip_score(source: Source, options: Evaluation, device: torch.device) -> Measured:
+def _clip_score(source: Source, options: Evaluation, splits: int, device: torch.device) -> Measured:
     from diffdistill.evaluation.clip import CLIPScore
 
     path = Path(str(options.captions))
@@ -129,7 +130,7 @@ def _clip_score(source: Source, options: Evaluation, device: torch.device) -> Me
         values.append(score(x, captions[start : start + len(x)]).cpu())
         start += len(x)
     scores = torch.cat([part for parts in distributed.gather(values) for part in parts]).double()
-    ends = [k * len(scores) // options.splits for k in range(options.splits + 1)]
+    ends = [k * len(scores) // splits for k in range(splits + 1)]
     parts = [float(scores[a:b].mean()) for a, b in pairwise(ends)]
     return spread(float(scores.mean()), parts)
 

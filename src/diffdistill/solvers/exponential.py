@@ -23,11 +23,12 @@ from diffdistill.solvers.step import Evaluation, weighted_sum
 
 @dataclass(frozen=True, eq=False)
 class LinearPart:
-    """`keep`, `gain` and the signed step `h`, numbers or `[B]`; a `keep` of None stands for 1."""
+    """`keep`, `gain` and `h`, and the step in lambda; numbers or `[B]`. A `keep` of None stands for 1."""
 
     keep: Level | None
     gain: Level
     h: Level
+    step: Level
 
     def psi(self, count: int) -> list[Level]:
         """`psi_1 .. psi_count`."""
@@ -51,11 +52,13 @@ class Form:
 
 def _data_form(sigma: Level, sigma_next: Level) -> LinearPart:
     ratio = sigma_next / sigma
-    return LinearPart(ratio, -1.0, log(ratio))
+    h = log(ratio)
+    return LinearPart(ratio, -1.0, h, -h)
 
 
 def _noise_form(sigma: Level, sigma_next: Level) -> LinearPart:
-    return LinearPart(None, -sigma_next, log(sigma / sigma_next))
+    h = log(sigma / sigma_next)
+    return LinearPart(None, -sigma_next, h, h)
 
 
 FORMS = {

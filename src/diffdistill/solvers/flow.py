@@ -78,8 +78,9 @@ class ProbabilityFlow:
                 raise ValueError('afs="gaussian" needs the statistics of the data: pass start=GaussianStart(...)')
             return Evaluation(x, sigma, self._threshold(self.gaussian(x, sigma, self.cond)))
         level = plain(sigma)
-        eps = x / factor((1 + level**2) ** 0.5, x)
-        return Evaluation(x, sigma, self._threshold(x - factor(level, x) * eps))
+        root = (1 + level**2) ** 0.5
+        # x - sigma eps, in a form that keeps its digits where sigma is large.
+        return Evaluation(x, sigma, self._threshold(x / factor(root * (root + level), x)))
 
     def _threshold(self, denoised: Tensor) -> Tensor:
         return denoised if self.thresholding is None else self.thresholding(denoised)
