@@ -57,13 +57,12 @@ class DPMpp(Multistep):
         weights = [psi[0]]
         if order > 1:
             levels = [e.log_sigma for e in past]
-            length = abs(linear.h)
-            r0 = (levels[1] - levels[0]) / length
+            r0 = (levels[1] - levels[0]) / linear.length
             if order == 2:
                 slope = 0.5 * psi[0] / r0
                 weights = [psi[0] + slope, -slope]
             else:
-                r1 = (levels[2] - levels[1]) / length
+                r1 = (levels[2] - levels[1]) / linear.length
                 total = r0 + r1
                 # f^(1) = d0 + r0 * second, f^(2) = c * second, second = (d0 - d1) / (r0 + r1), d0 and d1 differences
                 second = (psi[1] * r0 + self.second_derivative * psi[2]) / total

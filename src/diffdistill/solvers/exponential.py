@@ -29,6 +29,11 @@ class LinearPart:
     gain: Level
     h: Level
 
+    @property
+    def length(self) -> Level:
+        """The step in lambda, negative where sigma increases."""
+        return self.h if self.keep is None else -self.h
+
     def psi(self, count: int) -> list[Level]:
         """`psi_1 .. psi_count`."""
         values = [expm1(self.h)]

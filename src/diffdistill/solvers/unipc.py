@@ -79,8 +79,7 @@ class UniPC(Multistep):
         """Places of the past evaluations in steps, `(lambda_j - lambda_0) / h`, negative."""
         if len(past) == 1:
             return []
-        backward = -abs(linear.h)
-        return [(e.log_sigma - past[0].log_sigma) / backward for e in past[1:]]
+        return [(past[0].log_sigma - e.log_sigma) / linear.length for e in past[1:]]
 
     def _predictor_weights(self, linear: LinearPart, ratios: list[Level]) -> list[Level]:
         """Weights of `f_0, f_1, ...`: B(h) rho_j / ratio_j for all but the first (Algorithm 2, Eq. 5)."""
