@@ -122,7 +122,7 @@ def test_the_scripts(tmp_path, monkeypatch):
 
     model, statistics = tmp_path / "model.safetensors", tmp_path / "statistics" / "statistics.safetensors"
     save_denoiser(tiny_denoiser(data_shape=[3, 8, 8]), model)
-    shared = [f"model={model}", "data=shapes", "data.resolution=8", "data.size=40", "~data.split", "device=cpu"]
+    shared = [f"model={model}", "data=shapes", "data.resolution=8", "data.size=40", "device=cpu"]
 
     def call(script, *overrides):
         monkeypatch.setattr(sys, "argv", [f"{script.__name__}.py", *shared, *overrides])
