@@ -102,9 +102,9 @@ def main(config: DictConfig) -> None:
     for options in settings["solvers"].values():
         make_solver(**options)
     features = make_features(settings["features"])
+    real = gaussian_of(features, load_data(**settings["data"]).tensors()["x"])
     run = Run(settings["out"], settings, harmless=("device", "learned", "out"))
     problem = problem_of(settings, run)
-    real = gaussian_of(features, load_data(**settings["data"]).tensors()["x"])
 
     def frechet(x: torch.Tensor) -> float:
         return frechet_distance(gaussian_of(features, x.clamp(-1, 1)), real)
