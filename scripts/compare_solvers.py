@@ -75,14 +75,20 @@ def candidates(settings: dict[str, Any], problem: Problem) -> Iterator[tuple[str
 
                 yield f"{label}_{evaluations}{'_start' if started else ''}", choose
     for name in settings["learned"]:
-        yield f"learned_{Path(name).stem}", lambda name=name: learned_candidate(name, problem)
+        yield f"learned_{title(name)}", lambda name=name: learned_candidate(name, problem)
+
+
+def title(predictor: str) -> str:
+    """The name of a predictor: that of its file, or of the run that it is the result of."""
+    path = Path(predictor).absolute()
+    return path.parent.name if path.stem == "predictor" else path.stem
 
 
 def learned_candidate(name: str, problem: Problem) -> Candidate:
     learned = load_predictor(name)
     learned.check(problem.denoiser)
     return Candidate(
-        Path(name).stem.removesuffix(f"-{learned.nfe}nfe"),
+        title(name).removesuffix(f"-{learned.nfe}nfe"),
         learned.solver,
         learned.sigmas,
         learned.gaussian_start(),
@@ -99,6 +105,9 @@ def main(config: DictConfig) -> None:
         raise ValueError("nothing to compare: evaluations and solvers (or learned) name at least one each")
     for name in settings["learned"]:  # a wrong name is better known before an hour of work than after it
         load_predictor(name)
+    titles = [title(name) for name in settings["learned"]]
+    if len(set(titles)) < len(titles):
+        raise ValueError(f"learned solvers need names of their own, but are called {', '.join(titles)}")
     for options in settings["solvers"].values():
         make_solver(**options)
     features = make_features(settings["features"])

@@ -113,6 +113,18 @@ def test_tables(tmp_path):
     assert (tmp_path / "plot.png").stat().st_size > 5000
 
 
+def test_predictors_of_two_runs_have_the_names_of_their_runs(tmp_path, monkeypatch):
+    from compare_solvers import title
+
+    monkeypatch.chdir(tmp_path)
+    paths = ["runs/a/predictor.safetensors", "runs/b/predictor.safetensors", "predictor.safetensors"]
+    assert [title(path) for path in paths] == ["a", "b", tmp_path.name]
+    assert [title(name) for name in ("digits-steps-3nfe", "runs/mine-5nfe.safetensors")] == [
+        "digits-steps-3nfe",
+        "mine-5nfe",
+    ]
+
+
 def test_the_scripts(tmp_path, monkeypatch):
     """Statistics, comparison and trajectories of a tiny model with three channels."""
     import analyze_trajectories

@@ -75,6 +75,11 @@ CASES = {
     "nothing to compare": ("compare_solvers", ["evaluations=[]"], ["evaluations", "at least one"]),
     "evaluations": ("compare_solvers", ["evaluations=[2.5]"], ["evaluations", "[2.5]", "integers of at least 1"]),
     "a learned solver to compare": ("compare_solvers", ["learned=[nope]"], ["nope", "digits-steps-3nfe"]),
+    "a learned solver twice": (
+        "compare_solvers",
+        ["learned=[digits-steps-3nfe,digits-steps-3nfe]"],
+        ["names of their own", "digits-steps-3nfe"],
+    ),
     "a solver to compare": ("compare_solvers", ["solvers.heun.name=henu"], ["'henu'", "dpmpp"]),
     "data to compare with": (
         "compare_solvers",
