@@ -140,15 +140,14 @@ def test_the_scripts(tmp_path, monkeypatch):
         monkeypatch.setattr(sys, "argv", [f"{script.__name__}.py", *shared, *overrides])
         script.main()
 
-    call(gaussian_stats, f"out={statistics.parent}", "samples=30", "num_steps=2", "form=fourier")
+    call(gaussian_stats, f"out={statistics.parent}", "samples=30", "num_steps=2", "form=fourier", "beside=true")
     assert load_gaussian(statistics).data_shape == (3, 8, 8)
 
     config = compose("compare_solvers", [])
     kept = ("heun", "ipndm-3", "polynomial_3", "logsnr", "gits")
     left = [f"~{part}.{name}" for part in ("solvers", "schedules") for name in config[part] if name not in kept]
     few = ["num_samples=6", "batch_size=4", "tuning_samples=3", "evaluations=[2,3]", "reference.num_steps=3"]
-    start = [f"start.statistics={statistics}", "start.sigmas=[9.0]"]
-    call(compare_solvers, *left, *few, *start, f"out={tmp_path / 'solvers'}")
+    call(compare_solvers, *left, *few, "start.sigmas=[9.0]", f"out={tmp_path / 'solvers'}")
     rows = list(csv.DictReader((tmp_path / "solvers" / "solvers.csv").read_text().splitlines()))
     expected = [(name, nfe) for nfe in ("2", "3") for name in ("heun", "ipndm-3")]  # heun: 3 with analytical first step
     assert [(r["solver"], r["nfe"], r["start"]) for r in rows] == [(*e, s) for e in expected for s in ("", "9.0")]

@@ -86,6 +86,16 @@ CASES = {
         ["model=TEACHER", "num_samples=2", "reference.num_steps=2", "data=images", "data.root=/nowhere"],
         ["/nowhere"],
     ),
+    "data of another shape to compare with": (
+        "compare_solvers",
+        ["model=TEACHER", "num_samples=2", "reference.num_steps=2", "data=shapes"],
+        ["[3, 32, 32]", "[1, 8, 8]"],
+    ),
+    "no statistics to start with": (
+        "compare_solvers",
+        ["model=TEACHER", "num_samples=2", "reference.num_steps=2"],
+        ["teacher.statistics.safetensors", "scripts/gaussian_stats.py"],
+    ),
     "a mixture": ("analyze_trajectories", ["mixture.std=0"], ["mixture", "positive std", "'std': 0"]),
     "components": ("analyze_trajectories", ["components=a"], ["components", "'a'", "integer"]),
     "rank": ("gaussian_stats", ["form=low_rank", "rank=a"], ["rank", "'a'", "integer"]),
