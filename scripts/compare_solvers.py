@@ -23,6 +23,7 @@ from common import command, plain
 from diffdistill import load_denoiser
 from diffdistill.atomic import write_text
 from diffdistill.data import load_data
+from diffdistill.denoiser import Denoiser
 from diffdistill.devices import device_of
 from diffdistill.evaluation import solver_comparison as comparison
 from diffdistill.evaluation import solver_report as report
@@ -30,17 +31,15 @@ from diffdistill.evaluation.extractors import make_features
 from diffdistill.evaluation.features import gaussian_of
 from diffdistill.evaluation.frechet import frechet_distance
 from diffdistill.evaluation.solver_comparison import Candidate, Grid, Problem, Row
-from diffdistill.generation import spread_labels
+from diffdistill.generation import spread_labels, start_for, statistics_of
 from diffdistill.learned import load_predictor
 from diffdistill.models import guided
 from diffdistill.solvers import load_gaussian, make_solver
 from diffdistill.training import Run
 
 
-def problem_of(settings: dict[str, Any], run: Run) -> Problem:
-    denoiser = load_denoiser(settings["model"], device=device_of(settings["device"]))
-    if settings["w"]:
-        denoiser = guided(denoiser, settings["w"])
+def problem_of(settings: dict[str, Any], model: Denoiser, run: Run) -> Problem:
+    denoiser = guided(model, settings["w"]) if settings["w"] else model
     seeds = range(settings["seed"], settings["seed"] + settings["num_samples"])
     labels, size = spread_labels(len(seeds), denoiser.num_classes), settings["batch_size"]
     fine = settings["reference"]
@@ -61,7 +60,7 @@ def problem_of(settings: dict[str, Any], run: Run) -> Problem:
 def candidates(settings: dict[str, Any], problem: Problem) -> Iterator[tuple[str, Callable[[], Candidate | None]]]:
     """The name of each entry, and a function that finds the best way to use it, or None if there is no way."""
     start = settings["start"]
-    statistics = load_gaussian(start["statistics"] or settings["model"]) if start["sigmas"] else None
+    statistics = load_gaussian(start["statistics"] or statistics_of(settings["model"])) if start["sigmas"] else None
     grid = Grid(settings["schedules"], statistics, start["sigmas"], settings["analytic_first_step"])
     few = problem.part(settings["tuning_samples"])
     for label, options in settings["solvers"].items():
@@ -75,14 +74,20 @@ def candidates(settings: dict[str, Any], problem: Problem) -> Iterator[tuple[str
 
                 yield f"{label}_{evaluations}{'_start' if started else ''}", choose
     for name in settings["learned"]:
-        yield f"learned_{Path(name).stem}", lambda name=name: learned_candidate(name, problem)
+        yield f"learned_{title(name)}", lambda name=name: learned_candidate(name, problem)
+
+
+def title(predictor: str) -> str:
+    """The name of a predictor: that of its file, or of the run that it is the result of."""
+    path = Path(predictor).absolute()
+    return path.parent.name if path.stem == "predictor" else path.stem
 
 
 def learned_candidate(name: str, problem: Problem) -> Candidate:
     learned = load_predictor(name)
     learned.check(problem.denoiser)
     return Candidate(
-        Path(name).stem.removesuffix(f"-{learned.nfe}nfe"),
+        title(name).removesuffix(f"-{learned.nfe}nfe"),
         learned.solver,
         learned.sigmas,
         learned.gaussian_start(),
@@ -99,12 +104,20 @@ def main(config: DictConfig) -> None:
         raise ValueError("nothing to compare: evaluations and solvers (or learned) name at least one each")
     for name in settings["learned"]:  # a wrong name is better known before an hour of work than after it
         load_predictor(name)
+    titles = [title(name) for name in settings["learned"]]
+    if len(set(titles)) < len(titles):
+        raise ValueError(f"learned solvers need names of their own, but are called {', '.join(titles)}")
     for options in settings["solvers"].values():
         make_solver(**options)
     features = make_features(settings["features"])
+    model, data = load_denoiser(settings["model"], device=device_of(settings["device"])), load_data(**settings["data"])
+    if tuple(data.shape) != tuple(model.data_shape):
+        raise ValueError(f"the data has images {list(data.shape)}, but the model makes {list(model.data_shape)}")
+    for sigma in settings["start"]["sigmas"]:
+        start_for(model, {"sigma": sigma, "statistics": settings["start"]["statistics"]})
+    real = gaussian_of(features, data.tensors()["x"])
     run = Run(settings["out"], settings, harmless=("device", "learned", "out"))
-    problem = problem_of(settings, run)
-    real = gaussian_of(features, load_data(**settings["data"]).tensors()["x"])
+    problem = problem_of(settings, model, run)
 
     def frechet(x: torch.Tensor) -> float:
         return frechet_distance(gaussian_of(features, x.clamp(-1, 1)), real)

@@ -1,6 +1,6 @@
 """Compute the means and covariances that the analytic start needs, from data or from samples of a model.
 
-    python scripts/gaussian_stats.py model=digits-teacher data=digits data.split=train out=runs/statistics
+    python scripts/gaussian_stats.py model=digits-teacher out=runs/statistics
 
 The result is `out/statistics.safetensors`, for `load_gaussian`; with `beside=true` also where `start=` looks for it.
 Running the same command again continues the run.

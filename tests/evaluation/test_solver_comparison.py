@@ -113,6 +113,18 @@ def test_tables(tmp_path):
     assert (tmp_path / "plot.png").stat().st_size > 5000
 
 
+def test_predictors_of_two_runs_have_the_names_of_their_runs(tmp_path, monkeypatch):
+    from compare_solvers import title
+
+    monkeypatch.chdir(tmp_path)
+    paths = ["runs/a/predictor.safetensors", "runs/b/predictor.safetensors", "predictor.safetensors"]
+    assert [title(path) for path in paths] == ["a", "b", tmp_path.name]
+    assert [title(name) for name in ("digits-steps-3nfe", "runs/mine-5nfe.safetensors")] == [
+        "digits-steps-3nfe",
+        "mine-5nfe",
+    ]
+
+
 def test_the_scripts(tmp_path, monkeypatch):
     """Statistics, comparison and trajectories of a tiny model with three channels."""
     import analyze_trajectories
@@ -122,21 +134,20 @@ def test_the_scripts(tmp_path, monkeypatch):
 
     model, statistics = tmp_path / "model.safetensors", tmp_path / "statistics" / "statistics.safetensors"
     save_denoiser(tiny_denoiser(data_shape=[3, 8, 8]), model)
-    shared = [f"model={model}", "data=shapes", "data.resolution=8", "data.size=40", "~data.split", "device=cpu"]
+    shared = [f"model={model}", "data=shapes", "data.resolution=8", "data.size=40", "device=cpu"]
 
     def call(script, *overrides):
         monkeypatch.setattr(sys, "argv", [f"{script.__name__}.py", *shared, *overrides])
         script.main()
 
-    call(gaussian_stats, f"out={statistics.parent}", "samples=30", "num_steps=2", "form=fourier")
+    call(gaussian_stats, f"out={statistics.parent}", "samples=30", "num_steps=2", "form=fourier", "beside=true")
     assert load_gaussian(statistics).data_shape == (3, 8, 8)
 
     config = compose("compare_solvers", [])
     kept = ("heun", "ipndm-3", "polynomial_3", "logsnr", "gits")
     left = [f"~{part}.{name}" for part in ("solvers", "schedules") for name in config[part] if name not in kept]
     few = ["num_samples=6", "batch_size=4", "tuning_samples=3", "evaluations=[2,3]", "reference.num_steps=3"]
-    start = [f"start.statistics={statistics}", "start.sigmas=[9.0]"]
-    call(compare_solvers, *left, *few, *start, f"out={tmp_path / 'solvers'}")
+    call(compare_solvers, *left, *few, "start.sigmas=[9.0]", f"out={tmp_path / 'solvers'}")
     rows = list(csv.DictReader((tmp_path / "solvers" / "solvers.csv").read_text().splitlines()))
     expected = [(name, nfe) for nfe in ("2", "3") for name in ("heun", "ipndm-3")]  # heun: 3 with analytical first step
     assert [(r["solver"], r["nfe"], r["start"]) for r in rows] == [(*e, s) for e in expected for s in ("", "9.0")]

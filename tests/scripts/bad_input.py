@@ -94,7 +94,27 @@ CASES = {
     "nothing to compare": ("compare_solvers", ["evaluations=[]"], ["evaluations", "at least one"]),
     "evaluations": ("compare_solvers", ["evaluations=[2.5]"], ["evaluations", "[2.5]", "integers of at least 1"]),
     "a learned solver to compare": ("compare_solvers", ["learned=[nope]"], ["nope", "digits-steps-3nfe"]),
+    "a learned solver twice": (
+        "compare_solvers",
+        ["learned=[digits-steps-3nfe,digits-steps-3nfe]"],
+        ["names of their own", "digits-steps-3nfe"],
+    ),
     "a solver to compare": ("compare_solvers", ["solvers.heun.name=henu"], ["'henu'", "dpmpp"]),
+    "data to compare with": (
+        "compare_solvers",
+        ["model=TEACHER", "num_samples=2", "reference.num_steps=2", "data=images", "data.root=/nowhere"],
+        ["/nowhere"],
+    ),
+    "data of another shape to compare with": (
+        "compare_solvers",
+        ["model=TEACHER", "num_samples=2", "reference.num_steps=2", "data=shapes"],
+        ["[3, 32, 32]", "[1, 8, 8]"],
+    ),
+    "no statistics to start with": (
+        "compare_solvers",
+        ["model=TEACHER", "num_samples=2", "reference.num_steps=2"],
+        ["teacher.statistics.safetensors", "scripts/gaussian_stats.py"],
+    ),
     "a mixture": ("analyze_trajectories", ["mixture.std=0"], ["mixture", "positive std", "'std': 0"]),
     "components": ("analyze_trajectories", ["components=a"], ["components", "'a'", "integer"]),
     "rank": ("gaussian_stats", ["form=low_rank", "rank=a"], ["rank", "'a'", "integer"]),

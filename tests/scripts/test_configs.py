@@ -128,3 +128,20 @@ def test_every_preset_belongs_to_a_script():
     known = ("teacher", "stage1", "stage2", "encoder", "nfe", "none")
     others = [name for name in names("experiment") if not name.endswith(known) and not name.startswith("zhou2024/")]
     assert not others
+
+
+@pytest.mark.parametrize(
+    ("script", "preset"),
+    [
+        *(("train_teacher", name) for name in of_kind("teacher")),
+        *(("distill_guidance", name) for name in of_kind("stage1")),
+        *(("distill_steps", name) for name in of_kind("stage2")),
+        ("analyze_trajectories", None),
+        ("compare_solvers", None),
+        ("gaussian_stats", None),
+    ],
+)
+def test_samples_take_the_place_of_the_data(script, preset):
+    chosen = [f"experiment={preset}"] if preset else []
+    config = common.compose(script, [*chosen, "data=samples", "data.path=FILE"])
+    assert config.data == {"name": "samples", "path": "FILE"}

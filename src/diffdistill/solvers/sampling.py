@@ -40,7 +40,11 @@ def integrate(
     noise: SampleNoise | None = None,
     history: History = (),
 ) -> Iterator[Tensor]:
-    """Yield the state after each step, given past evaluations. Gradients flow unless the caller disables them."""
+    """Yield the state after each step, given past evaluations. Gradients flow unless the caller disables them.
+
+    For those of a sample with respect to noise `[B, ...]` and levels `sigmas: [num_steps + 1]`:
+    `*_, x = integrate(ProbabilityFlow(denoiser, cond), sigmas[0] * noise, solver, intervals(sigmas, B))`.
+    """
     for interval in steps:
         draw = noise.draw(dtype=x.dtype, device=x.device) if noise is not None and solver.stochastic else None
         x, history = solver.step(flow, x, interval, history, noise=draw)
@@ -93,7 +97,7 @@ def sample(
     thresholding: str | Callable[[Tensor], Tensor] | None = None,
     return_trajectory: bool = False,
 ) -> Tensor | Trajectory:
-    """Carry `noise` along the schedule `sigmas` to a sample.
+    """Carry `noise` along the schedule `sigmas` to a sample, without gradients: those flow through `integrate`.
 
     Args:
         denoiser: any callable `(x, sigma, cond) -> x0`; it is given sigma in float64, `[B]`.
