@@ -139,6 +139,15 @@ def test_a_whole_sdxl_pipeline():
     assert parts.denoiser.null_condition(cond)["encoder_hidden_states"].abs().max() == 0
 
 
+@pytest.mark.parametrize("task", ["Img2Img", "Inpaint"])
+def test_sdxl_has_the_same_conditions_in_every_pipeline(task):
+    pipe = sdxl_pipeline()
+    sibling = getattr(diffusers, f"StableDiffusionXL{task}Pipeline")(**pipe.components)
+    expected = from_pipeline(pipe).prompts(["a cat", "b"])
+    for name, value in from_pipeline(sibling).prompts(["a cat", "b"]).items():
+        assert torch.equal(value, expected[name])
+
+
 def test_unets_without_text():
     network = unet_2d()
     x, sigma, y = torch.randn(3, 3, 8, 4), torch.tensor([0.3, 2.0, 11.0]).double(), torch.tensor([0, 2, 1])

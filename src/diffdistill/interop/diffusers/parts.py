@@ -236,7 +236,7 @@ def _prompt_encoder(pipeline: Any) -> Callable[[Sequence[str]], dict[str, Tensor
         device = pipeline.unet.device
         if name.startswith("StableDiffusionXL"):
             embeddings, _, pooled, _ = pipeline.encode_prompt(prompts, None, device, 1, False)
-            side = float(pipeline.default_sample_size * pipeline.vae_scale_factor)
+            side = float(pipeline.unet.config.sample_size * pipeline.vae_scale_factor)
             ids = torch.tensor([side, side, 0.0, 0.0, side, side], device=device, dtype=embeddings.dtype)
             return {
                 "encoder_hidden_states": embeddings,
