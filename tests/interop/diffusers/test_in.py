@@ -298,3 +298,19 @@ def test_bad_input():
             denoiser.check_condition(cond, 3)
     with pytest.raises(ValueError, match="empty prompt"):
         denoiser.null_condition(text_batch())
+
+
+def test_pipelines_of_other_models_are_refused_by_name():
+    components = {**sdxl_pipeline().components, "text_encoder": None, "tokenizer": None}
+    refiner = diffusers.StableDiffusionXLImg2ImgPipeline(**components, requires_aesthetics_score=True)
+    with pytest.raises(ValueError, match="refiner"):
+        from_pipeline(refiner)
+    encoder = flux_pipeline().components
+    network = builders.component(
+        "PixArtTransformer2DModel", num_attention_heads=2, attention_head_dim=4, out_channels=8, num_layers=1
+    )
+    other = diffusers.PixArtSigmaPipeline(
+        encoder["tokenizer_2"], encoder["text_encoder_2"], encoder["vae"], network, scheduler()
+    )
+    with pytest.raises(ValueError, match="'PixArtTransformer2DModel': choose one of DiT"):
+        from_pipeline(other)

@@ -186,12 +186,15 @@ def from_pipeline(
         null_class: as in `from_network`.
 
     Raises:
-        ValueError: as `from_network`.
+        ValueError: as `from_network`, or the refiner of SDXL.
     """
     network = getattr(pipeline, "unet", None)
     network = getattr(pipeline, "transformer", None) if network is None else network
     if network is None:
         raise ValueError(f"{type(pipeline).__name__} has neither a unet nor a transformer")
+    choose("network of diffusers", type(network).__name__, FAMILIES)
+    if pipeline.config.get("requires_aesthetics_score"):
+        raise ValueError("this is the refiner of Stable Diffusion XL, which is not read: the base model is")
     prompts = _prompt_encoder(pipeline) if hasattr(pipeline, "encode_prompt") else None
     null = None
     if prompts is not None:
