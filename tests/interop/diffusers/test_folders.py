@@ -13,7 +13,7 @@ from safetensors.torch import load_file, save_file
 from diffdistill import load_denoiser
 from diffdistill.interop.diffusers import load_pipeline
 from diffdistill.interop.diffusers.scheduler import scheduler_for
-from tests.interop.diffusers.builders import diffusers, flux_pipeline, pipeline
+from tests.interop.diffusers.builders import diffusers, flux_pipeline, pipeline, sd3_pipeline
 
 
 @pytest.fixture(scope="module")
@@ -26,6 +26,11 @@ def good(tmp_path_factory):
 def index_of(folder, **entries):
     path = folder / "model_index.json"
     path.write_text(json.dumps({**json.loads(path.read_text()), **entries}))
+
+
+def test_parts_that_a_pipeline_was_saved_without_are_not_asked_for(tmp_path):
+    sd3_pipeline().save_pretrained(tmp_path / "without T5")
+    assert load_pipeline(tmp_path / "without T5").prompts(["a"])["encoder_hidden_states"].shape[2] == 10
 
 
 CODE = {

@@ -38,9 +38,9 @@ def load_pipeline(folder: str | Path, **options: Any) -> Parts:
     try:
         index = json.loads((folder / "model_index.json").read_text(encoding="utf-8"))
         _check(folder, index)
-        unchecked = {"safety_checker": None} if "safety_checker" in index else {}
+        absent = {name: None for name, entry in index.items() if entry == [None, None] or name == "safety_checker"}
         pipeline = library.DiffusionPipeline.from_pretrained(
-            folder, local_files_only=True, use_safetensors=True, **unchecked
+            folder, local_files_only=True, use_safetensors=True, **absent
         )
         if (folder / ADAPTERS).is_file():  # of a student whose adapters lie apart
             pipeline.load_lora_weights(folder, weight_name=ADAPTERS)
