@@ -28,6 +28,18 @@ def index_of(folder, **entries):
     path.write_text(json.dumps({**json.loads(path.read_text()), **entries}))
 
 
+def test_weights_in_half_precision_become_float32_in_every_part(tmp_path):
+    stored = pipeline().to(torch.float16)
+    stored.save_pretrained(tmp_path / "half")
+    loaded = load_pipeline(tmp_path / "half").pipeline
+    for part in ("unet", "vae", "text_encoder"):
+        state, expected = getattr(loaded, part).state_dict(), getattr(stored, part).float().state_dict()
+        assert all(
+            torch.equal(state[name], expected[name]) and state[name].dtype == expected[name].dtype for name in state
+        )
+    loaded("a cat", num_inference_steps=1)
+
+
 def test_parts_that_a_pipeline_was_saved_without_are_not_asked_for(tmp_path):
     sd3_pipeline().save_pretrained(tmp_path / "without T5")
     assert load_pipeline(tmp_path / "without T5").prompts(["a"])["encoder_hidden_states"].shape[2] == 10

@@ -23,7 +23,7 @@ DAMAGES = (OSError, ValueError, RuntimeError, AttributeError, TypeError, LookupE
 
 
 def load_pipeline(folder: str | Path, **options: Any) -> Parts:
-    """Load a diffusers folder; nothing is downloaded, and no code of the folder runs.
+    """Load a diffusers folder, in float32; nothing is downloaded, and no code of the folder runs.
 
     Args:
         folder: it holds `model_index.json`.
@@ -42,6 +42,9 @@ def load_pipeline(folder: str | Path, **options: Any) -> Parts:
         pipeline = library.DiffusionPipeline.from_pretrained(
             folder, local_files_only=True, use_safetensors=True, **absent
         )
+        for part in pipeline.components.values():
+            if isinstance(part, nn.Module):
+                part.float()  # transformers 5 leaves its models as they are stored
         if (folder / ADAPTERS).is_file():  # of a student whose adapters lie apart
             pipeline.load_lora_weights(folder, weight_name=ADAPTERS)
             pipeline.fuse_lora()
