@@ -28,9 +28,11 @@ def index_of(folder, **entries):
     path.write_text(json.dumps({**json.loads(path.read_text()), **entries}))
 
 
-def test_weights_in_half_precision_become_float32_in_every_part(tmp_path):
+@pytest.mark.parametrize("variant", [None, "fp16"])
+@pytest.mark.parametrize("size", ["10KB", "1GB"])
+def test_weights_in_half_precision_become_float32_in_every_part(variant, size, tmp_path):
     stored = pipeline().to(torch.float16)
-    stored.save_pretrained(tmp_path / "half")
+    stored.save_pretrained(tmp_path / "half", variant=variant, max_shard_size=size)
     loaded = load_pipeline(tmp_path / "half").pipeline
     for part in ("unet", "vae", "text_encoder"):
         state, expected = getattr(loaded, part).state_dict(), getattr(stored, part).float().state_dict()

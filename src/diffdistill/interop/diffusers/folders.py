@@ -40,7 +40,7 @@ def load_pipeline(folder: str | Path, **options: Any) -> Parts:
         _check(folder, index)
         absent = {name: None for name, entry in index.items() if entry == [None, None] or name == "safety_checker"}
         pipeline = library.DiffusionPipeline.from_pretrained(
-            folder, local_files_only=True, use_safetensors=True, **absent
+            folder, local_files_only=True, use_safetensors=True, variant=_variant(folder), **absent
         )
         for part in pipeline.components.values():
             if isinstance(part, nn.Module):
@@ -55,6 +55,15 @@ def load_pipeline(folder: str | Path, **options: Any) -> Parts:
         return from_pipeline(pipeline, **options)
     except DAMAGES as error:
         raise ValueError(f"cannot read the diffusers folder {folder}: {' '.join(str(error).split())[:300]}") from None
+
+
+def _variant(folder: Path) -> str | None:
+    """The variant of the weights, such as "fp16", of which a part has no others: `model.fp16.safetensors`."""
+    for part in folder.iterdir():
+        kinds = {file.name.split(".")[1].partition("-")[0] for file in part.glob("*.safetensors")}
+        if kinds and "safetensors" not in kinds:
+            return min(kinds)
+    return None
 
 
 def _parameters(pipeline: Any) -> Iterator[tuple[str, nn.Parameter]]:
