@@ -286,6 +286,8 @@ def test_bad_input():
     stock.register_to_config(prediction_type="epsilin")
     with pytest.raises(ValueError, match="'epsilin'.*flow_prediction"):
         from_network(unet(), stock)
+    with pytest.raises(ValueError, match="timestep_type='continuous'"):
+        from_network(unet(), scheduler("EulerDiscreteScheduler", timestep_type="continuous"))
     with pytest.raises(ValueError, match="24 input and 16 output channels"):
         from_network(flux(in_channels=24, out_channels=16), diffusers.FlowMatchEulerDiscreteScheduler())
     denoiser = from_network(unet(), scheduler())
