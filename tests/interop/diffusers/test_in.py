@@ -139,6 +139,18 @@ def test_a_whole_sdxl_pipeline():
     assert parts.denoiser.null_condition(cond)["encoder_hidden_states"].abs().max() == 0
 
 
+def test_an_autoencoder_that_overflows_in_half_precision_computes_in_float32():
+    """That of SDXL; stock pipelines do the same."""
+    pipe = sdxl_pipeline().to(torch.float16)
+    with torch.no_grad():
+        for half in (pipe.vae.encoder, pipe.vae.decoder):
+            half.conv_in.weight.mul_(60000)
+    codec = from_pipeline(pipe).codec
+    x = codec.encode(torch.rand(2, 3, 16, 16) * 2 - 1)
+    assert x.isfinite().all() and codec.decode(9 * torch.randn(2, 4, 8, 8)).isfinite().all()
+    assert pipe.vae.dtype == torch.float16
+
+
 @pytest.mark.parametrize("task", ["Img2Img", "Inpaint"])
 def test_sdxl_has_the_same_conditions_in_every_pipeline(task):
     pipe = sdxl_pipeline()
