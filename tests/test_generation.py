@@ -1,12 +1,24 @@
 """How a model is sampled: the analytic start by its level, the schedules that fit it, and what is refused."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 
 from diffdistill import load_denoiser, sample
 from diffdistill.denoiser import Distilled
-from diffdistill.generation import WARM_UP_SAMPLES, count_nfe, generate, plan, spread_labels, statistics_of
+from diffdistill.generation import (
+    WARM_UP_SAMPLES,
+    count_nfe,
+    generate,
+    plan,
+    schedule_for,
+    spread_labels,
+    statistics_of,
+)
 from diffdistill.models import guidance_student, guided, save_denoiser
+from diffdistill.models.preconditioning import EpsPrediction
+from diffdistill.noise_levels import linear_table
 from diffdistill.solvers import (
     GaussianStart,
     GaussianStatistics,
@@ -32,6 +44,18 @@ def folder(tmp_path_factory):
     statistics = GaussianStatistics.fit(0.3 * x, torch.arange(40) % 4, num_classes=4)
     save_gaussian(statistics, folder / "mine.statistics.safetensors")
     return folder
+
+
+@pytest.mark.parametrize("zero_snr", [False, True])
+def test_schedules_of_discrete_time_take_the_levels_of_the_model(zero_snr):
+    table = torch.cat([linear_table(), torch.tensor([4096.0] * zero_snr, dtype=torch.float64)])
+    model = SimpleNamespace(
+        sigma_min=float(table[0]), sigma_max=float(table[-1]), preconditioning=EpsPrediction(table=table)
+    )
+    found = schedule_for(model, {"name": "discrete", "num_steps": len(table) - 1})
+    torch.testing.assert_close(found, table.flip(0), rtol=1e-9, atol=0)
+    found = schedule_for(model, {"name": "trailing", "num_steps": len(table), "sigma_min": 0.0})
+    torch.testing.assert_close(found[:-1], table.flip(0), rtol=1e-9, atol=0)
 
 
 @pytest.mark.parametrize("w", [None, 1.5])

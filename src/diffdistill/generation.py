@@ -68,13 +68,13 @@ class Plan:
 def schedule_for(denoiser: Denoiser, options: Mapping[str, Any]) -> Tensor:
     """The schedule of `options` (of `make_schedule`) between the ends of a denoiser, where they do not say others.
 
-    The schedule "trailing" takes the table of a discrete-time denoiser, and "flow" has ends of its own.
+    The schedules "trailing" and "discrete" take the table of a discrete-time denoiser; "flow" has ends of its own.
     """
     given: dict[str, Any] = {"sigma_min": denoiser.sigma_min, "sigma_max": denoiser.sigma_max}
     if options["name"] == "flow":
         given = {}
     table = getattr(getattr(denoiser, "preconditioning", None), "table", None)
-    if options["name"] == "trailing" and table is not None:
+    if options["name"] in ("trailing", "discrete") and table is not None:
         given["table"] = table.cpu()
     return make_schedule(**{**given, **options})
 

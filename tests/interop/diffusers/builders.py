@@ -143,7 +143,7 @@ def unet_2d(**changes):
     return component("UNet2DModel", **{**options, **changes})
 
 
-def dit():
+def dit(*, num_embeds_ada_norm=5):
     return component(
         "DiTTransformer2DModel",
         num_attention_heads=2,
@@ -153,7 +153,7 @@ def dit():
         num_layers=2,
         sample_size=8,
         patch_size=2,
-        num_embeds_ada_norm=5,
+        num_embeds_ada_norm=num_embeds_ada_norm,
         norm_num_groups=4,
     )
 

@@ -1,4 +1,4 @@
-"""Our solvers as schedulers of the stock flow-matching pipelines equal our own sampler."""
+"""Our solvers as schedulers of the stock pipelines of flow matching, of DiT and of DDPM equal our own sampler."""
 
 from types import SimpleNamespace
 
@@ -23,7 +23,7 @@ from diffdistill.solvers import (
     make_schedule,
     make_solver,
 )
-from tests.interop.diffusers.builders import diffusers, flux_pipeline, sd3_pipeline
+from tests.interop.diffusers.builders import diffusers, dit, flux_pipeline, sd3_pipeline, unet_2d, vae
 from tests.interop.diffusers.stock import PROMPTS, close
 
 STOCK = diffusers.FlowMatchEulerDiscreteScheduler
@@ -150,6 +150,31 @@ def test_a_learned_stage_within_a_step(case):
     with torch.no_grad():
         ours = sample(case.denoiser, case.start(sigmas), solver=plugin, sigmas=sigmas, cond=case.cond)
     torch.testing.assert_close(stock, case.packed(ours), rtol=1e-4, atol=1e-4 * float(ours.abs().max()))
+
+
+@pytest.mark.parametrize("name", ["euler", "dpm3", "unipc"])
+@pytest.mark.parametrize("num_steps", [1, 2, 3, 20])
+def test_pipelines_that_scale_neither_noise_nor_input(name, num_steps):
+    levels = diffusers.DDPMScheduler()
+    classes, plain = dit(num_embeds_ada_norm=1000), unet_2d(num_class_embeds=None)
+    for pipe, cond in (
+        (diffusers.DiTPipeline(transformer=classes, vae=vae(), scheduler=levels), torch.tensor([7, 999])),
+        (diffusers.DDPMPipeline(plain, levels), None),
+    ):
+        pipe.set_progress_bar_config(disable=True)
+        parts = from_pipeline(pipe)
+        pipe.scheduler = scheduler_for(pipe, solver=SOLVERS[name])
+        options = {"batch_size": 2} if cond is None else {"class_labels": cond.tolist(), "guidance_scale": W + 1}
+        draw = torch.Generator().manual_seed(4)
+        stock = pipe(generator=draw, num_inference_steps=num_steps, output_type="np", **options).images
+        noise = torch.randn(2, *parts.denoiser.data_shape, generator=draw.manual_seed(4))
+        sigmas = pipe.scheduler.sigmas
+        start = as_in_stock_pipelines(noise, float(sigmas[0]))
+        denoiser = parts.denoiser if cond is None else guided(parts.denoiser, W)
+        ours = sample(denoiser, start, solver=make_solver(**SOLVERS[name]), sigmas=sigmas, cond=cond)
+        images = ours if parts.codec is None else parts.codec.decode(ours)
+        expected = (images / 2 + 0.5).clamp(0, 1).permute(0, 2, 3, 1)
+        torch.testing.assert_close(torch.from_numpy(stock), expected, rtol=1e-4, atol=1e-4)
 
 
 def test_where_image_to_image_begins_and_a_scheduler_as_a_file(tmp_path, case):

@@ -13,7 +13,7 @@ from safetensors.torch import load_file, save_file
 from diffdistill import load_denoiser
 from diffdistill.interop.diffusers import load_pipeline
 from diffdistill.interop.diffusers.scheduler import scheduler_for
-from tests.interop.diffusers.builders import diffusers, flux_pipeline, pipeline
+from tests.interop.diffusers.builders import diffusers, flux_pipeline, pipeline, sd3_pipeline
 
 
 @pytest.fixture(scope="module")
@@ -26,6 +26,25 @@ def good(tmp_path_factory):
 def index_of(folder, **entries):
     path = folder / "model_index.json"
     path.write_text(json.dumps({**json.loads(path.read_text()), **entries}))
+
+
+@pytest.mark.parametrize("variant", [None, "fp16"])
+@pytest.mark.parametrize("size", ["10KB", "1GB"])
+def test_weights_in_half_precision_become_float32_in_every_part(variant, size, tmp_path):
+    stored = pipeline().to(torch.float16)
+    stored.save_pretrained(tmp_path / "half", variant=variant, max_shard_size=size)
+    loaded = load_pipeline(tmp_path / "half").pipeline
+    for part in ("unet", "vae", "text_encoder"):
+        state, expected = getattr(loaded, part).state_dict(), getattr(stored, part).float().state_dict()
+        assert all(
+            torch.equal(state[name], expected[name]) and state[name].dtype == expected[name].dtype for name in state
+        )
+    loaded("a cat", num_inference_steps=1)
+
+
+def test_parts_that_a_pipeline_was_saved_without_are_not_asked_for(tmp_path):
+    sd3_pipeline().save_pretrained(tmp_path / "without T5")
+    assert load_pipeline(tmp_path / "without T5").prompts(["a"])["encoder_hidden_states"].shape[2] == 10
 
 
 CODE = {

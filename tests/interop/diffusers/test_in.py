@@ -139,6 +139,27 @@ def test_a_whole_sdxl_pipeline():
     assert parts.denoiser.null_condition(cond)["encoder_hidden_states"].abs().max() == 0
 
 
+def test_an_autoencoder_that_overflows_in_half_precision_computes_in_float32():
+    """That of SDXL; stock pipelines do the same."""
+    pipe = sdxl_pipeline().to(torch.float16)
+    with torch.no_grad():
+        for half in (pipe.vae.encoder, pipe.vae.decoder):
+            half.conv_in.weight.mul_(60000)
+    codec = from_pipeline(pipe).codec
+    x = codec.encode(torch.rand(2, 3, 16, 16) * 2 - 1)
+    assert x.isfinite().all() and codec.decode(9 * torch.randn(2, 4, 8, 8)).isfinite().all()
+    assert pipe.vae.dtype == torch.float16
+
+
+@pytest.mark.parametrize("task", ["Img2Img", "Inpaint"])
+def test_sdxl_has_the_same_conditions_in_every_pipeline(task):
+    pipe = sdxl_pipeline()
+    sibling = getattr(diffusers, f"StableDiffusionXL{task}Pipeline")(**pipe.components)
+    expected = from_pipeline(pipe).prompts(["a cat", "b"])
+    for name, value in from_pipeline(sibling).prompts(["a cat", "b"]).items():
+        assert torch.equal(value, expected[name])
+
+
 def test_unets_without_text():
     network = unet_2d()
     x, sigma, y = torch.randn(3, 3, 8, 4), torch.tensor([0.3, 2.0, 11.0]).double(), torch.tensor([0, 2, 1])
@@ -277,6 +298,8 @@ def test_bad_input():
     stock.register_to_config(prediction_type="epsilin")
     with pytest.raises(ValueError, match="'epsilin'.*flow_prediction"):
         from_network(unet(), stock)
+    with pytest.raises(ValueError, match="timestep_type='continuous'"):
+        from_network(unet(), scheduler("EulerDiscreteScheduler", timestep_type="continuous"))
     with pytest.raises(ValueError, match="24 input and 16 output channels"):
         from_network(flux(in_channels=24, out_channels=16), diffusers.FlowMatchEulerDiscreteScheduler())
     denoiser = from_network(unet(), scheduler())
@@ -289,3 +312,19 @@ def test_bad_input():
             denoiser.check_condition(cond, 3)
     with pytest.raises(ValueError, match="empty prompt"):
         denoiser.null_condition(text_batch())
+
+
+def test_pipelines_of_other_models_are_refused_by_name():
+    components = {**sdxl_pipeline().components, "text_encoder": None, "tokenizer": None}
+    refiner = diffusers.StableDiffusionXLImg2ImgPipeline(**components, requires_aesthetics_score=True)
+    with pytest.raises(ValueError, match="refiner"):
+        from_pipeline(refiner)
+    encoder = flux_pipeline().components
+    network = builders.component(
+        "PixArtTransformer2DModel", num_attention_heads=2, attention_head_dim=4, out_channels=8, num_layers=1
+    )
+    other = diffusers.PixArtSigmaPipeline(
+        encoder["tokenizer_2"], encoder["text_encoder_2"], encoder["vae"], network, scheduler()
+    )
+    with pytest.raises(ValueError, match="'PixArtTransformer2DModel': choose one of DiT"):
+        from_pipeline(other)

@@ -23,7 +23,7 @@ DAMAGES = (OSError, ValueError, RuntimeError, AttributeError, TypeError, LookupE
 
 
 def load_pipeline(folder: str | Path, **options: Any) -> Parts:
-    """Load a diffusers folder; nothing is downloaded, and no code of the folder runs.
+    """Load a diffusers folder, in float32; nothing is downloaded, and no code of the folder runs.
 
     Args:
         folder: it holds `model_index.json`.
@@ -38,10 +38,13 @@ def load_pipeline(folder: str | Path, **options: Any) -> Parts:
     try:
         index = json.loads((folder / "model_index.json").read_text(encoding="utf-8"))
         _check(folder, index)
-        unchecked = {"safety_checker": None} if "safety_checker" in index else {}
+        absent = {name: None for name, entry in index.items() if entry == [None, None] or name == "safety_checker"}
         pipeline = library.DiffusionPipeline.from_pretrained(
-            folder, local_files_only=True, use_safetensors=True, **unchecked
+            folder, local_files_only=True, use_safetensors=True, variant=_variant(folder), **absent
         )
+        for part in pipeline.components.values():
+            if isinstance(part, nn.Module):
+                part.float()  # transformers 5 leaves its models as they are stored
         if (folder / ADAPTERS).is_file():  # of a student whose adapters lie apart
             pipeline.load_lora_weights(folder, weight_name=ADAPTERS)
             pipeline.fuse_lora()
@@ -52,6 +55,15 @@ def load_pipeline(folder: str | Path, **options: Any) -> Parts:
         return from_pipeline(pipeline, **options)
     except DAMAGES as error:
         raise ValueError(f"cannot read the diffusers folder {folder}: {' '.join(str(error).split())[:300]}") from None
+
+
+def _variant(folder: Path) -> str | None:
+    """The variant of the weights, such as "fp16", of which a part has no others: `model.fp16.safetensors`."""
+    for part in folder.iterdir():
+        kinds = {file.name.split(".")[1].partition("-")[0] for file in part.glob("*.safetensors")}
+        if kinds and "safetensors" not in kinds:
+            return min(kinds)
+    return None
 
 
 def _parameters(pipeline: Any) -> Iterator[tuple[str, nn.Parameter]]:

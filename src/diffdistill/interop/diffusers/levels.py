@@ -44,7 +44,7 @@ def levels_of(scheduler: Any, *, time_scale: float = 1000.0) -> Levels:
         time_scale: what flow models multiply the time t in [0, 1] by before they embed it.
 
     Raises:
-        ValueError: an unknown prediction type, or a scheduler without noise levels.
+        ValueError: an unknown prediction type, a scheduler without noise levels, or one of continuous time.
     """
     scheduler = stock(scheduler)
     config, name = scheduler.config, type(scheduler).__name__
@@ -52,6 +52,8 @@ def levels_of(scheduler: Any, *, time_scale: float = 1000.0) -> Levels:
     if name.startswith("FlowMatch") or prediction == "flow_prediction":
         end = FLOW_END / (1 - FLOW_END)
         return Levels({"name": "flow", "time_scale": time_scale}, 1 / end, end)
+    if config.get("timestep_type") == "continuous":
+        raise ValueError(f"{name} with timestep_type='continuous' is not read: its network is given log(sigma) / 4")
     try:
         kind = choose("prediction type", prediction, PREDICTIONS)
     except ValueError as error:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -35,7 +36,8 @@ class LatentCodec:
     def encode(self, images: Tensor, generator: torch.Generator | None = None) -> Tensor:
         """Images `[B, 3, H, W]` in [-1, 1] to latents `[B, C, h, w]`; drawn with a generator, else the mode."""
         options = self.vae.config
-        posterior = self.vae.encode(images.to(self._dtype)).latent_dist
+        with self._upcast() as dtype:
+            posterior = self.vae.encode(images.to(dtype)).latent_dist
         latents = posterior.mode() if generator is None else posterior.sample(generator)
         return ((latents - (options.shift_factor or 0.0)) * options.scaling_factor).to(images.dtype)
 
@@ -44,7 +46,8 @@ class LatentCodec:
         """Latents `[B, C, h, w]` to images `[B, 3, H, W]`, about in [-1, 1]."""
         options = self.vae.config
         scaled = latents / options.scaling_factor + (options.shift_factor or 0.0)
-        return self.vae.decode(scaled.to(self._dtype)).sample.to(latents.dtype)
+        with self._upcast() as dtype:
+            return self.vae.decode(scaled.to(dtype)).sample.to(latents.dtype)
 
     @property
     def channels(self) -> int:
@@ -56,9 +59,16 @@ class LatentCodec:
         """Pixels per latent along a side."""
         return 2 ** (len(self.vae.config.block_out_channels) - 1)
 
-    @property
-    def _dtype(self) -> torch.dtype:
-        return next(self.vae.parameters()).dtype
+    @contextmanager
+    def _upcast(self) -> Iterator[torch.dtype]:
+        """The dtype to compute in: that of the weights, or float32 in place of half where the config asks for it."""
+        stored = next(self.vae.parameters()).dtype
+        upcast = stored == torch.float16 and self.vae.config.get("force_upcast", False)
+        try:
+            yield (self.vae.float() if upcast else self.vae).dtype
+        finally:
+            if upcast:
+                self.vae.half()
 
 
 @dataclass(frozen=True, eq=False)
@@ -186,12 +196,15 @@ def from_pipeline(
         null_class: as in `from_network`.
 
     Raises:
-        ValueError: as `from_network`.
+        ValueError: as `from_network`, or the refiner of SDXL.
     """
     network = getattr(pipeline, "unet", None)
     network = getattr(pipeline, "transformer", None) if network is None else network
     if network is None:
         raise ValueError(f"{type(pipeline).__name__} has neither a unet nor a transformer")
+    choose("network of diffusers", type(network).__name__, FAMILIES)
+    if pipeline.config.get("requires_aesthetics_score"):
+        raise ValueError("this is the refiner of Stable Diffusion XL, which is not read: the base model is")
     prompts = _prompt_encoder(pipeline) if hasattr(pipeline, "encode_prompt") else None
     null = None
     if prompts is not None:
@@ -236,7 +249,7 @@ def _prompt_encoder(pipeline: Any) -> Callable[[Sequence[str]], dict[str, Tensor
         device = pipeline.unet.device
         if name.startswith("StableDiffusionXL"):
             embeddings, _, pooled, _ = pipeline.encode_prompt(prompts, None, device, 1, False)
-            side = float(pipeline.default_sample_size * pipeline.vae_scale_factor)
+            side = float(pipeline.unet.config.sample_size * pipeline.vae_scale_factor)
             ids = torch.tensor([side, side, 0.0, 0.0, side, side], device=device, dtype=embeddings.dtype)
             return {
                 "encoder_hidden_states": embeddings,

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from diffdistill.denoiser import Distilled
-from diffdistill.interop.diffusers.flow_scheduler import FlowSolverScheduler
+from diffdistill.interop.diffusers.flow_scheduler import FlowSolverScheduler, UnscaledSolverScheduler
 from diffdistill.interop.diffusers.levels import levels_of, stock
 from diffdistill.interop.diffusers.solver_scheduler import SolverScheduler
 from diffdistill.learned.files import LearnedSolver
@@ -46,7 +46,11 @@ def scheduler_for(
     config = {name: value for name, value in dict(own.config).items() if not name.startswith("_")}
     levels = None if sigmas is None else torch.as_tensor(sigmas, dtype=torch.float64).tolist()
     options = None if isinstance(solver, Solver) or solver is None else dict(solver)
-    kind = FlowSolverScheduler if levels_of(own).preconditioning["name"] == "flow" else SolverScheduler
+    kind: type[SolverScheduler] = SolverScheduler
+    if levels_of(own).preconditioning["name"] == "flow":
+        kind = FlowSolverScheduler
+    elif not hasattr(pipeline, "prepare_latents"):  # where others scale their noise
+        kind = UnscaledSolverScheduler
     made = kind(solver=options, schedule=schedule, sigmas=levels, source=type(own).__name__, source_config=config)
     if isinstance(solver, Solver):
         made.solver = made.usable(solver)
@@ -65,4 +69,4 @@ def student_scheduler(pipeline: Any, distilled: Distilled) -> SolverScheduler:
     return scheduler_for(pipeline, solver={"name": name}, sigmas=distilled.sigmas)
 
 
-__all__ = ["FlowSolverScheduler", "SolverScheduler", "scheduler_for", "student_scheduler"]
+__all__ = ["FlowSolverScheduler", "SolverScheduler", "UnscaledSolverScheduler", "scheduler_for", "student_scheduler"]
