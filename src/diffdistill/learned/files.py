@@ -167,13 +167,15 @@ def load_predictor(name_or_path: str | os.PathLike[str], *, device: torch.device
     """Load a learned solver.
 
     Args:
-        name_or_path: a shipped one (`shipped_predictors()` lists them), or a file that `save_predictor` wrote.
+        name_or_path: a shipped one (`shipped_predictors()` lists them), a file that `save_predictor` wrote, or the folder
+            of the run that made it.
         device: where to put the predictor.
 
     Raises:
         ValueError: there is no such file, or it is corrupted, of another version, or holds no predictor.
     """
-    path = PREDICTOR.find(name_or_path)
+    result = Path(name_or_path) / "predictor.safetensors"
+    path = PREDICTOR.find(result if result.is_file() else name_or_path)
     record, state = PREDICTOR.read(path)
     del record["format"]
     try:
