@@ -156,6 +156,22 @@ def test_steps_of_a_tensor_are_differentiable():
     assert torch.autograd.gradcheck(end, (sigmas,))
 
 
+def test_a_sample_keeps_the_gradients_of_its_noise_and_no_others():
+    scale = torch.nn.Parameter(torch.tensor(0.3, dtype=torch.float64))
+    noise = torch.randn(3, 2, 5, dtype=torch.float64)
+    run = {"solver": make_solver("dpmpp"), "sigmas": torch.tensor([5.0, 2.0, 1.0, 0.3])}
+
+    def end(noise, trajectory=False):
+        found = sample(lambda x, sigma, cond: torch.tanh(scale * x), noise, **run, return_trajectory=trajectory)
+        return found.x if trajectory else found
+
+    assert not end(noise).requires_grad and not end(noise, trajectory=True).requires_grad
+    noise.requires_grad_()
+    assert torch.autograd.gradcheck(end, (noise,)) and torch.autograd.gradcheck(lambda n: end(n, True), (noise,))
+    with torch.no_grad():
+        assert not end(noise).requires_grad
+
+
 def test_analytical_first_step():
     x = torch.randn(3, 2, 5, dtype=torch.float64)
     sigma = torch.tensor([80.0, 10.0, 1.0], dtype=torch.float64)

@@ -42,7 +42,7 @@ def integrate(
 ) -> Iterator[Tensor]:
     """Yield the state after each step, given past evaluations. Gradients flow unless the caller disables them.
 
-    For those of a sample with respect to noise `[B, ...]` and levels `sigmas: [num_steps + 1]`:
+    For those of a sample with respect to the levels `sigmas: [num_steps + 1]` or the parameters of the denoiser:
     `*_, x = integrate(ProbabilityFlow(denoiser, cond), sigmas[0] * noise, solver, intervals(sigmas, B))`.
     """
     for interval in steps:
@@ -83,7 +83,6 @@ def sample(
 ) -> Trajectory: ...
 
 
-@torch.no_grad()
 def sample(
     denoiser: Callable[..., Tensor],
     noise: Tensor,
@@ -97,7 +96,7 @@ def sample(
     thresholding: str | Callable[[Tensor], Tensor] | None = None,
     return_trajectory: bool = False,
 ) -> Tensor | Trajectory:
-    """Carry `noise` along the schedule `sigmas` to a sample, without gradients: those flow through `integrate`.
+    """Carry `noise` along the schedule `sigmas` to a sample. Gradients are kept where `noise` requires them.
 
     Args:
         denoiser: any callable `(x, sigma, cond) -> x0`; it is given sigma in float64, `[B]`.
@@ -141,12 +140,13 @@ def sample(
     if solver.stochastic:
         stream = SampleNoise(range(len(noise)) if seeds is None else seeds, noise.shape[1:])
         stream.draw()  # what `seeded_noise` gives for the same seeds: the start must not come again as a step's noise
-    if start is None:
-        x, history = noise * sigmas[0].item(), ()
-    else:
-        x, history = start.begin(denoiser, noise, sigmas, cond, memory=solver.memory)
-    points = [x]
-    with feature_tap(denoiser, solver) as features:
+    keep = torch.is_grad_enabled() and noise.requires_grad
+    with torch.set_grad_enabled(keep), feature_tap(denoiser, solver) as features:
+        if start is None:
+            x, history = noise * sigmas[0].item(), ()
+        else:
+            x, history = start.begin(denoiser, noise, sigmas, cond, memory=solver.memory)
+        points = [x]
         gaussian = None if start is None else start.denoiser(denoiser)
         flow = ProbabilityFlow(denoiser, cond, thresholding=thresholding, features=features, gaussian=gaussian)
         for x_next in integrate(flow, x, solver, steps, stream, history):
