@@ -9,15 +9,10 @@ again continues the run.
 
 from __future__ import annotations
 
-import json
-from collections.abc import Callable, Iterator
-from dataclasses import asdict
-from pathlib import Path
 from typing import Any
 
 import torch
 from omegaconf import DictConfig
-from tqdm import tqdm
 
 from common import command, plain
 from diffdistill import load_denoiser
@@ -25,12 +20,11 @@ from diffdistill.atomic import write_text
 from diffdistill.data import load_data
 from diffdistill.denoiser import Denoiser
 from diffdistill.devices import device_of
-from diffdistill.evaluation import solver_comparison as comparison
-from diffdistill.evaluation import solver_report as report
 from diffdistill.evaluation.extractors import make_features
 from diffdistill.evaluation.features import gaussian_of
 from diffdistill.evaluation.frechet import frechet_distance
-from diffdistill.evaluation.solver_comparison import Candidate, Grid, Problem, Row
+from diffdistill.evaluation.solver_comparison import Grid, Problem, compare, entries, reference_endpoints, title
+from diffdistill.evaluation.solver_comparison.report import comma_separated, gains, markdown, plot
 from diffdistill.generation import spread_labels, start_for, statistics_of
 from diffdistill.learned import load_predictor
 from diffdistill.models import guided
@@ -39,13 +33,14 @@ from diffdistill.training import Run
 
 
 def problem_of(settings: dict[str, Any], model: Denoiser, run: Run) -> Problem:
+    """The seeds, and where their exact trajectories end."""
     denoiser = guided(model, settings["w"]) if settings["w"] else model
     seeds = range(settings["seed"], settings["seed"] + settings["num_samples"])
     labels, size = spread_labels(len(seeds), denoiser.num_classes), settings["batch_size"]
     fine = settings["reference"]
     same = {name: settings[name] for name in ("model", "w", "seed", "batch_size")}
     truth = Run(fine["out"] or run.path / "reference", {**same, "reference": fine}, harmless=("out",))
-    endpoints = comparison.reference_endpoints(
+    endpoints = reference_endpoints(
         denoiser,
         seeds,
         labels,
@@ -55,46 +50,6 @@ def problem_of(settings: dict[str, Any], model: Denoiser, run: Run) -> Problem:
         batch_size=size,
     )
     return Problem(denoiser, seeds, labels, endpoints, size)
-
-
-def candidates(settings: dict[str, Any], problem: Problem) -> Iterator[tuple[str, Callable[[], Candidate | None]]]:
-    """The name of each entry, and a function that finds the best way to use it, or None if there is no way."""
-    start = settings["start"]
-    statistics = load_gaussian(start["statistics"] or statistics_of(settings["model"])) if start["sigmas"] else None
-    grid = Grid(settings["schedules"], statistics, start["sigmas"], settings["analytic_first_step"])
-    few = problem.part(settings["tuning_samples"])
-    for label, options in settings["solvers"].items():
-        for evaluations in settings["evaluations"]:
-            for started in (False, True) if start["sigmas"] else (False,):
-
-                def choose(
-                    given: tuple[Any, ...] = (label, options, evaluations), s: bool = started
-                ) -> Candidate | None:
-                    return comparison.best(grid.candidates(*given, few, started=s), few)
-
-                yield f"{label}_{evaluations}{'_start' if started else ''}", choose
-    for name in settings["learned"]:
-        yield f"learned_{title(name)}", lambda name=name: learned_candidate(name, problem)
-
-
-def title(predictor: str) -> str:
-    """The name of a predictor: that of its file, or of the run that it is the result of."""
-    path = Path(predictor).absolute()
-    return path.parent.name if path.stem == "predictor" else path.stem
-
-
-def learned_candidate(name: str, problem: Problem) -> Candidate:
-    learned = load_predictor(name)
-    learned.check(problem.denoiser)
-    return Candidate(
-        title(name).removesuffix(f"-{learned.nfe}nfe"),
-        learned.solver,
-        learned.sigmas,
-        learned.gaussian_start(),
-        schedule="learned",
-        parameters=sum(p.numel() for p in learned.solver.predictor.parameters()),
-        training_seconds=learned.provenance.get("metrics", {}).get("seconds"),
-    )
 
 
 @command("compare_solvers")
@@ -122,19 +77,15 @@ def main(config: DictConfig) -> None:
     def frechet(x: torch.Tensor) -> float:
         return frechet_distance(gaussian_of(features, x.clamp(-1, 1)), real)
 
-    rows: list[Row] = []
-    for name, choose in tqdm(list(candidates(settings, problem)), desc="solvers", disable=None):
-        path = run.path / "rows" / f"{name}.json"
-        if not path.exists():
-            candidate = choose()
-            row = None if candidate is None else comparison.measure(candidate, problem, frechet)[0]
-            write_text(path, json.dumps(row and asdict(row)) + "\n")
-        if row := json.loads(path.read_text(encoding="utf-8")):
-            rows.append(Row(**row))
-    rows.sort(key=lambda row: (row.nfe, row.solver, row.start is not None))
-    write_text(run.path / "solvers.csv", report.comma_separated(rows))
-    write_text(run.path / "solvers.md", report.markdown(rows) + "\n" + report.gains(rows))
-    report.plot(rows, run.path / "solvers.png")
+    start = settings["start"]
+    statistics = load_gaussian(start["statistics"] or statistics_of(settings["model"])) if start["sigmas"] else None
+    grid = Grid(settings["schedules"], statistics, start["sigmas"], settings["analytic_first_step"])
+    names = (settings[name] for name in ("solvers", "evaluations", "learned"))
+    taking_part = entries(grid, *names, problem, tuning_samples=settings["tuning_samples"])
+    rows = compare(taking_part, problem, run.path / "rows", frechet)
+    write_text(run.path / "solvers.csv", comma_separated(rows))
+    write_text(run.path / "solvers.md", markdown(rows) + "\n" + gains(rows))
+    plot(rows, run.path / "solvers.png")
     run.finish(["solvers.csv", "solvers.md", "solvers.png"])
     print((run.path / "solvers.md").read_text(encoding="utf-8"))
 

@@ -17,7 +17,7 @@ from diffdistill.evaluation.solver_comparison import (
     num_steps_for,
     reference_endpoints,
 )
-from diffdistill.evaluation.solver_report import comma_separated, gains, markdown, plot
+from diffdistill.evaluation.solver_comparison.report import comma_separated, gains, markdown, plot
 from diffdistill.models import GaussianMixture, save_denoiser
 from diffdistill.solvers import GaussianStatistics, load_gaussian, make_solver
 from tests.builders import tiny_denoiser

@@ -9,7 +9,7 @@ from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
-from diffdistill.evaluation.solver_comparison import Row
+from diffdistill.evaluation.solver_comparison.contest import Row
 from diffdistill.evaluation.text import grid_of, number
 from diffdistill.pictures import name_lines, save_figure
 
