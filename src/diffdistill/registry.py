@@ -9,16 +9,18 @@ from typing import Any, SupportsFloat, TypeVar, Union, get_args, get_origin, get
 
 T = TypeVar("T")
 
-CHECKED: dict[Any, tuple[type | tuple[type, ...], str]] = {
+CHECKED: dict[Any, tuple[type, str]] = {
     float: (SupportsFloat, "a number"),
     int: (SupportsFloat, "an integer"),  # whether it is whole is seen by who takes it
     bool: (bool, "true or false"),
     str: (str, "text"),
     Mapping: (Mapping, "a mapping"),
-    Sequence: ((list, tuple), "a list"),
+    Sequence: (Sequence, "a list"),
     NoneType: (NoneType, "null"),
 }
 """Types of options whose values are checked, and their names in words."""
+NEITHER: dict[type, type] = {SupportsFloat: bool, Sequence: str}
+"""What is of such a type in Python alone."""
 
 
 def choose(kind: str, name: str, table: Mapping[str, T]) -> T:
@@ -66,6 +68,5 @@ def _mismatch(value: Any, hint: Any) -> str:
     if get_origin(hint) in (Union, UnionType):
         found = [_mismatch(value, part) for part in get_args(hint)]
         return " or ".join(found) if all(found) else ""
-    types, words = CHECKED.get(get_origin(hint) or hint, (object, ""))
-    fits = isinstance(value, types) and not (isinstance(value, bool) and types is SupportsFloat)
-    return "" if fits else words
+    kind, words = CHECKED.get(get_origin(hint) or hint, (object, ""))
+    return "" if isinstance(value, kind) and not isinstance(value, NEITHER.get(kind, ())) else words
