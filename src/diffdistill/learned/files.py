@@ -167,8 +167,8 @@ def load_predictor(name_or_path: str | os.PathLike[str], *, device: torch.device
     """Load a learned solver.
 
     Args:
-        name_or_path: a shipped one (`shipped_predictors()` lists them), a file that `save_predictor` wrote, or the folder
-            of the run that made it.
+        name_or_path: a shipped one (`shipped_predictors()` lists them), a file that `save_predictor` wrote, or the
+            folder of the run that made it.
         device: where to put the predictor.
 
     Raises:
