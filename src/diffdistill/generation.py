@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -228,7 +229,8 @@ def preview(
 ) -> Callable[[Denoiser], Tensor] | None:
     """A function that draws the same `num_samples` seeds from a model each time, for the grids of a training run.
 
-    None where the samples of what is trained are no images: latents without their autoencoder.
+    None where the samples of what is trained are no images: latents without their autoencoder. Of a model that takes w,
+    the pictures are those of the nearest w that it is trained for.
 
     Raises:
         ValueError: an option out of range.
@@ -242,6 +244,8 @@ def preview(
 
     def draw(model: Denoiser) -> Tensor:
         labels = spread_labels(num_samples, model.num_classes)
-        return torch.cat(list(generate(plan(model, w=w, num_steps=num_steps), range(num_samples), labels)))
+        low, high = model.w_range or (-math.inf, math.inf)
+        shown = None if w is None else min(max(w, low), high)
+        return torch.cat(list(generate(plan(model, w=shown, num_steps=num_steps), range(num_samples), labels)))
 
     return draw
