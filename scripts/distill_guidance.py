@@ -49,7 +49,8 @@ def distill(config: DictConfig) -> str:
         weighting=make_weighting(settings["weighting"], sigma_data=teacher.sigma_data),
     )
     trainer = TrainerConfig.from_dict(settings["trainer"])
-    model = Trainer(objective, data, trainer, run, on_samples=preview(**settings["preview"]), name="stage 1").train()
+    pictures = preview(teacher, **settings["preview"])
+    model = Trainer(objective, data, trainer, run, on_samples=pictures, name="stage 1").train()
     return finish(model, run, config)
 
 

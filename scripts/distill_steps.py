@@ -46,7 +46,7 @@ def distill(config: DictConfig) -> dict[int, Path]:
         data,
         halving,
         Run(settings["out"], settings),
-        on_samples=None if encoder else preview(**settings["preview"]),
+        on_samples=None if encoder else preview(teacher, **settings["preview"]),
         provenance=lambda stage: provenance(config, stage),
     )
 

@@ -31,7 +31,7 @@ def train(config: DictConfig) -> str:
         noise=settings["noise"],
         prior=settings["prior"],
     )
-    shown = torch.stack([data[i]["x"] for i in range(settings["preview"]["num_samples"])])
+    shown = torch.stack([data[i]["x"] for i in range(min(settings["preview"]["num_samples"], len(data)))])
 
     def on_samples(model: torch.nn.Module) -> torch.Tensor:
         images = shown.to(next(model.parameters()).device)

@@ -28,14 +28,16 @@ def train(config: DictConfig) -> str:
     data = load_data(**settings["data"])
     made = {**settings["model"], "data_shape": data.shape, "num_classes": data.num_classes}
     autoencoder = None if data.autoencoder is None else load_autoencoder(data.autoencoder)
+    denoiser = build_denoiser(made, autoencoder=autoencoder)
     objective = Denoising(
-        build_denoiser(made, autoencoder=autoencoder),
+        denoiser,
         noise_levels=make_noise_levels(**settings["noise_levels"]),
         weighting=make_weighting(settings["weighting"], sigma_data=settings["model"]["preconditioning"]["sigma_data"]),
         label_dropout=settings["label_dropout"],
     )
     trainer = TrainerConfig.from_dict(settings["trainer"])
-    model = Trainer(objective, data, trainer, run, on_samples=preview(**settings["preview"]), name="teacher").train()
+    pictures = preview(denoiser, **settings["preview"])
+    model = Trainer(objective, data, trainer, run, on_samples=pictures, name="teacher").train()
     return finish(model, run, config)
 
 

@@ -12,6 +12,7 @@ from diffdistill.generation import (
     count_nfe,
     generate,
     plan,
+    preview,
     schedule_for,
     spread_labels,
     statistics_of,
@@ -164,3 +165,16 @@ def test_a_student_takes_no_start():
     student.distilled = Distilled((80.0, 1.0, 0.0))
     with pytest.raises(ValueError, match="leave out solver, schedule and start"):
         plan(student, w=1.0, start=3)
+
+
+def test_latents_without_an_autoencoder_have_no_preview():
+    latents, images = (tiny_denoiser(data_shape=[channels, 8, 8]) for channels in (2, 3))
+    assert preview(latents, num_samples=5) is None
+    drawn = preview(images, num_samples=5, num_steps=2)
+    assert drawn is not None and drawn(images).shape == (5, 3, 8, 8)
+
+
+def test_the_preview_of_a_student_of_one_w_has_that_w(recwarn):
+    student = guidance_student(tiny_denoiser(data_shape=[3, 8, 8]), (2.0, 2.0))
+    drawn = [draw(student) for draw in (preview(student, num_samples=5, num_steps=2, w=w) for w in (1.0, 2.0)) if draw]
+    assert torch.equal(*drawn) and not recwarn.list

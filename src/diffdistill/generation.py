@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from diffdistill.denoiser import Denoiser
+from diffdistill.denoiser import Denoiser, image_shape
 from diffdistill.devices import device_of, tuned_convolutions
 from diffdistill.learned.files import load_predictor
 from diffdistill.models import guided
@@ -223,8 +224,13 @@ def count_nfe(plan: Plan) -> int:
     return run.nfe
 
 
-def preview(*, num_samples: int, w: float | None = None, num_steps: int | None = None) -> Callable[[Denoiser], Tensor]:
+def preview(
+    trained: Denoiser, *, num_samples: int, w: float | None = None, num_steps: int | None = None
+) -> Callable[[Denoiser], Tensor] | None:
     """A function that draws the same `num_samples` seeds from a model each time, for the grids of a training run.
+
+    None where the samples of what is trained are no images: latents without their autoencoder. Of a model that takes w,
+    the pictures are those of the nearest w that it is trained for.
 
     Raises:
         ValueError: an option out of range.
@@ -233,9 +239,13 @@ def preview(*, num_samples: int, w: float | None = None, num_steps: int | None =
     for name, count in (("num_samples", num_samples), ("num_steps", num_steps)):
         if count is not None and count < 1:
             raise ValueError(f"preview: {name} must be at least 1, but is {count}")
+    if image_shape(trained.data_shape, trained.codec)[0] not in (1, 3):
+        return None
 
     def draw(model: Denoiser) -> Tensor:
         labels = spread_labels(num_samples, model.num_classes)
-        return torch.cat(list(generate(plan(model, w=w, num_steps=num_steps), range(num_samples), labels)))
+        low, high = model.w_range or (-math.inf, math.inf)
+        shown = None if w is None else min(max(w, low), high)
+        return torch.cat(list(generate(plan(model, w=shown, num_steps=num_steps), range(num_samples), labels)))
 
     return draw

@@ -4,6 +4,7 @@ from functools import partial
 
 import pytest
 import torch
+from torch._dynamo.testing import CompileCounter
 
 from diffdistill import load_denoiser
 from diffdistill.data import LatentData, Shapes, TensorData, load_data
@@ -83,6 +84,14 @@ def test_training_improves_the_reconstruction(tmp_path):
     config = TrainerConfig(updates=40, batch_size=32, learning_rate=5e-3)
     trained = Trainer(Reconstruction(made), data, config, Run(tmp_path, {})).train()
     assert (trained.decoder(trained.encoder(images)) - images).square().mean() < before / 3
+
+
+def test_both_halves_are_compiled():
+    torch._dynamo.reset()
+    counter, objective = CompileCounter(), Reconstruction(autoencoder())
+    objective.compile_networks(counter)
+    objective.loss({"x": torch.zeros(3, *SHAPE)}, torch.Generator().manual_seed(0))
+    assert counter.frame_count == 2
 
 
 def test_files(tmp_path):

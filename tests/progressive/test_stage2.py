@@ -1,6 +1,8 @@
 """Stage 2: the target, its exact minimiser, and the stochastic sampler."""
 
+import gc
 import math
+import weakref
 
 import pytest
 import torch
@@ -8,6 +10,7 @@ import torch
 from diffdistill.denoiser import Denoiser, per_sample
 from diffdistill.editing import encode
 from diffdistill.models import ClassifierFreeGuidance, GaussianMixture, GuidanceConditioned
+from diffdistill.progressive.halving import Halving, halve_steps
 from diffdistill.progressive.stage2 import (
     STEPS,
     StepDistillation,
@@ -19,7 +22,9 @@ from diffdistill.progressive.stage2 import (
 )
 from diffdistill.progressive.stochastic import StochasticEuler
 from diffdistill.solvers import Interval, ProbabilityFlow, make_schedule, sample
+from diffdistill.training import Run
 from diffdistill.training.weighting import make_weighting
+from tests.builders import tiny_batch, tiny_denoiser
 
 
 def mixture(**options):
@@ -153,3 +158,29 @@ def test_the_stochastic_step_needs_noise_and_its_last_step_does_not():
     with pytest.raises(ValueError, match="noise"):
         StochasticEuler().step(flow, x, Interval(level[0], level[1], sigma_after=level[2]))
     StochasticEuler().step(flow, x, Interval(level[1], level[2]))
+
+
+def test_a_stage_holds_nothing_of_the_one_before_it(tmp_path):
+    teacher = tiny_denoiser()
+    batch, seen, alive = tiny_batch(teacher, 4), [], []
+
+    def on_samples(model):
+        alive.append(sum(earlier() is not None for earlier in seen))
+        seen.append(weakref.ref(model))
+        return torch.zeros(1, 1, 8, 8)
+
+    trainer = {"updates": 1, "batch_size": 4, "ema_half_life": 10.0, "sample_every": 1, "device": "cpu"}
+    sigmas = torch.tensor([80.0, 8.0, 2.0, 0.5, 0.0], dtype=torch.float64)
+    halving = Halving(sigmas, "deterministic", make_weighting("truncated_snr"), trainer)
+    gc.disable()
+    try:
+        halve_steps(
+            teacher,
+            [dict(zip(batch, row, strict=True)) for row in zip(*batch.values(), strict=True)],
+            halving,
+            Run(tmp_path, {}),
+            on_samples=on_samples,
+        )
+    finally:
+        gc.enable()
+    assert alive == [0, 0]

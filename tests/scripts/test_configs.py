@@ -56,8 +56,9 @@ def test_teacher_presets(experiment, tmp_path):
 
 @pytest.mark.parametrize("experiment", of_kind("/autoencoder"))
 def test_autoencoder_presets(experiment, tmp_path):
-    config = common.compose("train_autoencoder", [f"experiment={experiment}"])
-    train_autoencoder.train(small(config, tmp_path / "run", 8))
+    config = small(common.compose("train_autoencoder", [f"experiment={experiment}"]), tmp_path / "run", 8)
+    config.preview.num_samples = 17  # one more than there are
+    train_autoencoder.train(config)
     assert (tmp_path / "run/model.safetensors").exists()
 
 

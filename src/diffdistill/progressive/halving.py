@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import gc
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -111,6 +112,10 @@ def halve_steps(
                 assert isinstance(model, NetworkDenoiser)
                 save_denoiser(model, paths[num_steps], provenance=provenance(stage) if provenance else None)
             stage.finish(["model.safetensors"])
+            # What a stage held on the device, some of it in cycles, must not lie beside what the next one holds.
+            teacher.to("cpu")
+            del student, objective, model
+            gc.collect()
         teacher = load_denoiser(paths[num_steps])
     if not run.finished:
         run.finish()

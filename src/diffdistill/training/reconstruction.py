@@ -33,6 +33,11 @@ class Reconstruction(Objective):
         self.trained = autoencoder
         self.noise, self.prior = noise, prior
 
+    def compile_networks(self, backend: str = "inductor") -> None:
+        """Compile the encoder and the decoder, which are called one by one."""
+        for module in self.trained.children():
+            module.compile(backend=backend)
+
     def loss(self, batch: Mapping[str, Tensor], generator: torch.Generator) -> Loss:
         """`batch` holds images `x` `[B, C, H, W]`."""
         x, autoencoder = batch["x"], self.trained

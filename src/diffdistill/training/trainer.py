@@ -49,7 +49,8 @@ class Trainer:
         name: shown on the progress bar.
 
     Raises:
-        ValueError: a batch that does not divide, an empty data set, or a device that is not there.
+        ValueError: a batch that does not divide, an empty data set, a device that is not there, or a model that cannot
+            be split.
     """
 
     def __init__(
@@ -67,8 +68,11 @@ class Trainer:
         self.objective = objective.to(self.device)
         if config.channels_last:
             self.objective.to(memory_format=torch.channels_last)  # pyright: ignore[reportCallIssue]
-        distributed.same_weights(objective.trained)
         splits = distributed.world_size() > 1 and config.parallel == "fsdp"
+        if splits and type(objective.trained).forward is nn.Module.forward:
+            kind = type(objective.trained).__name__
+            raise ValueError(f"parallel=fsdp is for models that are called as a whole, which {kind} is not: choose ddp")
+        distributed.same_weights(objective.trained)
         frozen = {name: p for name, p in objective.trained.named_parameters() if not p.requires_grad}
         self._frozen = frozenset(frozen)
         # What is frozen is the same in the average, so that memory holds it once, until both are split.
