@@ -157,6 +157,17 @@ def test_all_parts_of_version_one_equal_independent_ones(models, tmp_path):
         close(found.denoiser.model.null_encoder_hidden_states, text(tokens).last_hidden_state[0])
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+def test_files_in_any_precision_have_the_published_noise_levels(models, dtype, tmp_path):
+    state = {name: value.to(dtype) for name, value in first_version(*models).items()}
+    found = read_foreign(written(tmp_path / "model.ckpt", state), Hints(**HINTS))
+    assert found.settings["scheduler"].config.trained_betas is None
+    assert found.denoiser.sigma_max == pytest.approx(float(levels(999)), rel=1e-6)
+    state["betas"] = (BETAS * 1.02).to(dtype)
+    found = read_foreign(written(tmp_path / "model.ckpt", state), Hints(**HINTS))
+    assert found.denoiser.sigma_max > 1.02 * float(levels(999))
+
+
 def test_version_two_has_linear_projections_another_text_encoder_and_needs_to_be_told(models, tmp_path):
     _, vae, text = models
     # Three levels of attention heads by width, as version 2 has, and matrices in place of convolutions.
