@@ -13,6 +13,7 @@ import tracemalloc
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import save_file
 
 from diffdistill.interop import ForeignFileError, UnsafePickleError, open_checkpoint, read_arrays, read_foreign
 from diffdistill.interop.pickles import _OPERATIONS, Machine
@@ -286,6 +287,15 @@ def test_a_table_of_parameters_is_not_listed_by_every_module(tmp_path):
         read_foreign(tmp_path / "x.pkl")
 
 
+@pytest.mark.parametrize("dtype", [torch.float8_e4m3fn, torch.float8_e5m2, torch.bfloat16, torch.float64, torch.int8])
+def test_safetensors_of_any_type_come_back(dtype, tmp_path):
+    tensor = (3 * torch.randn(2, 3, 5)).to(dtype)
+    save_file({"a": tensor}, tmp_path / "x.safetensors")
+    with open_checkpoint(tmp_path / "x.safetensors") as checkpoint:
+        result = checkpoint.tensors(checkpoint.root)["a"]
+    assert result.dtype == dtype and torch.equal(result.float(), tensor.float())
+
+
 @pytest.mark.parametrize(
     ("entry", "match"),
     [
@@ -293,7 +303,8 @@ def test_a_table_of_parameters_is_not_listed_by_every_module(tmp_path):
         ({"dtype": "F32", "shape": [2**62, 4], "data_offsets": [0, 4]}, "declared in 4 bytes"),
         ({"dtype": "F32", "shape": [2], "data_offsets": [0, 8]}, "outside"),
         ({"dtype": "F32", "shape": [-1], "data_offsets": [4, 0]}, "outside"),
-        ({"dtype": "F4", "shape": [1], "data_offsets": [0, 4]}, "damaged header"),
+        ({"dtype": "F4", "shape": [1], "data_offsets": [0, 4]}, "type F4 are not read: F64"),
+        ({"dtype": [], "shape": [1], "data_offsets": [0, 4]}, "damaged header"),
     ],
 )
 def test_damaged_headers_of_safetensors_are_refused(entry, match, tmp_path):
