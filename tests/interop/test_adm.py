@@ -6,6 +6,7 @@ import math
 import pytest
 import torch
 import torch.nn.functional as F
+from safetensors.torch import save_file
 
 import diffdistill
 from diffdistill.interop import ForeignFileError, Hints, read_foreign
@@ -254,6 +255,15 @@ def test_consistency_models_and_their_teachers(tmp_path):
         torch.testing.assert_close(student(x, sigma)[0], x[0])  # the boundary condition
         assert torch.equal(student(x, sigma), named(x, sigma))
     assert student.distilled.sigmas == (80.0, 0.0) and teacher.distilled is None
+
+
+def test_a_safetensors_file_is_read_as_a_pt_file_is(tmp_path):
+    options = {"model_channels": 32, "channel_mult": (1, 1, 2, 2, 4, 4), "num_blocks": 1, "attn_resolutions": (32,)}
+    state = filled(OpenAIUNet(img_resolution=256, img_channels=3, **options)).state_dict()
+    save_file(state, tmp_path / "adm.safetensors")
+    torch.save(state, tmp_path / "adm.pt")
+    states = [diffdistill.load_denoiser(tmp_path / f"adm.{suffix}").state_dict() for suffix in ("safetensors", "pt")]
+    torch.testing.assert_close(*states, rtol=0, atol=0)
 
 
 def test_a_classifier_file(tmp_path):
