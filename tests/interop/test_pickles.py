@@ -9,6 +9,7 @@ import pickle
 import pickletools
 import struct
 import tracemalloc
+import zipfile
 
 import numpy as np
 import pytest
@@ -325,6 +326,19 @@ def test_a_tensor_outside_its_storage_is_refused(size, stride, offset, tmp_path)
     (tmp_path / "x.pkl").write_bytes(pickle.dumps({"a": tensor}))
     with pytest.raises(ForeignFileError, match="storage of 6 numbers"), open_checkpoint(tmp_path / "x.pkl"):
         pass
+
+
+def test_what_is_no_checkpoint_shows_its_beginning_and_an_archive_its_content(tmp_path):
+    path = tmp_path / "model.ckpt"
+    for content in (b"<!DOCTYPE html><html>", b"version https://git-lfs.github.com/spec/v1"):
+        path.write_bytes(content)
+        with pytest.raises(ForeignFileError, match=content[:15].decode()):
+            read_foreign(path)
+    with zipfile.ZipFile(path, "w") as archive:
+        archive.writestr("celeba/weights.ckpt", b"...")
+        archive.writestr("celeba/config.yaml", b"model: {}")
+    with pytest.raises(ForeignFileError, match=r"unpacked first: it holds celeba/weights\.ckpt, celeba/config\.yaml"):
+        read_foreign(path)
 
 
 def test_objects_on_the_stack_cannot_be_called_or_changed():

@@ -174,7 +174,8 @@ def _read_zip(archive: zipfile.ZipFile, size: int) -> Any:
     entries = {info.filename: info for info in archive.infolist()}
     pickle = next((name for name in entries if name.count("/") == 1 and name.endswith("/data.pkl")), None)
     if pickle is None:
-        raise ForeignFileError("the archive holds no data.pkl: it is not a file of torch.save")
+        held = ", ".join(name[:40] for name in list(entries)[:5]) or "nothing"
+        raise ForeignFileError(f"the archive is not of torch.save, and is to be unpacked first: it holds {held}")
     folder = pickle.partition("/")[0]
 
     def read(name: str) -> bytes:
