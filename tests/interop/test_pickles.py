@@ -108,6 +108,12 @@ def test_tensors_come_back(how, tmp_path):
         assert torch.equal(tensors[name], tensor), name
 
 
+def test_a_tensor_whose_sign_is_a_mark_beside_it_is_refused(tmp_path):
+    torch.save({"a": torch._neg_view(torch.ones(3))}, tmp_path / "x.pt")
+    with pytest.raises(ForeignFileError, match="resolve_neg"), open_checkpoint(tmp_path / "x.pt"):
+        pass
+
+
 class Calls:
     """Pickles as a call of a function."""
 
