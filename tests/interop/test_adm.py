@@ -236,10 +236,11 @@ def test_consistency_models_and_their_teachers(tmp_path):
     options = {**TINY, "adaptive_scale": False, "attention_order": "qkv_first"}
     network = filled(OpenAIUNet(img_resolution=16, img_channels=3, **options))
     hints = {"image_size": 16, "head_channels": 16}
-    for name in ("model.pt", "cd_bedroom.pt", "edm_bedroom.pt"):
+    for name in ("model.pt", "edited_cd.pt", "cd_bedroom.pt", "edm_bedroom.pt"):
         torch.save(planar(network.state_dict()), tmp_path / name)
-    with pytest.raises(ForeignFileError, match="family=consistency or family=edm"):
-        read_foreign(tmp_path / "model.pt", Hints(**hints))
+    for name in ("model.pt", "edited_cd.pt"):
+        with pytest.raises(ForeignFileError, match="family=consistency or family=edm"):
+            read_foreign(tmp_path / name, Hints(**hints))
     student = read_foreign(tmp_path / "cd_bedroom.pt", Hints(**hints)).denoiser
     teacher = read_foreign(tmp_path / "edm_bedroom.pt", Hints(**hints)).denoiser
     named = read_foreign(tmp_path / "model.pt", Hints(**hints, family="consistency")).denoiser

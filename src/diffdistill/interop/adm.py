@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -34,7 +35,7 @@ _SIGMAS = (0.002, 80.0)
 def read_adm(checkpoint: Checkpoint, path: Path, hints: Hints | None = None) -> Found:
     """Read a flat state dict of ADM, of one of its classifiers, or of the code of consistency models.
 
-    Consistency models and the EDM teachers beside them have the same parameters: `hints.family`, or else the beginning
+    Consistency models and the EDM teachers beside them have the same parameters: `hints.family`, or else the first word
     of the file's name ("edm", "cd" or "ct") tells which it is.
 
     Raises:
@@ -81,8 +82,8 @@ def _read_diffusion(
 def _read_consistency(
     architecture: Architecture, records: Mapping[str, Any], checkpoint: Checkpoint, path: Path, hints: Hints
 ) -> Found:
-    name = path.name.lower()
-    family = hints.family or {"ed": "edm", "cd": "consistency", "ct": "consistency"}.get(name[:2])
+    beginning = re.split("[^a-z]", path.name.lower())[0]
+    family = hints.family or {"edm": "edm", "cd": "consistency", "ct": "consistency"}.get(beginning)
     if family is None:
         raise ForeignFileError(
             "the parameters fit a consistency model and an EDM teacher alike: give family=consistency or family=edm"
