@@ -210,6 +210,7 @@ def test_an_adm_file_becomes_a_denoiser_with_the_published_meaning(tmp_path):
         read_foreign(tmp_path / "adm.pt")
     found = read_foreign(tmp_path / "adm.pt", Hints(image_size=16, head_channels=16))
     denoiser = found.denoiser
+    assert "never trained without labels" in found.description
     assert found.kind == "adm" and denoiser.num_classes == 5 and denoiser.bottleneck is denoiser.model.middle_block
     # At the levels of the table: x0 = x - sigma eps(x / sqrt(1 + sigma^2), step).
     steps, y = torch.tensor([0, 300, 999]), torch.tensor([4, 0, 1])

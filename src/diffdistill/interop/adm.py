@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from diffdistill.interop.building import Found, build_strictly, load_strictly, sizes_of
+from diffdistill.interop.building import ALWAYS_LABELLED, Found, build_strictly, load_strictly, sizes_of
 from diffdistill.interop.checkpoints import Checkpoint
 from diffdistill.interop.records import ForeignFileError
 from diffdistill.interop.tensors import TensorRecord
@@ -76,7 +76,7 @@ def _read_diffusion(
     denoiser = build_strictly(config, _prefixed(records), checkpoint)
     variance = " and the variance" if architecture.out_channels > channels else ""
     text = f"ADM, predicting the noise{variance}, {sizes_of(config)}, noise levels {table}"
-    return Found("adm", denoiser, text)
+    return Found("adm", denoiser, text + ALWAYS_LABELLED * bool(architecture.label_dim))
 
 
 def _read_consistency(
@@ -100,7 +100,8 @@ def _read_consistency(
         config["distilled"] = {"sigmas": [sigma_max, 0.0], "sampler": "deterministic"}
     denoiser = build_strictly(config, _prefixed(_linear_attention(records)), checkpoint)
     what = "consistency model" if family == "consistency" else "EDM model in the layout of consistency models"
-    return Found("consistency" if family == "consistency" else "edm", denoiser, f"{what}, {sizes_of(config)}")
+    text = f"{what}, {sizes_of(config)}" + ALWAYS_LABELLED * bool(architecture.label_dim)
+    return Found("consistency" if family == "consistency" else "edm", denoiser, text)
 
 
 def _read_classifier(records: Mapping[str, Any], checkpoint: Checkpoint, hints: Hints) -> Found:
