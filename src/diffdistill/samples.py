@@ -18,11 +18,16 @@ from diffdistill.pictures import save_grid
 from diffdistill.training.distributed import barrier, rank, world_size
 
 GRID_SAMPLES = 100
+PICTURES = (1, 3)
+"""Channels of pictures; samples of others are latents."""
 
 
 @dataclass(frozen=True, eq=False)
 class Samples:
-    """Images `x`: float32 `[N, C, H, W]` in [-1, 1], and the labels `y`: long `[N]` that they were asked for, or -1."""
+    """Images `x`: float32 `[N, C, H, W]` in [-1, 1], and the labels `y`: long `[N]` that they were asked for, or -1.
+
+    Latents, of another number of channels than 1 and 3, have any range.
+    """
 
     x: Tensor
     y: Tensor
@@ -64,8 +69,9 @@ def draw_to(folder: Path, plan: Plan, seeds: Sequence[int], labels: Tensor | Non
             continue
         chunk = slice(start, start + batch_size)
         (x,) = generate(plan, seeds[chunk], None if labels is None else labels[chunk], batch_size=batch_size)
+        x = x.float().clamp(-1, 1) if x.shape[1] in PICTURES else x.float()
         with replacing(path) as temporary:
-            np.savez(temporary, x=x.float().clamp(-1, 1).cpu().numpy())
+            np.savez(temporary, x=x.cpu().numpy())
     barrier()
     return Samples(
         torch.cat([_read_part(path) for path in paths.values()]),
