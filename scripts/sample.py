@@ -12,11 +12,10 @@ from omegaconf import DictConfig
 from common import command, faster, plain
 from common.checks import several
 from diffdistill import load_denoiser
-from diffdistill.denoiser import image_shape
 from diffdistill.devices import device_of
 from diffdistill.generation import plan
 from diffdistill.registry import choose
-from diffdistill.samples import PICTURES, WRITERS, chosen_labels, draw_to
+from diffdistill.samples import WRITERS, chosen_labels, draw_to, makes_pictures
 from diffdistill.training import Run
 from diffdistill.training.distributed import rank
 
@@ -37,9 +36,8 @@ def main(config: DictConfig) -> None:
     writers = [choose("kind of output", kind, WRITERS) for kind in several(settings["save"])]
     if not writers:
         raise ValueError(f"save must name at least one of {', '.join(WRITERS)}")
-    channels = image_shape(model.data_shape, model.codec)[0]
-    if channels not in PICTURES and writers != [WRITERS["npz"]]:
-        raise ValueError(f"samples of {channels} channels are latents, not pictures: give save=npz")
+    if not makes_pictures(model) and writers != [WRITERS["npz"]]:
+        raise ValueError(f"samples of this model are latents {list(model.data_shape)}, not pictures: give save=npz")
     labels = chosen_labels(settings["labels"], settings["num_samples"], model)
     seeds = range(settings["seed"], settings["seed"] + settings["num_samples"])
     run = Run(settings["out"], settings, harmless=("device", "save", "compile", "cuda_graph"))
