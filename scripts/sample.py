@@ -15,7 +15,7 @@ from diffdistill import load_denoiser
 from diffdistill.devices import device_of
 from diffdistill.generation import plan
 from diffdistill.registry import choose
-from diffdistill.samples import WRITERS, chosen_labels, draw_to
+from diffdistill.samples import WRITERS, chosen_labels, draw_to, makes_pictures
 from diffdistill.training import Run
 from diffdistill.training.distributed import rank
 
@@ -36,6 +36,8 @@ def main(config: DictConfig) -> None:
     writers = [choose("kind of output", kind, WRITERS) for kind in several(settings["save"])]
     if not writers:
         raise ValueError(f"save must name at least one of {', '.join(WRITERS)}")
+    if not makes_pictures(model) and writers != [WRITERS["npz"]]:
+        raise ValueError(f"samples of this model are latents {list(model.data_shape)}, not pictures: give save=npz")
     labels = chosen_labels(settings["labels"], settings["num_samples"], model)
     seeds = range(settings["seed"], settings["seed"] + settings["num_samples"])
     run = Run(settings["out"], settings, harmless=("device", "save", "compile", "cuda_graph"))

@@ -76,6 +76,7 @@ class Denoiser(nn.Module):
         distilled: how a few-step student is to be sampled, or None.
         bottleneck: the module whose output learned solvers read, or None.
         codec: the autoencoder of a denoiser of latents, or None where images themselves are denoised.
+        latents: whether latents are denoised that another file's autoencoder makes.
         source: the name or file that it was loaded from, or None.
     """
 
@@ -87,6 +88,7 @@ class Denoiser(nn.Module):
     cost: int = 1
     w_range: tuple[float, float] | None = None
     distilled: Distilled | None = None
+    latents: bool = False
     source: str | None = None
 
     @property

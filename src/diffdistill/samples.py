@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -12,7 +13,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from diffdistill.atomic import replacing
-from diffdistill.denoiser import NULL_LABEL, Denoiser
+from diffdistill.denoiser import NULL_LABEL, Denoiser, image_shape
 from diffdistill.generation import Plan, generate, spread_labels
 from diffdistill.pictures import save_grid
 from diffdistill.training.distributed import barrier, rank, world_size
@@ -22,10 +23,20 @@ GRID_SAMPLES = 100
 
 @dataclass(frozen=True, eq=False)
 class Samples:
-    """Images `x`: float32 `[N, C, H, W]` in [-1, 1], and the labels `y`: long `[N]` that they were asked for, or -1."""
+    """Images `x`: float32 `[N, C, H, W]` in [-1, 1], and the labels `y`: long `[N]` that they were asked for, or -1.
+
+    Latents have any range.
+    """
 
     x: Tensor
     y: Tensor
+
+
+def makes_pictures(denoiser: Any) -> bool:
+    """Whether samples are pictures: of 1 or 3 channels, and not latents whose autoencoder is elsewhere."""
+    codec = getattr(denoiser, "codec", None)
+    channels = image_shape(denoiser.data_shape, codec)[0]
+    return channels in (1, 3) and (codec is not None or not getattr(denoiser, "latents", False))
 
 
 def chosen_labels(labels: int | Sequence[int] | None, num_samples: int, model: Denoiser) -> Tensor | None:
@@ -64,8 +75,9 @@ def draw_to(folder: Path, plan: Plan, seeds: Sequence[int], labels: Tensor | Non
             continue
         chunk = slice(start, start + batch_size)
         (x,) = generate(plan, seeds[chunk], None if labels is None else labels[chunk], batch_size=batch_size)
+        x = x.float().clamp(-1, 1) if makes_pictures(plan.denoiser) else x.float()
         with replacing(path) as temporary:
-            np.savez(temporary, x=x.float().clamp(-1, 1).cpu().numpy())
+            np.savez(temporary, x=x.cpu().numpy())
     barrier()
     return Samples(
         torch.cat([_read_part(path) for path in paths.values()]),

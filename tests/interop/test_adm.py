@@ -6,6 +6,7 @@ import math
 import pytest
 import torch
 import torch.nn.functional as F
+from safetensors.torch import save_file
 
 import diffdistill
 from diffdistill.interop import ForeignFileError, Hints, read_foreign
@@ -209,6 +210,7 @@ def test_an_adm_file_becomes_a_denoiser_with_the_published_meaning(tmp_path):
         read_foreign(tmp_path / "adm.pt")
     found = read_foreign(tmp_path / "adm.pt", Hints(image_size=16, head_channels=16))
     denoiser = found.denoiser
+    assert "never trained without labels" in found.description
     assert found.kind == "adm" and denoiser.num_classes == 5 and denoiser.bottleneck is denoiser.model.middle_block
     # At the levels of the table: x0 = x - sigma eps(x / sqrt(1 + sigma^2), step).
     steps, y = torch.tensor([0, 300, 999]), torch.tensor([4, 0, 1])
@@ -235,10 +237,11 @@ def test_consistency_models_and_their_teachers(tmp_path):
     options = {**TINY, "adaptive_scale": False, "attention_order": "qkv_first"}
     network = filled(OpenAIUNet(img_resolution=16, img_channels=3, **options))
     hints = {"image_size": 16, "head_channels": 16}
-    for name in ("model.pt", "cd_bedroom.pt", "edm_bedroom.pt"):
+    for name in ("model.pt", "edited_cd.pt", "cd_bedroom.pt", "edm_bedroom.pt"):
         torch.save(planar(network.state_dict()), tmp_path / name)
-    with pytest.raises(ForeignFileError, match="family=consistency or family=edm"):
-        read_foreign(tmp_path / "model.pt", Hints(**hints))
+    for name in ("model.pt", "edited_cd.pt"):
+        with pytest.raises(ForeignFileError, match="family=consistency or family=edm"):
+            read_foreign(tmp_path / name, Hints(**hints))
     student = read_foreign(tmp_path / "cd_bedroom.pt", Hints(**hints)).denoiser
     teacher = read_foreign(tmp_path / "edm_bedroom.pt", Hints(**hints)).denoiser
     named = read_foreign(tmp_path / "model.pt", Hints(**hints, family="consistency")).denoiser
@@ -254,6 +257,15 @@ def test_consistency_models_and_their_teachers(tmp_path):
         torch.testing.assert_close(student(x, sigma)[0], x[0])  # the boundary condition
         assert torch.equal(student(x, sigma), named(x, sigma))
     assert student.distilled.sigmas == (80.0, 0.0) and teacher.distilled is None
+
+
+def test_a_safetensors_file_is_read_as_a_pt_file_is(tmp_path):
+    options = {"model_channels": 32, "channel_mult": (1, 1, 2, 2, 4, 4), "num_blocks": 1, "attn_resolutions": (32,)}
+    state = filled(OpenAIUNet(img_resolution=256, img_channels=3, **options)).state_dict()
+    save_file(state, tmp_path / "adm.safetensors")
+    torch.save(state, tmp_path / "adm.pt")
+    states = [diffdistill.load_denoiser(tmp_path / f"adm.{suffix}").state_dict() for suffix in ("safetensors", "pt")]
+    torch.testing.assert_close(*states, rtol=0, atol=0)
 
 
 def test_a_classifier_file(tmp_path):

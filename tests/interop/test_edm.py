@@ -10,6 +10,7 @@ import torch
 
 import diffdistill
 from diffdistill.interop import ForeignFileError, read_foreign
+from diffdistill.interop.building import ALWAYS_LABELLED
 from diffdistill.models import save_denoiser
 from tests.interop.persistence import Persistent, add, network, pickled, release
 
@@ -56,9 +57,14 @@ def test_published_networks_come_back_with_equal_outputs(name, tmp_path):
 def test_the_description_and_the_range_of_noise_levels(tmp_path):
     found = read_foreign(written(tmp_path / "x.pkl", "ddpmpp_edm_cond"))
     assert found.kind == "edm"
-    assert found.description == "EDM pickle: SongUNet in EDMPrecond, 3x8x8, 4 classes, sigma 0.002 to 80"
+    expected = "EDM pickle: SongUNet in EDMPrecond, 3x8x8, 4 classes, sigma 0.002 to 80"
+    assert found.description == expected + ALWAYS_LABELLED
     assert (found.denoiser.sigma_min, found.denoiser.sigma_max) == (0.002, 80.0)
+    settings = {**NETWORKS["ddpmpp_edm_cond"], "label_dropout": 0.1}
+    (tmp_path / "x.pkl").write_bytes(pickled(release(network(settings, reference("ddpmpp_edm_cond")[0]))))
+    assert read_foreign(tmp_path / "x.pkl").description == expected
     found = read_foreign(written(tmp_path / "x.pkl", "ncsnpp_ve_uncond"))
+    assert "labels" not in found.description
     assert (found.denoiser.sigma_min, found.denoiser.sigma_max) == (0.02, 100.0)
 
 

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 
 from diffdistill.interop import ForeignFileError, read_foreign
 from diffdistill.interop.records import UnsafePickleError
-from diffdistill.models import OpenAIUNet
+from diffdistill.models import OpenAIUNet, guidance_student, guided
 from tests.interop.test_adm import TINY, filled
 
 OPTIONS = {**TINY, "adaptive_scale": False, "resample": "conv", "head_channels": 32}
@@ -43,6 +43,7 @@ def test_the_unconditional_network_with_its_average(tmp_path):
         # Merged and pruned files often hold the state dict alone.
         torch.save(content if model else content["state_dict"], tmp_path / "model.ckpt")
         found = read_foreign(tmp_path / "model.ckpt")
+        assert found.denoiser.latents
         assert found.kind == "ldm" and found.settings["scale_factor"] == 0.25
         with torch.no_grad():
             result = x - s * expected(x / (1 + s**2).sqrt(), steps.float())
@@ -55,7 +56,7 @@ def test_the_class_conditional_network(tmp_path):
     classes = network.state_dict()["context_emb.weight"]
     torch.save(checkpoint(network, classes=classes), tmp_path / "cin.ckpt")
     denoiser = read_foreign(tmp_path / "cin.ckpt").denoiser
-    assert denoiser.num_classes == 5
+    assert denoiser.num_classes == 5 and guided(denoiser, 1.0).latents and guidance_student(denoiser, (0, 4)).latents
     x, sigma, labels = torch.randn(3, 3, 64, 64), torch.full((3,), 0.9), torch.tensor([4, 0, -1])
     with torch.no_grad():
         result = denoiser(x, sigma, labels)

@@ -9,10 +9,12 @@ import pickle
 import pickletools
 import struct
 import tracemalloc
+import zipfile
 
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import save_file
 
 from diffdistill.interop import ForeignFileError, UnsafePickleError, open_checkpoint, read_arrays, read_foreign
 from diffdistill.interop.pickles import _OPERATIONS, Machine
@@ -104,6 +106,12 @@ def test_tensors_come_back(how, tmp_path):
     for name, tensor in TENSORS.items():
         assert tensors[name].dtype == tensor.dtype and tensors[name].is_contiguous()
         assert torch.equal(tensors[name], tensor), name
+
+
+def test_a_tensor_whose_sign_is_a_mark_beside_it_is_refused(tmp_path):
+    torch.save({"a": torch._neg_view(torch.ones(3))}, tmp_path / "x.pt")
+    with pytest.raises(ForeignFileError, match="resolve_neg"), open_checkpoint(tmp_path / "x.pt"):
+        pass
 
 
 class Calls:
@@ -268,7 +276,7 @@ def test_a_nested_stream_is_paid_for_each_time_it_is_read(tmp_path):
     unused = b"T" + struct.pack("<i", 4_000_000) + b"a" * 4_000_000 + b"0"
     stream = b"".join(pickle.dumps(part) for part in parts) + unused + storage + pickle.dumps(["0"]) + bytes(8)
     call = b"B" + struct.pack("<I", len(stream)) + stream + b"\x85q\x000ctorch.storage\n_load_from_bytes\nq\x010"
-    for times, error in ((2, "none of EDM"), (3_000, "instructions")):
+    for times, error in ((2, "no model of diffdistill, EDM"), (3_000, "instructions")):
         (tmp_path / "x.pkl").write_bytes(call + b"h\x01h\x00R0" * times + b"N.")
         with pytest.raises(ForeignFileError, match=error):
             read_foreign(tmp_path / "x.pkl")
@@ -286,6 +294,15 @@ def test_a_table_of_parameters_is_not_listed_by_every_module(tmp_path):
         read_foreign(tmp_path / "x.pkl")
 
 
+@pytest.mark.parametrize("dtype", [torch.float8_e4m3fn, torch.float8_e5m2, torch.bfloat16, torch.float64, torch.int8])
+def test_safetensors_of_any_type_come_back(dtype, tmp_path):
+    tensor = (3 * torch.randn(2, 3, 5)).to(dtype)
+    save_file({"a": tensor}, tmp_path / "x.safetensors")
+    with open_checkpoint(tmp_path / "x.safetensors") as checkpoint:
+        result = checkpoint.tensors(checkpoint.root)["a"]
+    assert result.dtype == dtype and torch.equal(result.float(), tensor.float())
+
+
 @pytest.mark.parametrize(
     ("entry", "match"),
     [
@@ -293,7 +310,8 @@ def test_a_table_of_parameters_is_not_listed_by_every_module(tmp_path):
         ({"dtype": "F32", "shape": [2**62, 4], "data_offsets": [0, 4]}, "declared in 4 bytes"),
         ({"dtype": "F32", "shape": [2], "data_offsets": [0, 8]}, "outside"),
         ({"dtype": "F32", "shape": [-1], "data_offsets": [4, 0]}, "outside"),
-        ({"dtype": "F4", "shape": [1], "data_offsets": [0, 4]}, "damaged header"),
+        ({"dtype": "F4", "shape": [1], "data_offsets": [0, 4]}, "type F4 are not read: F64"),
+        ({"dtype": [], "shape": [1], "data_offsets": [0, 4]}, "damaged header"),
     ],
 )
 def test_damaged_headers_of_safetensors_are_refused(entry, match, tmp_path):
@@ -314,6 +332,19 @@ def test_a_tensor_outside_its_storage_is_refused(size, stride, offset, tmp_path)
     (tmp_path / "x.pkl").write_bytes(pickle.dumps({"a": tensor}))
     with pytest.raises(ForeignFileError, match="storage of 6 numbers"), open_checkpoint(tmp_path / "x.pkl"):
         pass
+
+
+def test_what_is_no_checkpoint_shows_its_beginning_and_an_archive_its_content(tmp_path):
+    path = tmp_path / "model.ckpt"
+    for content in (b"<!DOCTYPE html><html>", b"version https://git-lfs.github.com/spec/v1"):
+        path.write_bytes(content)
+        with pytest.raises(ForeignFileError, match=content[:15].decode()):
+            read_foreign(path)
+    with zipfile.ZipFile(path, "w") as archive:
+        archive.writestr("celeba/weights.ckpt", b"...")
+        archive.writestr("celeba/config.yaml", b"model: {}")
+    with pytest.raises(ForeignFileError, match=r"unpacked first: it holds celeba/weights\.ckpt, celeba/config\.yaml"):
+        read_foreign(path)
 
 
 def test_objects_on_the_stack_cannot_be_called_or_changed():

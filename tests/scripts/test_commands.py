@@ -5,8 +5,10 @@ import subprocess
 
 import numpy as np
 import pytest
+import torch
 
 from diffdistill.denoiser import Distilled
+from diffdistill.generation import generate, plan
 from diffdistill.models import guidance_student, save_denoiser
 from tests.builders import tiny_denoiser
 from tests.scripts.calling import ROOT, call, command
@@ -55,6 +57,21 @@ def test_an_interrupted_run_of_sampling_continues_and_batches_do_not_matter(mode
     assert parts[0].stat().st_mtime_ns == kept
     assert call("sample", *options, "batch_size=7", f"out={tmp_path / 'b'}").returncode == 0
     np.testing.assert_allclose(np.load(tmp_path / "b/samples.npz")["x"], whole, atol=1e-5)
+
+
+@pytest.mark.parametrize("shape", [{}, {"data_shape": [3, 8, 8], "latents": True}])
+def test_samples_of_latents_without_an_autoencoder_keep_their_range_and_become_no_picture(shape, tmp_path):
+    """Latent diffusion and Stable Diffusion from their own files: latents have a standard deviation of 1."""
+    denoiser = tiny_denoiser(preconditioning={"name": "edm", "sigma_data": 4.0}, **shape)
+    save_denoiser(denoiser, tmp_path / "latent.safetensors")
+    options = [f"model={tmp_path / 'latent.safetensors'}", "num_samples=3", "num_steps=4", f"out={tmp_path / 'x'}"]
+    done = call("sample", *options)
+    assert done.returncode == 2 and "are latents" in done.stderr and not (tmp_path / "x").exists()
+    assert call("sample", *options, "save=npz").returncode == 0
+    x = np.load(tmp_path / "x/samples.npz")["x"]
+    (drawn,) = generate(plan(denoiser.eval(), num_steps=4), range(3), torch.tensor([0, 1, 2]))
+    np.testing.assert_allclose(x, drawn, rtol=1e-4, atol=1e-4)
+    assert np.abs(x).max() > 2
 
 
 def test_statistics_and_sampling_from_an_analytic_start(models, tmp_path):

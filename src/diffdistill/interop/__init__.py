@@ -20,10 +20,11 @@ from diffdistill.interop.checkpoints import open_checkpoint, read_arrays
 from diffdistill.interop.diffusers.folders import read_folder
 from diffdistill.interop.diffusers.networks import diffusers_network
 from diffdistill.interop.edm import find_module, read_edm
-from diffdistill.interop.ldm import UNET, holds_latent_diffusion, read_ldm
+from diffdistill.interop.ldm import holds_latent_diffusion, read_ldm
 from diffdistill.interop.records import ForeignFileError, UnsafePickleError
 from diffdistill.interop.unets import Hints
 from diffdistill.models.files import NETWORKS, READERS, read_safetensors
+from diffdistill.models.storage import MODEL
 
 __all__ = [
     "ForeignFileError",
@@ -68,7 +69,8 @@ def read_foreign(path: str | os.PathLike[str], hints: Hints | None = None) -> Fo
             root = checkpoint.root
             held = ", ".join(str(key)[:40] for key in list(root)[:5]) if isinstance(root, dict) else type(root).__name__
             raise ForeignFileError(
-                f"it is none of EDM, AMED, ADM, consistency models and latent diffusion: it holds {held or 'nothing'}"
+                "it is no model of diffdistill, EDM, AMED, ADM, consistency models, latent or Stable Diffusion: "
+                f"it holds {held or 'nothing'}"
             )
     config = getattr(found.denoiser, "config", None)
     if config is not None:
@@ -92,13 +94,13 @@ def read_denoiser(path: Path) -> Denoiser:
 
 
 def read_either(path: Path) -> Denoiser:
-    """Read a safetensors file: one of ours, or one of Stable Diffusion.
+    """Read a safetensors file: one of ours by its metadata, or a foreign one.
 
     Raises:
         ValueError: as `read_safetensors` and `read_denoiser`.
     """
     with contextlib.suppress(SafetensorError, OSError), safe_open(path, framework="pt") as file:
-        if any(name.startswith(UNET) for name in file.keys()):  # noqa: SIM118 (not a dict)
+        if MODEL.key not in (file.metadata() or {}):
             return read_denoiser(path)
     return read_safetensors(path)
 

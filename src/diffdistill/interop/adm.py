@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from diffdistill.interop.building import Found, build_strictly, load_strictly, sizes_of
+from diffdistill.interop.building import ALWAYS_LABELLED, Found, build_strictly, load_strictly, sizes_of
 from diffdistill.interop.checkpoints import Checkpoint
 from diffdistill.interop.records import ForeignFileError
 from diffdistill.interop.tensors import TensorRecord
@@ -34,7 +35,7 @@ _SIGMAS = (0.002, 80.0)
 def read_adm(checkpoint: Checkpoint, path: Path, hints: Hints | None = None) -> Found:
     """Read a flat state dict of ADM, of one of its classifiers, or of the code of consistency models.
 
-    Consistency models and the EDM teachers beside them have the same parameters: `hints.family`, or else the beginning
+    Consistency models and the EDM teachers beside them have the same parameters: `hints.family`, or else the first word
     of the file's name ("edm", "cd" or "ct") tells which it is.
 
     Raises:
@@ -75,14 +76,14 @@ def _read_diffusion(
     denoiser = build_strictly(config, _prefixed(records), checkpoint)
     variance = " and the variance" if architecture.out_channels > channels else ""
     text = f"ADM, predicting the noise{variance}, {sizes_of(config)}, noise levels {table}"
-    return Found("adm", denoiser, text)
+    return Found("adm", denoiser, text + ALWAYS_LABELLED * bool(architecture.label_dim))
 
 
 def _read_consistency(
     architecture: Architecture, records: Mapping[str, Any], checkpoint: Checkpoint, path: Path, hints: Hints
 ) -> Found:
-    name = path.name.lower()
-    family = hints.family or {"ed": "edm", "cd": "consistency", "ct": "consistency"}.get(name[:2])
+    beginning = re.split("[^a-z]", path.name.lower())[0]
+    family = hints.family or {"edm": "edm", "cd": "consistency", "ct": "consistency"}.get(beginning)
     if family is None:
         raise ForeignFileError(
             "the parameters fit a consistency model and an EDM teacher alike: give family=consistency or family=edm"
@@ -99,7 +100,8 @@ def _read_consistency(
         config["distilled"] = {"sigmas": [sigma_max, 0.0], "sampler": "deterministic"}
     denoiser = build_strictly(config, _prefixed(_linear_attention(records)), checkpoint)
     what = "consistency model" if family == "consistency" else "EDM model in the layout of consistency models"
-    return Found("consistency" if family == "consistency" else "edm", denoiser, f"{what}, {sizes_of(config)}")
+    text = f"{what}, {sizes_of(config)}" + ALWAYS_LABELLED * bool(architecture.label_dim)
+    return Found("consistency" if family == "consistency" else "edm", denoiser, text)
 
 
 def _read_classifier(records: Mapping[str, Any], checkpoint: Checkpoint, hints: Hints) -> Found:

@@ -16,6 +16,8 @@ from diffdistill.interop.tensors import ArrayRecord, TensorRecord
 from diffdistill.models.files import build_denoiser, load_state
 from diffdistill.models.network import NetworkDenoiser
 
+ALWAYS_LABELLED = "; it was never trained without labels, so that classifier-free guidance of it means nothing"
+"""What is said of class-conditional models that did not leave out labels in training."""
 _MAX_CHANNELS = 2**16
 _MAX_BLOCKS = 512
 

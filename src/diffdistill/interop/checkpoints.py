@@ -174,7 +174,8 @@ def _read_zip(archive: zipfile.ZipFile, size: int) -> Any:
     entries = {info.filename: info for info in archive.infolist()}
     pickle = next((name for name in entries if name.count("/") == 1 and name.endswith("/data.pkl")), None)
     if pickle is None:
-        raise ForeignFileError("the archive holds no data.pkl: it is not a file of torch.save")
+        held = ", ".join(name[:40] for name in list(entries)[:5]) or "nothing"
+        raise ForeignFileError(f"the archive is not of torch.save, and is to be unpacked first: it holds {held}")
     folder = pickle.partition("/")[0]
 
     def read(name: str) -> bytes:
@@ -201,6 +202,7 @@ MAX_HEADER = 100_000_000
 """Bytes of a header of safetensors, by its format."""
 SAFE_DTYPES = {
     **{"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "BOOL": torch.bool},
+    **{"F8_E4M3": torch.float8_e4m3fn, "F8_E5M2": torch.float8_e5m2},
     **{"I64": torch.int64, "I32": torch.int32, "I16": torch.int16, "I8": torch.int8, "U8": torch.uint8},
 }
 
@@ -224,6 +226,10 @@ def _read_safetensors(path: Path, size: int) -> dict[str, Any]:
 
 
 def _safe_record(path: Path, entry: Mapping[str, Any], start: int, size: int) -> TensorRecord:
+    if entry["dtype"] not in SAFE_DTYPES:
+        raise ForeignFileError(
+            f"tensors of the type {shown(entry['dtype'])} are not read: {', '.join(SAFE_DTYPES)} are"
+        )
     shape, (begin, end), dtype = tuple(entry["shape"][:9]), entry["data_offsets"], SAFE_DTYPES[entry["dtype"]]
     if not all(type(n) is int and n >= 0 for n in (*shape, begin, end)) or start + end > size:
         raise ForeignFileError("a tensor of the safetensors file lies outside it")

@@ -6,6 +6,7 @@ from collections.abc import Callable
 from typing import Any
 
 from diffdistill.interop.building import (
+    ALWAYS_LABELLED,
     Found,
     build_strictly,
     check_size,
@@ -84,6 +85,8 @@ def read_edm(checkpoint: Checkpoint) -> Found:
     description = (
         f"EDM pickle: {network.kind} in {record.kind}, {sizes_of(config)}, sigma {sigma_min:g} to {sigma_max:g}"
     )
+    if num_classes and not network.state["_init_kwargs"].get("label_dropout"):
+        description += ALWAYS_LABELLED
     return Found("edm", denoiser, description)
 
 

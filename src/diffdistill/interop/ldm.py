@@ -62,6 +62,7 @@ def read_ldm(checkpoint: Checkpoint, hints: Hints | None = None) -> Found:
         "preconditioning": {"name": "eps", "table": levels},
         "data_shape": [architecture.img_channels, hints.image_size, hints.image_size],
         "num_classes": num_classes,
+        "latents": True,
         "sigma_min": levels[0],
         "sigma_max": levels[-1],
         "provenance": {"format": "ldm", "averaged": averaged, "scale_factor": _scale(checkpoint, state)},

@@ -86,7 +86,10 @@ class Machine:
             self.budget.spend()
             operation = _OPERATIONS.get(code)
             if operation is None:
-                raise ForeignFileError(f"unknown pickle instruction {bytes([code])!r} at byte {self.position - 1}")
+                place = self.position - 1
+                raise ForeignFileError(
+                    f"unknown pickle instruction at byte {place}, where {bytes(self.data[place : place + 16])!r} stands"
+                )
             operation(self)
 
     def take(self, size: int) -> memoryview:

@@ -81,9 +81,10 @@ def read_stable_diffusion(
     parts = {"unet": unet, "scheduler": _scheduler(state, hints, betas), "vae": vae, **texts}
     names = {"vae": "autoencoder", "text_encoder": "text encoder", "text_encoder_2": "second text encoder"}
     held = [name for part, name in names.items() if parts.get(part) is not None]
-    masked = " with a mask" if unet.config.in_channels > unet.config.out_channels else ""
+    further = unet.config.in_channels - unet.config.out_channels
+    beside = {0: "", 5: " with a mask"}.get(further, f" with {further} further channels")
     description = (
-        f"{version.name}, U-Net on {unet.config.out_channels}x{hints.image_size}x{hints.image_size} latents{masked}, "
+        f"{version.name}, U-Net on {unet.config.out_channels}x{hints.image_size}x{hints.image_size} latents{beside}, "
         f"text of {architecture.context_dim} channels, predicting {hints.prediction}; it holds "
         + (f"the {', '.join(held[:-1])}{' and ' * (len(held) > 1)}{held[-1]}" if held else "no other parts")
     )
@@ -105,7 +106,9 @@ def _version(state: Mapping[str, Any], architecture: Architecture, prediction: s
     width = architecture.context_dim
     if architecture.vector_dim and width == 1280:
         raise ForeignFileError("this is the refiner of Stable Diffusion XL, which is not read: the base model is")
-    if architecture.vector_dim and width != 1024:
+    if architecture.vector_dim and width == 1024:
+        raise ForeignFileError("this Stable Diffusion 2 takes an image beside the text (unCLIP), which is not read")
+    if architecture.vector_dim:
         published = Hints(image_size=128, head_channels=64, prediction=prediction or "eps")
         return Version("Stable Diffusion XL", 0.13025, published)
     if width == 1024:
@@ -167,7 +170,8 @@ def _added(architecture: Architecture, texts: Mapping[str, Any]) -> dict[str, An
 
 def _published_betas(betas: list[float]) -> bool:
     ends = torch.linspace(BETAS["beta_start"] ** 0.5, BETAS["beta_end"] ** 0.5, BETAS["num_train_timesteps"]) ** 2
-    return len(betas) == len(ends) and torch.allclose(torch.tensor(betas), ends, rtol=1e-4, atol=0)
+    # Files in half precision hold them rounded, to 8 bits in bfloat16.
+    return len(betas) == len(ends) and torch.allclose(torch.tensor(betas), ends, rtol=2**-8, atol=0)
 
 
 def _unet(

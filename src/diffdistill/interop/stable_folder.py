@@ -10,6 +10,9 @@ from diffdistill.atomic import new_folder
 from diffdistill.interop.building import Found
 from diffdistill.interop.diffusers.extra import diffusers
 
+TASKS = {4: "", 9: "Inpaint"}
+"""Stock pipelines by the input channels of their U-Net: latents alone, or with a mask and what lies around it."""
+
 
 def write_pipeline(found: Found, tokenizer: str | os.PathLike[str], folder: str | os.PathLike[str]) -> Path:
     """Write Stable Diffusion as a folder of diffusers, with a tokenizer from elsewhere.
@@ -21,7 +24,7 @@ def write_pipeline(found: Found, tokenizer: str | os.PathLike[str], folder: str 
 
     Raises:
         ValueError: another model, one without autoencoder or text encoders, no tokenizer there, one of another
-            vocabulary, or a folder with files in it.
+            vocabulary, a U-Net that takes another image beside the latents, or a folder with files in it.
     """
     parts = dict(found.settings)
     if found.kind != "stable-diffusion" or any(part is None for part in parts.values()):
@@ -39,8 +42,10 @@ def _pipeline(parts: dict[str, Any], tokenizer: str | os.PathLike[str]) -> Any:
     else:
         family = "StableDiffusion"
         options = dict.fromkeys(("safety_checker", "feature_extractor")) | {"requires_safety_checker": False}
-    task = "Inpaint" if parts["unet"].config.in_channels == 9 else ""
-    return getattr(diffusers(), f"{family}{task}Pipeline")(**parts, **options)
+    channels = parts["unet"].config.in_channels
+    if channels not in TASKS:
+        raise ValueError(f"no folder is written around a U-Net of {channels} input channels: leave out the tokenizer")
+    return getattr(diffusers(), f"{family}{TASKS[channels]}Pipeline")(**parts, **options)
 
 
 def _tokenizer(source: str | os.PathLike[str], encoder: Any) -> Any:

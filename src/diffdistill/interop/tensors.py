@@ -174,6 +174,8 @@ class ArrayRecord:
 def _tensor(m: Machine, storage: Any, offset: Any, size: Any, stride: Any, *more: Any) -> TensorRecord:
     if not isinstance(size, tuple) or not isinstance(stride, tuple):
         raise ForeignFileError("a tensor's size is not a tuple")
+    if more[2:] and more[2]:
+        raise ForeignFileError("a tensor is stored as the negative of itself: save what .resolve_neg() gives")
     return TensorRecord(storage, offset, size, stride)
 
 

@@ -35,7 +35,7 @@ NETWORKS: dict[str, Callable[..., nn.Module]] = {
 }
 
 _REQUIRED = ("network", "preconditioning", "data_shape", "sigma_min", "sigma_max")
-_OPTIONAL = ("format", "num_classes", "w_range", "distilled", "autoencoder", "provenance")
+_OPTIONAL = ("format", "num_classes", "w_range", "distilled", "autoencoder", "latents", "provenance")
 
 
 def build_denoiser(
@@ -50,7 +50,8 @@ def build_denoiser(
             `preconditioning`: `name`, one of `PRECONDITIONINGS`, and its options;
             `data_shape`, `sigma_min`, `sigma_max`; and optionally `num_classes` (0), `w_range`, `distilled`
             (`sigmas` and `sampler`), `autoencoder` (options of `Autoencoder`, for a denoiser of its latents),
-            `provenance` (anything that JSON holds).
+            `latents` (true for a denoiser of latents whose autoencoder is elsewhere), `provenance` (anything that
+            JSON holds).
         network: a network that was built as the config says, to take in place of a fresh one.
         autoencoder: what made the latents that are denoised; it becomes part of the denoiser and of its file, frozen.
 
@@ -83,6 +84,7 @@ def build_denoiser(
         autoencoder=None if autoencoder is None else freeze(autoencoder),
     )
     denoiser.config = config
+    denoiser.latents = bool(config.get("latents"))
     return denoiser
 
 

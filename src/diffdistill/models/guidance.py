@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from diffdistill.denoiser import Codec, Denoiser, per_sample
 
-_FORWARDED = ("sigma_min", "sigma_max", "sigma_data", "data_shape", "num_classes", "distilled")
+_FORWARDED = ("sigma_min", "sigma_max", "sigma_data", "data_shape", "num_classes", "distilled", "latents")
 
 
 class Wrapper(Denoiser):

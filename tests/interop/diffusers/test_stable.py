@@ -16,6 +16,7 @@ from safetensors.torch import save_file
 from diffdistill import load_denoiser
 from diffdistill.interop import ForeignFileError, Hints, read_foreign
 from diffdistill.interop.diffusers import load_pipeline
+from diffdistill.interop.stable_folder import write_pipeline
 from diffdistill.models import OpenAIUNet
 from tests.interop.diffusers.builders import LETTERS, SD_BETAS, diffusers, transformers
 from tests.interop.test_adm import filled
@@ -157,6 +158,17 @@ def test_all_parts_of_version_one_equal_independent_ones(models, tmp_path):
         close(found.denoiser.model.null_encoder_hidden_states, text(tokens).last_hidden_state[0])
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+def test_files_in_any_precision_have_the_published_noise_levels(models, dtype, tmp_path):
+    state = {name: value.to(dtype) for name, value in first_version(*models).items()}
+    found = read_foreign(written(tmp_path / "model.ckpt", state), Hints(**HINTS))
+    assert found.settings["scheduler"].config.trained_betas is None
+    assert found.denoiser.sigma_max == pytest.approx(float(levels(999)), rel=1e-6)
+    state["betas"] = (BETAS * 1.02).to(dtype)
+    found = read_foreign(written(tmp_path / "model.ckpt", state), Hints(**HINTS))
+    assert found.denoiser.sigma_max > 1.02 * float(levels(999))
+
+
 def test_version_two_has_linear_projections_another_text_encoder_and_needs_to_be_told(models, tmp_path):
     _, vae, text = models
     # Three levels of attention heads by width, as version 2 has, and matrices in place of convolutions.
@@ -233,6 +245,23 @@ def test_inpainting_models_take_a_mask(models, tmp_path):
     cond = {"encoder_hidden_states": torch.randn(2, 5, WIDTH), "channels": torch.randn(2, 5, 8, 8)}
     with torch.no_grad():
         assert found.denoiser(torch.randn(2, 4, 8, 8), torch.ones(2), cond).shape == (2, 4, 8, 8)
+
+
+def test_models_of_other_images_are_named_so_and_no_pipeline_of_text_is_written_around_them(models, tmp_path):
+    """Instruct-Pix2Pix has an image beside the latents; unCLIP one beside the text, where XL has sizes."""
+    found = read_foreign(
+        written(tmp_path / "edit.ckpt", first_version(network(img_channels=8, out_channels=4), *models[1:])),
+        Hints(**HINTS),
+    )
+    assert "latents with 4 further channels" in found.description
+    with pytest.raises(ValueError, match="8 input channels"):
+        write_pipeline(found, tokenizer_folder(tmp_path / "clip"), tmp_path / "folder")
+    state = {f"model.diffusion_model.{name}": v for name, v in network(context_dim=1024).state_dict().items()}
+    for i, width in ((0, 2048), (2, 128)):
+        state[f"model.diffusion_model.label_emb.0.{i}.weight"] = torch.ones(128, width)
+        state[f"model.diffusion_model.label_emb.0.{i}.bias"] = torch.ones(128)
+    with pytest.raises(ForeignFileError, match="unCLIP"):
+        read_foreign(written(tmp_path / "unclip.ckpt", state), Hints(**HINTS, prediction="v"))
 
 
 def converted(*overrides):
