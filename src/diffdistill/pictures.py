@@ -160,9 +160,10 @@ def save_figure(draw: Callable[[Any], None], path: str | os.PathLike[str], *, si
 
 
 def name_lines(axes: Any, *, size: float = 7.5) -> None:
-    """Write the name of each line beside its last point, pushed apart where they would meet, in place of a legend.
+    """Write the name of each line at the right, pushed apart where they would meet, in place of a legend.
 
-    Call it once all lines are drawn and both axes have their scales.
+    A dotted line leads to it from the last point: solid, that of a single point would pass for a curve. Call it
+    once all lines are drawn and both axes have their scales.
     """
     lines = [line for line in axes.get_lines() if not line.get_label().startswith("_")]
     if not lines:
@@ -186,7 +187,7 @@ def name_lines(axes: Any, *, size: float = 7.5) -> None:
             fontsize=size,
             fontweight="bold" if line.get_linewidth() > 2 else "normal",
             va="center",
-            arrowprops={"arrowstyle": "-", "color": colour, "linewidth": 0.5, "shrinkA": 1, "relpos": (0, 0.5)},
+            arrowprops={"arrowstyle": "-", "color": colour, "linewidth": 0.8, "linestyle": ":", "relpos": (0, 0.5)},
         )
 
 
