@@ -150,6 +150,9 @@ def save_figure(draw: Callable[[Any], None], path: str | os.PathLike[str], *, si
     FigureCanvasAgg(figure)
     draw(figure)
     for axes in figure.axes:
+        for axis in (axes.xaxis, axes.yaxis):
+            if axis.get_scale() == "log":
+                _number_plainly(axis)
         axes.title.set_fontsize(10)
         axes.tick_params(labelsize=8, which="both")
         axes.grid(alpha=0.25, linewidth=0.6)
@@ -157,6 +160,19 @@ def save_figure(draw: Callable[[Any], None], path: str | os.PathLike[str], *, si
             axes.spines[side].set_visible(False)
     with replacing(path) as temporary:
         figure.savefig(temporary, format="png")
+
+
+def _number_plainly(axis: Any) -> None:
+    """Write 0.6 on a logarithmic axis, where matplotlib writes 6 x 10^-1, at the ticks that it would label."""
+    from matplotlib.ticker import LogFormatterSciNotation
+
+    class Plain(LogFormatterSciNotation):
+        def __call__(self, x: float, pos: int | None = None) -> str:
+            text, plain = super().__call__(x, pos), f"{x:g}"
+            return plain if text and "e" not in plain else text
+
+    axis.set_major_formatter(Plain())
+    axis.set_minor_formatter(Plain())
 
 
 def name_lines(axes: Any, *, size: float = 7.5) -> None:
