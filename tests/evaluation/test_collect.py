@@ -36,14 +36,28 @@ def images(count=61, seed=0):
 
 @pytest.mark.parametrize("batch_size", [61, 1, 8])
 def test_streaming_in_parts_equals_one_pass(batch_size):
-    data = images()
-    got = collect(StoredImages(data), PIXELS, splits=3, keep=Keep(features=True), batch_size=batch_size)
+    data, source = images(), StoredImages(images())
+    source.mixed = True
+    got = collect(source, PIXELS, splits=3, keep=Keep(features=True), batch_size=batch_size)
     x = data.x.flatten(1).double()
     assert [part.count for part in got.parts] == [21, 20, 20] and len(got) == 61
     torch.testing.assert_close(got.statistics.covariance, x.T.cov(), rtol=1e-9, atol=1e-10)
     torch.testing.assert_close(got.parts[1].mean, x[21:41].mean(0), rtol=1e-12, atol=0)
     assert torch.equal(got.features.double(), x) and torch.equal(got.labels, data.y)
     assert torch.equal(got.part(2).features, got.features[41:]) and got.part(2).parts[0].count == 20
+
+
+def test_parts_of_stored_images_are_alike_even_where_they_are_sorted():
+    data = images(60)
+    order = data.x.flatten(1).mean(1).argsort()
+    data = TensorData(data.x[order], torch.arange(60) // 6, num_classes=10)
+    got = collect(StoredImages(data), PIXELS, splits=3, keep=Keep(features=True), batch_size=7)
+    parts = [got.part(k) for k in range(3)]
+    assert [len(part.labels) for part in parts] == [part.count for part in got.parts] == [20, 20, 20]
+    assert sorted(label for part in parts for label in part.labels.tolist()) == data.y.tolist()
+    for part in parts:
+        assert len(part.labels.unique()) > 6
+        torch.testing.assert_close(part.statistics.mean, part.features.double().mean(0), rtol=1e-6, atol=1e-7)
 
 
 def test_shards_cover_everything_once(monkeypatch):
@@ -260,7 +274,7 @@ def gaussian_rows(count, size, seed):
 
 
 def collected(rows, logits=None):
-    return Collected((FeatureStatistics().update(rows),), (1,), rows, logits)
+    return Collected((FeatureStatistics().update(rows),), torch.zeros(len(rows)), (1,), rows, logits)
 
 
 class Named(Features):

@@ -30,6 +30,8 @@ WILD = 2.0
 class StoredImages:
     """The images of a data set, or of the first `limit` of them."""
 
+    mixed = False
+
     def __init__(self, data: ImageData, *, limit: int | None = None) -> None:
         self.data, self.shape = data, data.shape
         if limit is not None and not 1 <= limit <= len(data):
@@ -60,6 +62,8 @@ class Sampler:
     Attributes:
         seconds: time that this process spent drawing.
     """
+
+    mixed = True
 
     def __init__(
         self,
