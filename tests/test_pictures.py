@@ -21,7 +21,7 @@ def test_captions_get_a_margin(tmp_path):
     images = torch.zeros(6, 1, 8, 8)
     save_grid(images, tmp_path / "plain.png", columns=3)
     save_grid(images, tmp_path / "named.png", columns=3, row_captions=["w = 0", "w = 1"], column_captions="abc")
-    plain, named = (np.asarray(Image.open(tmp_path / f"{n}.png")) for n in ("plain", "named"))
+    plain, named = (np.asarray(Image.open(tmp_path / f"{n}.png").convert("RGB")) for n in ("plain", "named"))
     margin = [b - a for a, b in zip(plain.shape, named.shape, strict=True)]
     assert margin[0] > 0 and margin[1] > 0
     assert np.array_equal(named[margin[0] :, margin[1] :], plain)

@@ -25,7 +25,7 @@ def save_grid(
     row_captions: Sequence[str] = (),
     column_captions: Sequence[str] = (),
 ) -> None:
-    """Write images as one PNG, row by row.
+    """Write images as one PNG, row by row; grey ones make a grey picture, unless it has captions.
 
     Args:
         images: `[N, C, H, W]` in [-1, 1] (values outside are clipped), with one or three channels.
@@ -46,14 +46,13 @@ def save_grid(
     scale = scale or max(1, round(48 / max(images.shape[2:])))
     pixels = ((images.detach().float().cpu().clamp(-1, 1) + 1) * 127.5).round().byte().permute(0, 2, 3, 1).numpy()
     pixels = pixels.repeat(scale, axis=1).repeat(scale, axis=2)
-    if pixels.shape[-1] == 1:
-        pixels = pixels.repeat(3, axis=-1)
     height, width = pixels.shape[1] + GAP, pixels.shape[2] + GAP
-    canvas = np.full((-(-len(pixels) // columns) * height - GAP, columns * width - GAP, 3), 255, np.uint8)
+    canvas = np.full((-(-len(pixels) // columns) * height - GAP, columns * width - GAP, pixels.shape[3]), 255, np.uint8)
     for i, image in enumerate(pixels):
         top, left = i // columns * height, i % columns * width
         canvas[top : top + height - GAP, left : left + width - GAP] = image
-    picture = _captioned(Image.fromarray(canvas), (width, height), row_captions, column_captions)
+    grid = Image.fromarray(canvas[..., 0] if canvas.shape[2] == 1 else canvas)
+    picture = _captioned(grid, (width, height), row_captions, column_captions)
     with replacing(path) as temporary:
         picture.save(temporary, format="PNG")
 

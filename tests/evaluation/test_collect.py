@@ -23,6 +23,7 @@ from diffdistill.evaluation.measures import MEASURES, measure, needed
 from diffdistill.evaluation.reference import Reference, load_reference, reference_of, save_reference
 from diffdistill.evaluation.sources import Sampler, StoredImages, open_images
 from diffdistill.generation import plan
+from diffdistill.samples import Samples, save_pngs
 from tests.builders import tiny_denoiser
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -79,6 +80,7 @@ from diffdistill.evaluation.collect import Keep, collect
 from diffdistill.evaluation.sources import Sampler
 from diffdistill.training.distributed import processes
 from diffdistill.generation import plan
+from diffdistill.samples import Samples, save_pngs
 from tests.builders import tiny_denoiser
 from tests.evaluation.test_collect import PIXELS
 with processes():
@@ -144,6 +146,22 @@ def test_sources_of_every_kind_hold_the_same_images(tmp_path):
             open_images(tmp_path / name)
     with pytest.raises(ValueError, match="num_samples=13 is outside 1 to 12"):
         StoredImages(open_images(tmp_path / "ours.npz"), limit=13)
+
+
+@pytest.mark.parametrize("channels", [1, 3])
+def test_samples_saved_as_png_are_read_with_their_channels(tmp_path, channels):
+    x = torch.rand(4, channels, 5, 7, generator=torch.Generator().manual_seed(0)) * 2 - 1
+    folder = save_pngs(Samples(x, torch.arange(4)), tmp_path)
+    read = open_images(folder)
+    assert read.shape == (channels, 5, 7)
+    torch.testing.assert_close(torch.stack([read[i]["x"] for i in range(4)]), x, rtol=0, atol=0.51 / 127.5)
+
+
+def test_a_grey_folder_of_any_kind_of_file_is_grey(tmp_path):
+    for kind in ("png", "jpg", "bmp"):
+        (tmp_path / kind).mkdir()
+        Image.new("L", (7, 5)).save(tmp_path / kind / f"0.{kind}")
+    assert {open_images(tmp_path / kind).shape for kind in ("png", "jpg", "bmp")} == {(1, 5, 7)}
 
 
 def test_samples_are_the_same_however_they_are_shared():

@@ -228,7 +228,7 @@ def test_samples_of_the_same_seeds_stand_below_each_other(done):
     sheet = np.asarray(Image.open(done.folder / "samples.png"))
     strips = []
     for slug in ("euler-b__2", "euler-b__3", "heun__2"):
-        grid = np.asarray(Image.open(done.folder / "cells" / f"{slug}.png"))
+        grid = np.asarray(Image.open(done.folder / "cells" / f"{slug}.png").convert("RGB"))
         assert grid.shape == (4 * 18 - 2, 10 * 18 - 2, 3)
         strips.append(grid[:16].repeat(2, axis=0).repeat(2, axis=1))
     height, width = strips[0].shape[:2]
