@@ -208,6 +208,13 @@ def test_a_dry_run_names_cells_files_and_cost(model, tmp_path):
     assert not (tmp_path / "none").exists()
 
 
+def test_a_dry_run_refuses_what_the_run_would(model, tmp_path):
+    guided = table(model, rows=[{"name": "Guided", "solver": {"name": "euler"}, "w": 1.5}])
+    for run in (dry_run, reproduce):
+        with pytest.raises(ValueError, match="'Guided': a run of 2 steps takes 4 evaluations, not the 2 of its column"):
+            run(guided, tmp_path / "t", device=CPU)
+
+
 def test_markdown_and_csv(done):
     text = (done.folder / "table.md").read_text()
     fid = done.results["euler-b__2"].measures["fid"].value
