@@ -21,7 +21,7 @@ def test_captions_get_a_margin(tmp_path):
     images = torch.zeros(6, 1, 8, 8)
     save_grid(images, tmp_path / "plain.png", columns=3)
     save_grid(images, tmp_path / "named.png", columns=3, row_captions=["w = 0", "w = 1"], column_captions="abc")
-    plain, named = (np.asarray(Image.open(tmp_path / f"{n}.png")) for n in ("plain", "named"))
+    plain, named = (np.asarray(Image.open(tmp_path / f"{n}.png").convert("RGB")) for n in ("plain", "named"))
     margin = [b - a for a, b in zip(plain.shape, named.shape, strict=True)]
     assert margin[0] > 0 and margin[1] > 0
     assert np.array_equal(named[margin[0] :, margin[1] :], plain)
@@ -64,3 +64,18 @@ def test_lines_are_named_at_their_ends_where_names_do_not_meet(tmp_path):
         "these have room where they are"
     )
     assert np.diff(places[:3]) == pytest.approx([step, step]), "these share theirs"
+
+
+@pytest.mark.parametrize(("low", "high", "some"), [(0.55, 0.68, {"0.6", "0.64"}), (3, 11, {"4", "10"})])
+def test_narrow_logarithmic_axes_show_plain_numbers(tmp_path, low, high, some):
+    kept = []
+
+    def draw(figure):
+        axes = figure.add_subplot(yscale="log")
+        axes.plot([0, 1], [low, high])
+        kept.append(axes.yaxis)
+
+    save_figure(draw, tmp_path / "log.png", size=(4, 3))
+    (axis,) = kept
+    texts = {label.get_text() for minor in (False, True) for label in axis.get_ticklabels(minor=minor)} - {""}
+    assert some <= texts and all(float(text) > 0 for text in texts)

@@ -25,7 +25,7 @@ def save_grid(
     row_captions: Sequence[str] = (),
     column_captions: Sequence[str] = (),
 ) -> None:
-    """Write images as one PNG, row by row.
+    """Write images as one PNG, row by row; grey ones make a grey picture, unless it has captions.
 
     Args:
         images: `[N, C, H, W]` in [-1, 1] (values outside are clipped), with one or three channels.
@@ -46,14 +46,13 @@ def save_grid(
     scale = scale or max(1, round(48 / max(images.shape[2:])))
     pixels = ((images.detach().float().cpu().clamp(-1, 1) + 1) * 127.5).round().byte().permute(0, 2, 3, 1).numpy()
     pixels = pixels.repeat(scale, axis=1).repeat(scale, axis=2)
-    if pixels.shape[-1] == 1:
-        pixels = pixels.repeat(3, axis=-1)
     height, width = pixels.shape[1] + GAP, pixels.shape[2] + GAP
-    canvas = np.full((-(-len(pixels) // columns) * height - GAP, columns * width - GAP, 3), 255, np.uint8)
+    canvas = np.full((-(-len(pixels) // columns) * height - GAP, columns * width - GAP, pixels.shape[3]), 255, np.uint8)
     for i, image in enumerate(pixels):
         top, left = i // columns * height, i % columns * width
         canvas[top : top + height - GAP, left : left + width - GAP] = image
-    picture = _captioned(Image.fromarray(canvas), (width, height), row_captions, column_captions)
+    grid = Image.fromarray(canvas[..., 0] if canvas.shape[2] == 1 else canvas)
+    picture = _captioned(grid, (width, height), row_captions, column_captions)
     with replacing(path) as temporary:
         picture.save(temporary, format="PNG")
 
@@ -150,6 +149,9 @@ def save_figure(draw: Callable[[Any], None], path: str | os.PathLike[str], *, si
     FigureCanvasAgg(figure)
     draw(figure)
     for axes in figure.axes:
+        for axis in (axes.xaxis, axes.yaxis):
+            if axis.get_scale() == "log":
+                _number_plainly(axis)
         axes.title.set_fontsize(10)
         axes.tick_params(labelsize=8, which="both")
         axes.grid(alpha=0.25, linewidth=0.6)
@@ -159,10 +161,24 @@ def save_figure(draw: Callable[[Any], None], path: str | os.PathLike[str], *, si
         figure.savefig(temporary, format="png")
 
 
-def name_lines(axes: Any, *, size: float = 7.5) -> None:
-    """Write the name of each line beside its last point, pushed apart where they would meet, in place of a legend.
+def _number_plainly(axis: Any) -> None:
+    """Write 0.6 on a logarithmic axis, where matplotlib writes 6 x 10^-1, at the ticks that it would label."""
+    from matplotlib.ticker import LogFormatterSciNotation
 
-    Call it once all lines are drawn and both axes have their scales.
+    class Plain(LogFormatterSciNotation):
+        def __call__(self, x: float, pos: int | None = None) -> str:
+            text, plain = super().__call__(x, pos), f"{x:g}"
+            return plain if text and "e" not in plain else text
+
+    axis.set_major_formatter(Plain())
+    axis.set_minor_formatter(Plain())
+
+
+def name_lines(axes: Any, *, size: float = 7.5) -> None:
+    """Write the name of each line at the right, pushed apart where they would meet, in place of a legend.
+
+    A dotted line leads to it from the last point: solid, that of a single point would pass for a curve. Call it
+    once all lines are drawn and both axes have their scales.
     """
     lines = [line for line in axes.get_lines() if not line.get_label().startswith("_")]
     if not lines:
@@ -186,7 +202,7 @@ def name_lines(axes: Any, *, size: float = 7.5) -> None:
             fontsize=size,
             fontweight="bold" if line.get_linewidth() > 2 else "normal",
             va="center",
-            arrowprops={"arrowstyle": "-", "color": colour, "linewidth": 0.5, "shrinkA": 1, "relpos": (0, 0.5)},
+            arrowprops={"arrowstyle": "-", "color": colour, "linewidth": 0.8, "linestyle": ":", "relpos": (0, 0.5)},
         )
 
 

@@ -23,6 +23,7 @@ from diffdistill.evaluation.measures import MEASURES, measure, needed
 from diffdistill.evaluation.reference import Reference, load_reference, reference_of, save_reference
 from diffdistill.evaluation.sources import Sampler, StoredImages, open_images
 from diffdistill.generation import plan
+from diffdistill.samples import Samples, save_pngs
 from tests.builders import tiny_denoiser
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -36,14 +37,28 @@ def images(count=61, seed=0):
 
 @pytest.mark.parametrize("batch_size", [61, 1, 8])
 def test_streaming_in_parts_equals_one_pass(batch_size):
-    data = images()
-    got = collect(StoredImages(data), PIXELS, splits=3, keep=Keep(features=True), batch_size=batch_size)
+    data, source = images(), StoredImages(images())
+    source.mixed = True
+    got = collect(source, PIXELS, splits=3, keep=Keep(features=True), batch_size=batch_size)
     x = data.x.flatten(1).double()
     assert [part.count for part in got.parts] == [21, 20, 20] and len(got) == 61
     torch.testing.assert_close(got.statistics.covariance, x.T.cov(), rtol=1e-9, atol=1e-10)
     torch.testing.assert_close(got.parts[1].mean, x[21:41].mean(0), rtol=1e-12, atol=0)
     assert torch.equal(got.features.double(), x) and torch.equal(got.labels, data.y)
     assert torch.equal(got.part(2).features, got.features[41:]) and got.part(2).parts[0].count == 20
+
+
+def test_parts_of_stored_images_are_alike_even_where_they_are_sorted():
+    data = images(60)
+    order = data.x.flatten(1).mean(1).argsort()
+    data = TensorData(data.x[order], torch.arange(60) // 6, num_classes=10)
+    got = collect(StoredImages(data), PIXELS, splits=3, keep=Keep(features=True), batch_size=7)
+    parts = [got.part(k) for k in range(3)]
+    assert [len(part.labels) for part in parts] == [part.count for part in got.parts] == [20, 20, 20]
+    assert sorted(label for part in parts for label in part.labels.tolist()) == data.y.tolist()
+    for part in parts:
+        assert len(part.labels.unique()) > 6
+        torch.testing.assert_close(part.statistics.mean, part.features.double().mean(0), rtol=1e-6, atol=1e-7)
 
 
 def test_shards_cover_everything_once(monkeypatch):
@@ -65,6 +80,7 @@ from diffdistill.evaluation.collect import Keep, collect
 from diffdistill.evaluation.sources import Sampler
 from diffdistill.training.distributed import processes
 from diffdistill.generation import plan
+from diffdistill.samples import Samples, save_pngs
 from tests.builders import tiny_denoiser
 from tests.evaluation.test_collect import PIXELS
 with processes():
@@ -130,6 +146,22 @@ def test_sources_of_every_kind_hold_the_same_images(tmp_path):
             open_images(tmp_path / name)
     with pytest.raises(ValueError, match="num_samples=13 is outside 1 to 12"):
         StoredImages(open_images(tmp_path / "ours.npz"), limit=13)
+
+
+@pytest.mark.parametrize("channels", [1, 3])
+def test_samples_saved_as_png_are_read_with_their_channels(tmp_path, channels):
+    x = torch.rand(4, channels, 5, 7, generator=torch.Generator().manual_seed(0)) * 2 - 1
+    folder = save_pngs(Samples(x, torch.arange(4)), tmp_path)
+    read = open_images(folder)
+    assert read.shape == (channels, 5, 7)
+    torch.testing.assert_close(torch.stack([read[i]["x"] for i in range(4)]), x, rtol=0, atol=0.51 / 127.5)
+
+
+def test_a_grey_folder_of_any_kind_of_file_is_grey(tmp_path):
+    for kind in ("png", "jpg", "bmp"):
+        (tmp_path / kind).mkdir()
+        Image.new("L", (7, 5)).save(tmp_path / kind / f"0.{kind}")
+    assert {open_images(tmp_path / kind).shape for kind in ("png", "jpg", "bmp")} == {(1, 5, 7)}
 
 
 def test_samples_are_the_same_however_they_are_shared():
@@ -260,7 +292,7 @@ def gaussian_rows(count, size, seed):
 
 
 def collected(rows, logits=None):
-    return Collected((FeatureStatistics().update(rows),), (1,), rows, logits)
+    return Collected((FeatureStatistics().update(rows),), torch.zeros(len(rows)), (1,), rows, logits)
 
 
 class Named(Features):

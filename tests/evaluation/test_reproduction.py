@@ -16,8 +16,9 @@ from PIL import Image
 
 from diffdistill.data import load_data
 from diffdistill.evaluation import frechet_distance, gaussian_of, make_features
-from diffdistill.evaluation.html import write_pages
-from diffdistill.evaluation.reproduction import Files, dry_run, known_results, missing_files, reproduce
+from diffdistill.evaluation.html import page, write_pages
+from diffdistill.evaluation.pages import markdown
+from diffdistill.evaluation.reproduction import Files, Outcome, dry_run, known_results, missing_files, reproduce
 from diffdistill.evaluation.tables import Table
 from diffdistill.generation import generate, plan
 from diffdistill.models import Autoencoder, build_denoiser, load_denoiser, save_denoiser
@@ -208,6 +209,21 @@ def test_a_dry_run_names_cells_files_and_cost(model, tmp_path):
     assert not (tmp_path / "none").exists()
 
 
+def test_a_dry_run_refuses_what_the_run_would(model, tmp_path):
+    guided = table(model, rows=[{"name": "Guided", "solver": {"name": "euler"}, "w": 1.5}])
+    for run in (dry_run, reproduce):
+        with pytest.raises(ValueError, match="'Guided': a run of 2 steps takes 4 evaluations, not the 2 of its column"):
+            run(guided, tmp_path / "t", device=CPU)
+
+
+def test_a_published_value_leaves_what_cannot_be_measured_a_dash_in_other_measures(model, tmp_path):
+    rows = [{"name": "Theirs", "run": False, "published": [4.0, None]}]
+    outcome = Outcome(table(model, rows=rows), tmp_path, {})
+    text, html = markdown(outcome), page(outcome)
+    assert text.count("| Theirs | (4) | - |") == 1 and text.count("| Theirs | - | - |") == 2
+    assert html.count("published 4<") == 1 and html.count('<td class="quiet">-</td>') == 5
+
+
 def test_markdown_and_csv(done):
     text = (done.folder / "table.md").read_text()
     fid = done.results["euler-b__2"].measures["fid"].value
@@ -228,7 +244,7 @@ def test_samples_of_the_same_seeds_stand_below_each_other(done):
     sheet = np.asarray(Image.open(done.folder / "samples.png"))
     strips = []
     for slug in ("euler-b__2", "euler-b__3", "heun__2"):
-        grid = np.asarray(Image.open(done.folder / "cells" / f"{slug}.png"))
+        grid = np.asarray(Image.open(done.folder / "cells" / f"{slug}.png").convert("RGB"))
         assert grid.shape == (4 * 18 - 2, 10 * 18 - 2, 3)
         strips.append(grid[:16].repeat(2, axis=0).repeat(2, axis=1))
     height, width = strips[0].shape[:2]

@@ -125,6 +125,21 @@ def prepare(cell: Cell, models: Models) -> Prepared:
     return Prepared(scheme, {name: record for name, record in training.items() if record})
 
 
+def count_evaluations(table: Table, cell: Cell, scheme: Plan) -> int:
+    """Network evaluations of one sample of a cell.
+
+    Raises:
+        ValueError: a column of evaluations is not what the run takes.
+    """
+    nfe = count_nfe(scheme)
+    if table.column == "nfe" and nfe != cell.column:
+        raise ValueError(
+            f"row {cell.row!r}: a run of {scheme.num_steps} steps takes {nfe} evaluations, "
+            f"not the {cell.column:g} of its column"
+        )
+    return nfe
+
+
 def trained(provenance: Any) -> dict[str, Any]:
     """What a file records of its training: command, updates, seconds."""
     provenance = provenance if isinstance(provenance, Mapping) else {}
@@ -160,12 +175,7 @@ class Laboratory:
             ValueError: a column of evaluations is not what the run takes.
         """
         prepared = prepare(cell, self.models)
-        nfe = count_nfe(prepared.plan)
-        if table.column == "nfe" and nfe != cell.column:
-            raise ValueError(
-                f"row {cell.row!r}: a run of {prepared.plan.num_steps} steps takes {nfe} evaluations, "
-                f"not the {cell.column:g} of its column"
-            )
+        nfe = count_evaluations(table, cell, prepared.plan)
         scheme = replace(prepared.plan, denoiser=accelerated(prepared.plan.denoiser, **self.switches))
         drawn: list[Tensor] = []
 

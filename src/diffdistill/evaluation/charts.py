@@ -44,8 +44,6 @@ def plot(outcome: Outcome, path: Path) -> None:
             axes.set_xticks(list(table.columns), [f"{c:g}" for c in table.columns])
             if values and min(values) > 0 and max(values) > 8 * min(values):
                 axes.set_yscale("log")
-                axes.yaxis.set_major_formatter("{x:g}")
-                axes.yaxis.set_minor_formatter("{x:g}" if max(values) < 50 * min(values) else "")
             name_lines(axes)
 
     save_figure(draw, path, size=(1 + 5.5 * len(table.measures), max(3.8, 1 + 0.17 * len(table.rows))))

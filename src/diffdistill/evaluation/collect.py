@@ -6,6 +6,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -15,9 +16,15 @@ from diffdistill.training import distributed
 
 
 class Source(Protocol):
-    """Images in a fixed order: stored ones, or those that a model draws."""
+    """Images in a fixed order: stored ones, or those that a model draws.
+
+    Attributes:
+        shape: of one image.
+        mixed: whether classes take turns, so that consecutive parts are alike. Folders and archives may be sorted.
+    """
 
     shape: tuple[int, ...]
+    mixed: bool
 
     def __len__(self) -> int: ...
 
@@ -44,7 +51,8 @@ class Collected:
     """What was seen of N images, in every process.
 
     Attributes:
-        parts: statistics of `splits` consecutive parts of the images.
+        parts: statistics of `splits` parts of the images.
+        part_of: the part that each image belongs to, long `[N]`.
         shape: of one image.
         features: `[N, D]`, or None if not kept.
         logits: `[N, K]`, or None.
@@ -52,6 +60,7 @@ class Collected:
     """
 
     parts: tuple[FeatureStatistics, ...]
+    part_of: Tensor
     shape: tuple[int, ...]
     features: Tensor | None = None
     logits: Tensor | None = None
@@ -67,10 +76,9 @@ class Collected:
 
     def part(self, k: int) -> Collected:
         """Part `k` alone."""
-        start = sum(part.count for part in self.parts[:k])
-        chosen = slice(start, start + self.parts[k].count)
+        chosen = self.part_of == k
         rows = [None if v is None else v[chosen] for v in (self.features, self.logits, self.labels)]
-        return Collected((self.parts[k],), self.shape, *rows)
+        return Collected((self.parts[k],), self.part_of[chosen], self.shape, *rows)
 
 
 def merged(parts: Sequence[FeatureStatistics]) -> FeatureStatistics:
@@ -85,6 +93,13 @@ def shard(total: int) -> range:
     """The indices that fall to this process: consecutive, and equal in number but for one."""
     rank, world = distributed.rank(), distributed.world_size()
     return range(rank * total // world, (rank + 1) * total // world)
+
+
+def parts_of(source: Source, splits: int) -> Tensor:
+    """The part of `splits` that each image belongs to, long `[N]`: consecutive ones, or dealt out at random."""
+    total = len(source)
+    consecutive = torch.arange(total) * splits // total
+    return consecutive if source.mixed else consecutive[torch.from_numpy(np.random.RandomState(0).permutation(total))]
 
 
 @torch.no_grad()
@@ -103,7 +118,7 @@ def collect(
         source: the images; each process takes its `shard` of them.
         features: the extractor.
         keep: what to keep beside mean and covariance.
-        splits: number of consecutive parts whose statistics are kept apart.
+        splits: number of parts whose statistics are kept apart, see `parts_of`.
         batch_size: images at a time.
         device: where to compute.
 
@@ -113,15 +128,15 @@ def collect(
     keep, total = keep or Keep(), len(source)
     if not 1 <= splits <= total:
         raise ValueError(f"splits={splits} is outside 1 to {total}, the number of images")
-    parts = [FeatureStatistics() for _ in range(splits)]
+    parts, part_of = [FeatureStatistics() for _ in range(splits)], parts_of(source, splits)
     kept: dict[str, list[Tensor]] = {"features": [], "logits": [], "labels": []}
     indices = shard(total)
     start = indices.start
     for x, labels in source.batches(indices, batch_size, torch.device(device)):
         values, logits = features.both(x.float().clamp(-1, 1))
-        part_of = torch.arange(start, start + len(x)) * splits // total
-        for k in part_of.unique().tolist():
-            parts[k].update(values[(part_of == k).to(values.device)])
+        belongs = part_of[start : start + len(x)]
+        for k in belongs.unique().tolist():
+            parts[k].update(values[(belongs == k).to(values.device)])
         for name, rows in (
             ("features", values if keep.features else None),
             ("logits", logits if keep.logits else None),
@@ -134,6 +149,7 @@ def collect(
     rows = {name: [row for _, other in everyone for row in other[name]] for name in kept}
     return Collected(
         tuple(merged([theirs[k] for theirs, _ in everyone]) for k in range(splits)),
+        part_of,
         tuple(source.shape),
         **{name: torch.cat(values) if values else None for name, values in rows.items()},
     )

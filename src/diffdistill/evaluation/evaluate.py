@@ -6,7 +6,6 @@ import json
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
-from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +13,7 @@ import torch
 from torch import Tensor
 
 from diffdistill.atomic import write_text
-from diffdistill.evaluation.collect import Source, collect, shard
+from diffdistill.evaluation.collect import Source, collect, parts_of, shard
 from diffdistill.evaluation.extractors import make_features
 from diffdistill.evaluation.measures import MEASURES, Measured, measure, needed, spread
 from diffdistill.evaluation.sources import reference_from
@@ -56,7 +55,7 @@ class Replayed:
     """A source that is gone through once and kept, for two extractors that look at the same images."""
 
     def __init__(self, source: Source) -> None:
-        self.source, self.shape = source, source.shape
+        self.source, self.shape, self.mixed = source, source.shape, source.mixed
         self._kept: list[tuple[Tensor, Tensor | None]] = []
 
     def __len__(self) -> int:
@@ -130,9 +129,8 @@ def _clip_score(source: Source, options: Evaluation, splits: int, device: torch.
         values.append(score(x, captions[start : start + len(x)]).cpu())
         start += len(x)
     scores = torch.cat([part for parts in distributed.gather(values) for part in parts]).double()
-    ends = [k * len(scores) // splits for k in range(splits + 1)]
-    parts = [float(scores[a:b].mean()) for a, b in pairwise(ends)]
-    return spread(float(scores.mean()), parts)
+    part_of = parts_of(source, splits)
+    return spread(float(scores.mean()), [float(scores[part_of == k].mean()) for k in range(splits)])
 
 
 def describe(record: Mapping[str, Any]) -> str:

@@ -114,13 +114,14 @@ def _measure(outcome: Outcome, name: str) -> str:
 def _value(outcome: Outcome, cell: Cell, name: str, best: float | None) -> str:
     result = outcome.result(cell)
     found = None if result is None else result.measures.get(name)
-    if cell.impossible and cell.published is None:
+    published = cell.published if name == outcome.table.measures[0] else None
+    if cell.impossible and published is None:
         return '<td class="quiet">-</td>'
     parts = [] if found is None else [f"<b>{escape(measured(found))}</b>"]
-    if cell.published is not None and name == outcome.table.measures[0]:
-        parts.append(f'<small title="{escape(cell.source or "", quote=True)}">published {cell.published:g}</small>')
+    if published is not None:
+        parts.append(f'<small title="{escape(cell.source or "", quote=True)}">published {published:g}</small>')
         if found is not None:
-            parts.append(f"<small>difference {found.value - cell.published:+.2f}</small>")
+            parts.append(f"<small>difference {found.value - published:+.2f}</small>")
     shaded = found is not None and found.value == best
     return f"<td{' class=best' if shaded else ''}>{''.join(parts)}</td>"
 

@@ -26,13 +26,14 @@ def row_cells(outcome: Outcome, row: Row) -> list[Cell]:
 
 def entry(cell: Cell, result: Result | None, measure: str, *, first: bool) -> str:
     """The text of a cell: measured with its spread, then published and the difference where there is a value."""
-    if cell.impossible and cell.published is None:
+    published = cell.published if first else None
+    if cell.impossible and published is None:
         return "-"
     found = None if result is None else result.measures.get(measure)
     texts = [] if found is None else [measured(found)]
-    if first and cell.published is not None:
-        difference = "" if found is None else f", {found.value - cell.published:+.2f}"
-        texts.append(f"({cell.published:g}{difference})")
+    if published is not None:
+        difference = "" if found is None else f", {found.value - published:+.2f}"
+        texts.append(f"({published:g}{difference})")
     return " ".join(texts)
 
 

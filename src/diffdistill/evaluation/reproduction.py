@@ -12,11 +12,10 @@ import torch
 from tqdm import tqdm
 
 from diffdistill.atomic import write_text
-from diffdistill.evaluation.cells import Clock, Laboratory, Models, Result, prepare
+from diffdistill.evaluation.cells import Clock, Laboratory, Models, Result, count_evaluations, prepare
 from diffdistill.evaluation.extractors import make_features
 from diffdistill.evaluation.sources import reference_from
 from diffdistill.evaluation.tables import Cell, Need, Table, located
-from diffdistill.generation import count_nfe
 from diffdistill.hashes import sha256
 from diffdistill.training import distributed
 
@@ -177,7 +176,7 @@ def dry_run(table: Table, folder: Path, *, device: torch.device, batch_size: int
         if cell.slug in done:
             lines.append(f"  done     {where}")
             continue
-        nfe = count_nfe(prepare(_unprepared(cell), models).plan)
+        nfe = count_evaluations(table, cell, prepare(_unprepared(cell), models).plan)
         took = nfe * table.num_samples * clock.seconds(cell.model, min(batch_size, table.num_samples))
         evaluations, seconds = evaluations + nfe * table.num_samples, seconds + took
         lines.append(f"  to do    {where}: {nfe} evaluations an image, about {_duration(took)}")

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from diffdistill.data import ImageData, TensorData, ZipData, load_data
 from diffdistill.data.base import from_uint8
-from diffdistill.data.files import ImageFolder
+from diffdistill.data.files import IMAGE_SUFFIXES, ImageFolder
 from diffdistill.denoiser import image_shape
 from diffdistill.evaluation.archives import open_npz
 from diffdistill.evaluation.collect import Keep, collect
@@ -29,6 +29,8 @@ WILD = 2.0
 
 class StoredImages:
     """The images of a data set, or of the first `limit` of them."""
+
+    mixed = False
 
     def __init__(self, data: ImageData, *, limit: int | None = None) -> None:
         self.data, self.shape = data, data.shape
@@ -60,6 +62,8 @@ class Sampler:
     Attributes:
         seconds: time that this process spent drawing.
     """
+
+    mixed = True
 
     def __init__(
         self,
@@ -144,7 +148,7 @@ def _channels(folder: Path) -> int:
     """1 if the first image of a folder is grey, else 3."""
     from PIL import Image
 
-    first = next((p for p in sorted(folder.rglob("*")) if p.suffix.lower() in (".png", ".jpg", ".jpeg", ".webp")), None)
+    first = next((p for p in sorted(folder.rglob("*")) if p.suffix.lower() in IMAGE_SUFFIXES), None)
     if first is None:
         return 3
     with Image.open(first) as image:

@@ -75,7 +75,6 @@ def plot(rows: Sequence[Row], path: Path) -> None:
                 axes.plot(*zip(*line, strict=True), "o-", label=solver, **styles[solver])
             axes.set(title=title, yscale="log", xlabel="network evaluations")
             axes.set_xticks(sorted({row.nfe for row in part}))
-            axes.yaxis.set_major_formatter("{x:g}")
         for axes in figure.axes:
             name_lines(axes)
         figure.axes[0].set_ylabel("mean L2 distance to the reference")
