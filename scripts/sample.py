@@ -13,9 +13,9 @@ from common import command, faster, plain
 from common.checks import several
 from diffdistill import load_denoiser
 from diffdistill.devices import device_of
-from diffdistill.generation import plan
+from diffdistill.generation import makes_pictures, plan
 from diffdistill.registry import choose
-from diffdistill.samples import WRITERS, chosen_labels, draw_to, makes_pictures
+from diffdistill.samples import WRITERS, chosen_labels, draw_to
 from diffdistill.training import Run
 from diffdistill.training.distributed import rank
 

@@ -224,13 +224,19 @@ def count_nfe(plan: Plan) -> int:
     return run.nfe
 
 
+def makes_pictures(denoiser: Any) -> bool:
+    """Whether samples are pictures: of 1 or 3 channels, and not latents whose autoencoder is elsewhere."""
+    codec = getattr(denoiser, "codec", None)
+    channels = image_shape(denoiser.data_shape, codec)[0]
+    return channels in (1, 3) and (codec is not None or not getattr(denoiser, "latents", False))
+
+
 def preview(
     trained: Denoiser, *, num_samples: int, w: float | None = None, num_steps: int | None = None
 ) -> Callable[[Denoiser], Tensor] | None:
     """A function that draws the same `num_samples` seeds from a model each time, for the grids of a training run.
 
-    None where the samples of what is trained are no images: latents without their autoencoder. Of a model that takes w,
-    the pictures are those of the nearest w that it is trained for.
+    None where samples are no pictures. Those of a model that takes w are drawn at the nearest w that it is trained for.
 
     Raises:
         ValueError: an option out of range.
@@ -239,7 +245,7 @@ def preview(
     for name, count in (("num_samples", num_samples), ("num_steps", num_steps)):
         if count is not None and count < 1:
             raise ValueError(f"preview: {name} must be at least 1, but is {count}")
-    if image_shape(trained.data_shape, trained.codec)[0] not in (1, 3):
+    if not makes_pictures(trained):
         return None
 
     def draw(model: Denoiser) -> Tensor:

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
@@ -13,8 +12,8 @@ from torch import Tensor
 from tqdm import tqdm
 
 from diffdistill.atomic import replacing
-from diffdistill.denoiser import NULL_LABEL, Denoiser, image_shape
-from diffdistill.generation import Plan, generate, spread_labels
+from diffdistill.denoiser import NULL_LABEL, Denoiser
+from diffdistill.generation import Plan, generate, makes_pictures, spread_labels
 from diffdistill.pictures import save_grid
 from diffdistill.training.distributed import barrier, rank, world_size
 
@@ -30,13 +29,6 @@ class Samples:
 
     x: Tensor
     y: Tensor
-
-
-def makes_pictures(denoiser: Any) -> bool:
-    """Whether samples are pictures: of 1 or 3 channels, and not latents whose autoencoder is elsewhere."""
-    codec = getattr(denoiser, "codec", None)
-    channels = image_shape(denoiser.data_shape, codec)[0]
-    return channels in (1, 3) and (codec is not None or not getattr(denoiser, "latents", False))
 
 
 def chosen_labels(labels: int | Sequence[int] | None, num_samples: int, model: Denoiser) -> Tensor | None:
