@@ -52,9 +52,7 @@ def save_grid(
         top, left = i // columns * height, i % columns * width
         canvas[top : top + height - GAP, left : left + width - GAP] = image
     grid = Image.fromarray(canvas[..., 0] if canvas.shape[2] == 1 else canvas)
-    picture = _captioned(grid, (width, height), row_captions, column_captions)
-    with replacing(path) as temporary:
-        picture.save(temporary, format="PNG")
+    _save_captioned(grid, path, (width, height), row_captions, column_captions)
 
 
 def save_mosaic(
@@ -82,28 +80,29 @@ def save_mosaic(
         for j, part in enumerate(row):
             if part is not None:
                 canvas.paste(part, (j * cell[0], i * cell[1]))
-    picture = _captioned(canvas, cell, row_captions, column_captions)
-    with replacing(path) as temporary:
-        picture.save(temporary, format="PNG")
+    _save_captioned(canvas, path, cell, row_captions, column_captions)
 
 
-def _captioned(grid: Any, cell: tuple[int, int], rows: Sequence[str], columns: Sequence[str]) -> Any:
-    """The grid with captions in a margin to its left and above it."""
+def _save_captioned(
+    grid: Any, path: str | os.PathLike[str], cell: tuple[int, int], rows: Sequence[str], columns: Sequence[str]
+) -> None:
+    """Write a grid with captions in a margin to its left and above it."""
     from PIL import Image, ImageDraw, ImageFont
 
-    if not rows and not columns:
-        return grid
-    font: Any = ImageFont.load_default(CAPTION_SIZE)
-    left = max((math.ceil(font.getlength(text)) for text in rows), default=0) + (12 if rows else 0)
-    top = CAPTION_SIZE + 10 if columns else 0
-    picture = Image.new("RGB", (grid.width + left, grid.height + top), "white")
-    picture.paste(grid, (left, top))
-    draw = ImageDraw.Draw(picture)
-    for i, text in enumerate(rows):
-        draw.text((left - 6, top + (i + 0.5) * cell[1]), text, fill="black", font=font, anchor="rm")
-    for i, text in enumerate(columns):
-        draw.text((left + (i + 0.5) * cell[0], top / 2), text, fill="black", font=font, anchor="mm")
-    return picture
+    picture = grid
+    if rows or columns:
+        font: Any = ImageFont.load_default(CAPTION_SIZE)
+        left = max((math.ceil(font.getlength(text)) for text in rows), default=0) + (12 if rows else 0)
+        top = CAPTION_SIZE + 10 if columns else 0
+        picture = Image.new("RGB", (grid.width + left, grid.height + top), "white")
+        picture.paste(grid, (left, top))
+        draw = ImageDraw.Draw(picture)
+        for i, text in enumerate(rows):
+            draw.text((left - 6, top + (i + 0.5) * cell[1]), text, fill="black", font=font, anchor="rm")
+        for i, text in enumerate(columns):
+            draw.text((left + (i + 0.5) * cell[0], top / 2), text, fill="black", font=font, anchor="mm")
+    with replacing(path) as temporary:
+        picture.save(temporary, format="PNG")
 
 
 NOT_CURVES = ("update", "samples", "seconds", "learning_rate")

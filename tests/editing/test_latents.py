@@ -1,5 +1,6 @@
 """scripts/edit.py on latent models: a tiny one of ours, and Stable Diffusion from tiny real components."""
 
+import subprocess
 import sys
 from pathlib import Path
 
@@ -170,3 +171,10 @@ def test_bad_input_of_stable_diffusion(folders, tmp_path):
         edited(*options, f"images={tmp_path / 'images'}", f"mask={tmp_path / 'large/mask.png'}")
     with pytest.raises(ValueError, match=r"\[3, 16, 16\].*\[1, 8, 8\]"):
         edited(*options)
+
+
+def test_an_editor_is_loaded_from_foreign_files_too(tmp_path):
+    (tmp_path / "model.ckpt").write_bytes(b"no checkpoint")
+    code = f"from diffdistill.editing.inputs import load_editor; load_editor({str(tmp_path / 'model.ckpt')!r})"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert "ForeignFileError" in done.stderr

@@ -17,7 +17,8 @@ import torch
 from safetensors.torch import save_file
 
 from diffdistill.interop import ForeignFileError, UnsafePickleError, open_checkpoint, read_arrays, read_foreign
-from diffdistill.interop.pickles import _OPERATIONS, Machine
+from diffdistill.interop.pickle_machine import OPERATIONS
+from diffdistill.interop.pickles import Machine
 from diffdistill.interop.records import Budget
 from diffdistill.interop.tensors import ALLOWED
 from tests.interop.persistence import Persistent, pickled
@@ -357,7 +358,7 @@ def test_objects_on_the_stack_cannot_be_called_or_changed():
 def test_every_instruction_of_the_format_is_read_or_refused():
     known = {ord(o.code) for o in pickletools.opcodes}
     refused = {"i", "o", "\x82", "\x83", "\x84", "\x97", "\x98"}  # INST, OBJ, EXT1-4, buffers
-    assert set(_OPERATIONS) | {ord(".")} == known - {ord(code) for code in refused}
+    assert set(OPERATIONS) | {ord(".")} == known - {ord(code) for code in refused}
     for code in refused:
         with pytest.raises(ForeignFileError, match="instruction"):
             load(code.encode("latin1") + b"\x00\x00\x00\x00.")

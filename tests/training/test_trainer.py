@@ -8,7 +8,6 @@ from pathlib import Path
 import pytest
 import torch
 from torch import nn
-from torch.torch_version import TorchVersion
 
 from diffdistill.training import (
     CheckpointError,
@@ -18,7 +17,6 @@ from diffdistill.training import (
     Objective,
     Run,
     Trainer,
-    sharding,
 )
 from diffdistill.training.average import WeightAverage
 from diffdistill.training.randomness import rand
@@ -385,17 +383,3 @@ def test_a_signal_to_all_processes_writes_a_checkpoint_and_ends_the_run(tmp_path
     checkpoint = Run(tmp_path, {}).load_checkpoint()
     assert checkpoint is not None and checkpoint.update >= 2
     assert json.loads(checkpoint.path.with_suffix(".json").read_text())["update"] == checkpoint.update
-
-
-def test_an_old_pytorch_is_refused_before_it_splits(monkeypatch):
-    monkeypatch.setattr(torch, "__version__", TorchVersion("2.6.0"))
-    with pytest.raises(ValueError, match=r"fsdp needs a PyTorch later than 2\.6\.0: update it, or choose ddp"):
-        sharding.shard(torch.nn.Linear(2, 3), torch.device("cpu"))
-
-
-def test_what_is_not_called_as_a_whole_is_not_split(tmp_path, monkeypatch):
-    objective, run = Fit(), Run(tmp_path, {})
-    objective.trained = nn.ModuleList(objective.trained)
-    monkeypatch.setattr("diffdistill.training.distributed.world_size", lambda: 2)
-    with pytest.raises(ValueError, match="fsdp is for models that are called as a whole, which ModuleList is not"):
-        Trainer(objective, Rows(), settings(parallel="fsdp"), run)
