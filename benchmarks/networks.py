@@ -10,7 +10,7 @@ import torch
 import yaml
 from torch import Tensor
 
-from diffdistill.generation import spread_labels
+from diffdistill.denoiser import spread_labels
 from diffdistill.models import build_denoiser
 from diffdistill.models.network import NetworkDenoiser
 

@@ -28,12 +28,14 @@ import torch
 import amed_training
 import published_networks
 from diffdistill import load_denoiser
-from diffdistill.acceleration import accelerated
+from diffdistill.denoiser import spread_labels
 from diffdistill.devices import device_of
-from diffdistill.evaluation.extractors import make_features
-from diffdistill.evaluation.features import gaussian_of
-from diffdistill.evaluation.frechet import frechet_distance
-from diffdistill.generation import generate, plan, spread_labels
+from diffdistill.metrics.extractors import make_features
+from diffdistill.metrics.features import gaussian_of
+from diffdistill.metrics.frechet import frechet_distance
+from diffdistill.models.acceleration import accelerated
+from diffdistill.sampling.generation import generate
+from diffdistill.sampling.plans import plan
 from networks import network
 
 ROOT = Path(__file__).resolve().parents[1]

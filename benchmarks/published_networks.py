@@ -36,17 +36,17 @@ from typing import Any
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from diffdistill.acceleration import accelerated
 from diffdistill.devices import device_of, tuned_convolutions
-from diffdistill.generation import plan
+from diffdistill.distributed import processes, rank, world_size
 from diffdistill.guidance.stage1 import GuidanceDistillation
 from diffdistill.learned import StepwiseDistillation
 from diffdistill.models import guidance_student
+from diffdistill.models.acceleration import accelerated
 from diffdistill.models.network import NetworkDenoiser
 from diffdistill.progressive.stage2 import StepDistillation, deterministic_steps
+from diffdistill.sampling.plans import plan
 from diffdistill.solvers import AMEDPlugin, AMEDPredictor, make_schedule, make_solver, sample, seeded_noise
 from diffdistill.training import Objective, Run, Trainer, TrainerConfig
-from diffdistill.training.distributed import processes, rank, world_size
 from diffdistill.training.noise_levels import make_noise_levels
 from diffdistill.training.optimizers import make_optimizer
 from diffdistill.training.sharding import recompute

@@ -16,13 +16,12 @@ from omegaconf import DictConfig
 
 from common import command, plain
 from diffdistill import load_denoiser
-from diffdistill.atomic import write_text
 from diffdistill.data import load_data
-from diffdistill.denoiser import Denoiser
+from diffdistill.denoiser import Denoiser, spread_labels
 from diffdistill.devices import device_of
-from diffdistill.evaluation.trajectories import TrajectoryShape, analyze, plot_shapes
-from diffdistill.generation import spread_labels
+from diffdistill.files.atomic import write_text
 from diffdistill.models import GaussianMixture, guided
+from diffdistill.solver_comparison.trajectories import TrajectoryShape, analyze, plot_shapes
 from diffdistill.solvers import Trajectory, make_schedule, make_solver, sample, seeded_noise
 from diffdistill.training import Run
 

@@ -16,18 +16,18 @@ from omegaconf import DictConfig
 
 from common import command, plain
 from diffdistill import load_denoiser
-from diffdistill.atomic import write_text
 from diffdistill.data import load_data
-from diffdistill.denoiser import Denoiser
+from diffdistill.denoiser import Denoiser, spread_labels
 from diffdistill.devices import device_of
-from diffdistill.evaluation.extractors import make_features
-from diffdistill.evaluation.features import gaussian_of
-from diffdistill.evaluation.frechet import frechet_distance
-from diffdistill.evaluation.solver_comparison import Grid, Problem, compare, entries, reference_endpoints, title
-from diffdistill.evaluation.solver_comparison.report import comma_separated, gains, markdown, plot
-from diffdistill.generation import spread_labels, start_for, statistics_of
+from diffdistill.files.atomic import write_text
 from diffdistill.learned import load_predictor
+from diffdistill.metrics.extractors import make_features
+from diffdistill.metrics.features import gaussian_of
+from diffdistill.metrics.frechet import frechet_distance
 from diffdistill.models import guided
+from diffdistill.sampling.plans import start_for, statistics_of
+from diffdistill.solver_comparison import Grid, Problem, compare, entries, reference_endpoints, title
+from diffdistill.solver_comparison.report import comma_separated, gains, markdown, plot
 from diffdistill.solvers import load_gaussian, make_solver
 from diffdistill.training import Run
 

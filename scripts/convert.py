@@ -15,7 +15,7 @@ from omegaconf import DictConfig
 
 from common import command, plain
 from diffdistill.interop import Hints, read_foreign
-from diffdistill.interop.stable_folder import write_pipeline
+from diffdistill.interop.formats.stable_folder import write_pipeline
 from diffdistill.models import save_denoiser
 
 

@@ -14,10 +14,11 @@ from omegaconf import DictConfig
 from common import check_data, command, finish, plain
 from diffdistill import load_denoiser
 from diffdistill.data import load_data
-from diffdistill.generation import preview, schedule_for
 from diffdistill.guidance.stage1 import GuidanceDistillation
 from diffdistill.interop.diffusers import add_adapters
 from diffdistill.models import guidance_student
+from diffdistill.sampling.generation import preview
+from diffdistill.sampling.plans import schedule_for
 from diffdistill.training import Run, Trainer, TrainerConfig
 from diffdistill.training.noise_levels import make_noise_levels
 from diffdistill.training.weighting import make_weighting

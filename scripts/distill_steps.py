@@ -16,10 +16,11 @@ from omegaconf import DictConfig
 from common import check_data, command, plain, provenance
 from diffdistill import load_denoiser
 from diffdistill.data import load_data
-from diffdistill.generation import preview, schedule_for
 from diffdistill.interop.diffusers import add_adapters
 from diffdistill.progressive.halving import Halving, halve_steps
 from diffdistill.progressive.stage2 import encoder_grid
+from diffdistill.sampling.generation import preview
+from diffdistill.sampling.plans import schedule_for
 from diffdistill.training import Run
 from diffdistill.training.weighting import make_weighting
 

@@ -22,10 +22,10 @@ from diffdistill.data import load_data
 from diffdistill.devices import device_of
 from diffdistill.editing.inputs import Editor, first_images, load_editor, read_images, read_mask
 from diffdistill.editing.session import TASKS, Edit, encoding_plan
-from diffdistill.generation import plan
 from diffdistill.pictures import save_grid
 from diffdistill.registry import choose
-from diffdistill.samples import chosen_labels
+from diffdistill.sampling.plans import plan
+from diffdistill.sampling.samples import chosen_labels
 
 
 def conditions(settings: dict[str, Any], labels: torch.Tensor | None, count: int, editor: Editor) -> Any:

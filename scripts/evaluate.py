@@ -16,10 +16,10 @@ from common import command, faster, plain
 from common.checks import check_file, several
 from diffdistill import load_denoiser
 from diffdistill.devices import device_of
-from diffdistill.evaluation.evaluate import Evaluation, describe, evaluate, write_record
-from diffdistill.evaluation.sources import Sampler, StoredImages, open_images
-from diffdistill.generation import plan
-from diffdistill.training.distributed import rank
+from diffdistill.distributed import rank
+from diffdistill.metrics.evaluate import Evaluation, describe, evaluate, write_record
+from diffdistill.metrics.sources import Sampler, StoredImages, open_images
+from diffdistill.sampling.plans import plan
 
 PLAN = ("w", "num_steps", "solver", "schedule", "start")
 

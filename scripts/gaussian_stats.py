@@ -19,8 +19,8 @@ from common import command, plain
 from diffdistill import load_denoiser
 from diffdistill.data import load_data
 from diffdistill.devices import device_of
-from diffdistill.generation import plan, statistics_of
-from diffdistill.samples import chosen_labels, draw_to
+from diffdistill.sampling.plans import plan, statistics_of
+from diffdistill.sampling.samples import chosen_labels, draw_to
 from diffdistill.solvers import GaussianStatistics, save_gaussian, shipped_gaussians
 from diffdistill.training import Run
 

@@ -15,11 +15,11 @@ from common import command, plain
 from common.checks import check_file
 from diffdistill.data import load_data
 from diffdistill.devices import device_of
-from diffdistill.evaluation.collect import Keep, collect
-from diffdistill.evaluation.extractors import make_features
-from diffdistill.evaluation.reference import reference_of, save_reference
-from diffdistill.evaluation.sources import StoredImages
-from diffdistill.training.distributed import rank
+from diffdistill.distributed import rank
+from diffdistill.metrics.collect import Keep, collect
+from diffdistill.metrics.extractors import make_features
+from diffdistill.metrics.reference import reference_of, save_reference
+from diffdistill.metrics.sources import StoredImages
 
 
 @command("make_reference")

@@ -15,10 +15,10 @@ import distill_guidance
 import distill_steps
 from common import command, compose, plain
 from diffdistill.devices import device_of
-from diffdistill.evaluation.comparison import comparison_table, plot_comparison, side_by_side
-from diffdistill.evaluation.html import write_pages
-from diffdistill.evaluation.reproduction import reproduce
-from diffdistill.evaluation.tables import Table
+from diffdistill.tables.comparison import comparison_table, plot_comparison, side_by_side
+from diffdistill.tables.html import write_pages
+from diffdistill.tables.reproduction import reproduce
+from diffdistill.tables.tables import Table
 
 
 @command("quickstart")

@@ -17,11 +17,11 @@ from omegaconf import DictConfig
 
 from common import command, plain, switches
 from diffdistill.devices import device_of
-from diffdistill.evaluation.html import write_pages
-from diffdistill.evaluation.pages import markdown, status
-from diffdistill.evaluation.reproduction import dry_run, reproduce
-from diffdistill.evaluation.tables import Table
-from diffdistill.training.distributed import rank
+from diffdistill.distributed import rank
+from diffdistill.tables.html import write_pages
+from diffdistill.tables.pages import markdown, status
+from diffdistill.tables.reproduction import dry_run, reproduce
+from diffdistill.tables.tables import Table
 
 
 @command("reproduce")

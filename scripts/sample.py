@@ -13,11 +13,12 @@ from common import command, faster, plain
 from common.checks import several
 from diffdistill import load_denoiser
 from diffdistill.devices import device_of
-from diffdistill.generation import makes_pictures, plan
+from diffdistill.distributed import rank
 from diffdistill.registry import choose
-from diffdistill.samples import WRITERS, chosen_labels, draw_to
+from diffdistill.sampling.generation import makes_pictures
+from diffdistill.sampling.plans import plan
+from diffdistill.sampling.samples import WRITERS, chosen_labels, draw_to
 from diffdistill.training import Run
-from diffdistill.training.distributed import rank
 
 
 @command("sample")

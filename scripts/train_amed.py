@@ -14,13 +14,13 @@ from omegaconf import DictConfig
 from common import command, plain, provenance
 from diffdistill import load_denoiser
 from diffdistill.devices import device_of
-from diffdistill.evaluation.reproduction import Files
-from diffdistill.evaluation.tables import Need
+from diffdistill.distributed import rank
 from diffdistill.learned import make_learned, make_task, save_predictor, trained
 from diffdistill.models import guided
 from diffdistill.solvers import make_schedule
+from diffdistill.tables.reproduction import Files
+from diffdistill.tables.tables import Need
 from diffdistill.training import Run, Trainer, TrainerConfig
-from diffdistill.training.distributed import rank
 
 
 def train(config: DictConfig) -> None:

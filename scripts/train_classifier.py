@@ -13,7 +13,7 @@ from omegaconf import DictConfig
 from common import command
 from common.checks import check_file
 from diffdistill.data import load_data
-from diffdistill.evaluation.classifier import SHIPPED, save_classifier, train_classifier
+from diffdistill.metrics.classifier import SHIPPED, save_classifier, train_classifier
 
 
 @command("train_classifier")

@@ -11,8 +11,8 @@ from omegaconf import DictConfig
 
 from common import command, finish, plain
 from diffdistill.data import load_data
-from diffdistill.generation import preview
 from diffdistill.models import build_denoiser, load_autoencoder
+from diffdistill.sampling.generation import preview
 from diffdistill.training import Run, Trainer, TrainerConfig
 from diffdistill.training.denoising import Denoising
 from diffdistill.training.noise_levels import make_noise_levels

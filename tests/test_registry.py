@@ -8,12 +8,12 @@ import pytest
 import torch
 
 from diffdistill.data import DATA_SETS
-from diffdistill.evaluation.extractors import FEATURES
-from diffdistill.learned.files import PREDICTORS
 from diffdistill.learned.recipe import OBJECTIVES
-from diffdistill.models.files import NETWORKS
+from diffdistill.learned.storage import PREDICTORS
+from diffdistill.metrics.extractors import FEATURES
+from diffdistill.models.building import NETWORKS
 from diffdistill.models.preconditioning import PRECONDITIONINGS
-from diffdistill.registry import check_options, choose, construct
+from diffdistill.registry import check_options, choose, construct, resolve
 from diffdistill.solvers import SCHEDULES, SOLVERS
 from diffdistill.training.noise_levels import NOISE_LEVELS
 from diffdistill.training.weighting import WEIGHTINGS
@@ -93,7 +93,9 @@ TABLES = {**SOLVERS, **SCHEDULES, **DATA_SETS, **NETWORKS, **PRECONDITIONINGS, *
 
 
 @pytest.mark.parametrize(
-    "make", [*TABLES.values(), *NOISE_LEVELS.values(), *FEATURES.values()], ids=lambda m: m.__name__
+    "make",
+    [resolve(entry) for entry in (*TABLES.values(), *NOISE_LEVELS.values(), *FEATURES.values())],
+    ids=lambda m: m.__name__,
 )
 def test_all_that_is_chosen_by_name_can_be_checked(make):
     check_options("it", make, {})

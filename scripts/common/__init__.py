@@ -22,14 +22,14 @@ from common.checks import check_settings, is_integer
 from common.errors import CONFIGS, errors_in_one_line
 from common.jobs import errors_in_the_log
 from common.usage import check_preset, usage
-from diffdistill.acceleration import accelerated
 from diffdistill.data import ImageData
 from diffdistill.denoiser import Denoiser
-from diffdistill.generation import Plan
+from diffdistill.distributed import processes, rank
 from diffdistill.models import save_denoiser
+from diffdistill.models.acceleration import accelerated
 from diffdistill.registry import choose
+from diffdistill.sampling.plans import Plan
 from diffdistill.training import Run
-from diffdistill.training.distributed import processes, rank
 
 warnings.formatwarning = lambda message, *_args, **_kwargs: f"warning: {message}\n"
 

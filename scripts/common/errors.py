@@ -18,8 +18,8 @@ from hydra.errors import HydraException, MissingConfigException
 from omegaconf.errors import MissingMandatoryValue, OmegaConfBaseException
 
 from common.usage import names_of
+from diffdistill.distributed import LostProcessError
 from diffdistill.training import DataError, NonFiniteLossError
-from diffdistill.training.distributed import LostProcessError
 
 CONFIGS = Path(__file__).resolve().parents[2] / "configs"
 TRACEBACK = os.environ.get("HYDRA_FULL_ERROR") == "1"

@@ -5,8 +5,8 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from diffdistill.models.files import load_denoiser
-    from diffdistill.solvers.sampling import sample
+    from diffdistill.models.loading import load_denoiser
+    from diffdistill.solvers.integration import sample
 
 __version__ = "0.1.0"
 __all__ = ["load_denoiser", "sample"]
@@ -15,12 +15,11 @@ __all__ = ["load_denoiser", "sample"]
 def __getattr__(name: str) -> Any:
     # Imported on first use, so that `import diffdistill.solvers` loads neither models nor safetensors.
     if name == "sample":
-        from diffdistill.solvers.sampling import sample
+        from diffdistill.solvers.integration import sample
 
         return sample
     if name == "load_denoiser":
-        import diffdistill.interop  # noqa: F401 (which adds the readers of foreign files)
-        from diffdistill.models.files import load_denoiser
+        from diffdistill.models.loading import load_denoiser
 
         return load_denoiser
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

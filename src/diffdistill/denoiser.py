@@ -34,6 +34,17 @@ def image_shape(data_shape: tuple[int, ...], codec: Codec | None) -> tuple[int, 
     return (codec.channels, *(side * codec.factor for side in data_shape[1:]))
 
 
+def spread_labels(num_samples: int, num_classes: int) -> Tensor | None:
+    """Labels `[num_samples]` spread evenly over the classes, or None where there are no classes.
+
+    Raises:
+        ValueError: `num_samples` is no integer of at least 1.
+    """
+    if not isinstance(num_samples, int) or num_samples < 1:
+        raise ValueError(f"num_samples must be an integer of at least 1, but is {num_samples!r}")
+    return torch.arange(num_samples) % num_classes if num_classes else None
+
+
 @dataclass(frozen=True)
 class Distilled:
     """How a student of few steps is meant to be used: on exactly these noise levels, by exactly this sampler.

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 from torch import Tensor
 
-from diffdistill.atomic import replacing
+from diffdistill.files.atomic import replacing
 
 CAPTION_SIZE = 14
 GAP = 2

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import inspect
 from collections.abc import Callable, Mapping, Sequence
 from types import NoneType, UnionType
@@ -23,6 +24,17 @@ NEITHER: dict[type, type] = {SupportsFloat: bool, Sequence: str}
 """What is of such a type in Python alone."""
 
 
+def resolve(entry: T | str) -> T:
+    """An entry of a table of things to call: itself, or what the import path `"package.module:name"` names.
+
+    Import paths let a room list what lies in rooms above it, which are imported when they are asked for.
+    """
+    if not isinstance(entry, str):
+        return entry
+    module, _, name = entry.partition(":")
+    return getattr(importlib.import_module(module), name)
+
+
 def choose(kind: str, name: str, table: Mapping[str, T]) -> T:
     """Return `table[name]`; raise a `ValueError` that lists the valid names otherwise."""
     if not isinstance(name, str) or name not in table:
@@ -30,9 +42,9 @@ def choose(kind: str, name: str, table: Mapping[str, T]) -> T:
     return table[name]
 
 
-def construct(kind: str, name: str, table: Mapping[str, Callable[..., T]], /, *args: Any, **options: Any) -> T:
-    """Call `table[name](*args, **options)` after `check_options`."""
-    make = choose(kind, name, table)
+def construct(kind: str, name: str, table: Mapping[str, Callable[..., T] | str], /, *args: Any, **options: Any) -> T:
+    """Call `table[name](*args, **options)` after `check_options`; the entry may be an import path, see `resolve`."""
+    make: Callable[..., T] = resolve(choose(kind, name, table))
     check_options(f"{kind} {name!r}", make, options, positional=len(args))
     return make(*args, **options)
 
@@ -64,7 +76,7 @@ def check_options(what: str, make: Callable[..., Any], options: Mapping[str, Any
 
 
 def _mismatch(value: Any, hint: Any) -> str:
-    """What a value of the type `hint` is in words, if this value is none."""
+    """Expected type in words; empty if `value` matches."""
     if get_origin(hint) in (Union, UnionType):
         found = [_mismatch(value, part) for part in get_args(hint)]
         return " or ".join(found) if all(found) else ""

@@ -9,7 +9,7 @@ from PIL import Image
 from torch.utils.data import DataLoader
 
 from diffdistill.data import MirroredData, TensorData, load_data
-from diffdistill.samples import Samples, save_npz
+from diffdistill.sampling.samples import Samples, save_npz
 
 
 def pixels(seed, height=6, width=6):

@@ -12,8 +12,8 @@ from diffdistill.data import load_data
 from diffdistill.editing import Known, encode, image_to_image, inpaint
 from diffdistill.editing.inputs import read_images, read_mask
 from diffdistill.editing.session import TASKS, Edit, encoding_plan
-from diffdistill.generation import plan
 from diffdistill.pictures import save_grid
+from diffdistill.sampling.plans import plan
 from diffdistill.solvers import make_schedule, make_solver, seeded_noise
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -70,7 +70,7 @@ def test_inpainting_with_a_student_keeps_the_known_half(digits):
 
 
 def test_strength_goes_from_the_image_to_the_class(digits):
-    from diffdistill.evaluation.classifier import load_classifier
+    from diffdistill.metrics.classifier import load_classifier
 
     x0, labels = digits
     classifier, target = load_classifier(), (labels + 1) % 10
@@ -120,7 +120,7 @@ def transfers(teacher):
 @pytest.mark.parametrize("model", ["digits-teacher", "digits-student-4"])
 def test_style_transfer_changes_the_class_and_keeps_the_layout(transfers, model):
     """With the defaults of scripts/edit.py; what is by chance is what other digits of the new class share with them."""
-    from diffdistill.evaluation.classifier import load_classifier
+    from diffdistill.metrics.classifier import load_classifier
 
     common, others = transfers
     x0, target = common["images"], common["cond"]

@@ -10,9 +10,9 @@ import torch
 from diffdistill.denoiser import Distilled
 from diffdistill.editing.inputs import read_images, read_mask
 from diffdistill.editing.session import TASKS, Edit, encoding_plan
-from diffdistill.generation import plan
 from diffdistill.models import Autoencoder, build_denoiser, save_denoiser
 from diffdistill.pictures import save_grid
+from diffdistill.sampling.plans import plan
 from tests.builders import tiny_denoiser
 
 ROOT = Path(__file__).resolve().parents[2]

@@ -7,7 +7,8 @@ from diffdistill import load_denoiser
 from diffdistill.data import load_data
 from diffdistill.editing.inputs import read_mask
 from diffdistill.editing.session import TASKS, Edit, encoding_plan
-from diffdistill.generation import generate, plan
+from diffdistill.sampling.generation import generate
+from diffdistill.sampling.plans import plan
 
 
 @pytest.fixture(scope="module")

@@ -10,8 +10,8 @@ from pathlib import Path
 
 import torch
 
+from diffdistill.distributed import processes
 from diffdistill.training import Trainer, trainer
-from diffdistill.training.distributed import processes
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "scripts"))
 

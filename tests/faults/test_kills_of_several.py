@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import torch
 
-from diffdistill.training import distributed
+from diffdistill import distributed
 from tests.faults.pipeline import one_of_several
 from tests.faults.test_kills import fresh, result
 from tests.training.several import CONTEXT

@@ -10,7 +10,7 @@ import torch
 
 import diffdistill
 from diffdistill.interop import ForeignFileError, read_foreign
-from diffdistill.interop.building import ALWAYS_LABELLED
+from diffdistill.interop.formats.building import ALWAYS_LABELLED
 from diffdistill.models import save_denoiser
 from tests.interop.persistence import Persistent, add, network, pickled, release
 

@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 
 from diffdistill.interop import ForeignFileError, read_foreign
-from diffdistill.interop.records import UnsafePickleError
+from diffdistill.interop.containers.records import UnsafePickleError
 from diffdistill.models import OpenAIUNet, guidance_student, guided
 from tests.interop.test_adm import TINY, filled
 

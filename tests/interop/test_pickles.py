@@ -17,10 +17,10 @@ import torch
 from safetensors.torch import save_file
 
 from diffdistill.interop import ForeignFileError, UnsafePickleError, open_checkpoint, read_arrays, read_foreign
-from diffdistill.interop.pickle_machine import OPERATIONS
-from diffdistill.interop.pickles import Machine
-from diffdistill.interop.records import Budget
-from diffdistill.interop.tensors import ALLOWED
+from diffdistill.interop.containers.pickle_machine import OPERATIONS
+from diffdistill.interop.containers.pickles import Machine
+from diffdistill.interop.containers.records import Budget
+from diffdistill.interop.containers.tensors import ALLOWED
 from tests.interop.persistence import Persistent, pickled
 
 

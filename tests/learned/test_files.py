@@ -17,7 +17,7 @@ from diffdistill.learned import (
     save_predictor,
     trained,
 )
-from diffdistill.learned.files import PREDICTOR
+from diffdistill.learned.storage import PREDICTOR
 from diffdistill.models import ClassifierFreeGuidance, GaussianMixture, guided
 from diffdistill.solvers import GaussianStart, GaussianStatistics, make_schedule, save_gaussian
 from tests.builders import tiny_denoiser

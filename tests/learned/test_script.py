@@ -6,9 +6,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from diffdistill.generation import count_nfe, plan
 from diffdistill.learned import load_predictor
 from diffdistill.models import guided, save_denoiser
+from diffdistill.sampling.generation import count_nfe
+from diffdistill.sampling.plans import plan
 from diffdistill.solvers import GaussianStatistics, save_gaussian
 from tests.builders import tiny_denoiser
 

@@ -10,7 +10,6 @@ from diffdistill import load_denoiser
 from diffdistill.data import LatentData, Shapes, TensorData, load_data
 from diffdistill.data.latents import cache_images
 from diffdistill.denoiser import image_shape
-from diffdistill.generation import generate, plan
 from diffdistill.models import (
     Autoencoder,
     build_denoiser,
@@ -20,6 +19,8 @@ from diffdistill.models import (
     save_autoencoder,
     save_denoiser,
 )
+from diffdistill.sampling.generation import generate
+from diffdistill.sampling.plans import plan
 from diffdistill.training import Run, Trainer, TrainerConfig
 from diffdistill.training.denoising import Denoising
 from diffdistill.training.noise_levels import make_noise_levels

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from diffdistill.models import DhariwalUNet, SongUNet, build_denoiser
-from diffdistill.models.files import load_state
+from diffdistill.models.storage import load_state
 
 REFERENCE = Path(__file__).parents[1] / "data" / "networks"
 CONFIGS = json.loads((REFERENCE / "networks.json").read_text())

@@ -8,8 +8,9 @@ import pytest
 import torch
 
 from diffdistill.denoiser import Distilled
-from diffdistill.generation import generate, plan
 from diffdistill.models import guidance_student, save_denoiser
+from diffdistill.sampling.generation import generate
+from diffdistill.sampling.plans import plan
 from tests.builders import tiny_denoiser
 from tests.scripts.calling import ROOT, call, command
 

@@ -8,8 +8,8 @@ import torch
 from omegaconf import OmegaConf
 
 from diffdistill.denoiser import Distilled
+from diffdistill.discrete_time import linear_table
 from diffdistill.models import guidance_student, save_denoiser
-from diffdistill.noise_levels import linear_table
 from diffdistill.solvers import make_schedule, make_solver
 from tests.builders import tiny_denoiser
 
@@ -99,7 +99,8 @@ def test_a_stochastic_student_is_sampled_stochastically(tmp_path):
     OmegaConf.update(config, "stages", {}, merge=False)
     paths = distill_steps.distill(config)
     from diffdistill import load_denoiser
-    from diffdistill.generation import generate, plan
+    from diffdistill.sampling.generation import generate
+    from diffdistill.sampling.plans import plan
 
     student = load_denoiser(paths[4])
     assert isinstance(student.distilled, Distilled) and student.distilled.sampler == "stochastic"

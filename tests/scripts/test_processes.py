@@ -7,8 +7,8 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from diffdistill.distributed import barrier
 from diffdistill.models import save_denoiser
-from diffdistill.training.distributed import barrier
 from diffdistill.training.run import read_metrics
 from tests.builders import tiny_denoiser
 from tests.scripts.calling import call

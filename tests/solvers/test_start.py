@@ -16,7 +16,7 @@ from diffdistill.solvers import (
     sample,
     save_gaussian,
 )
-from diffdistill.solvers.covariances import FORMS, FourierCovariance, FullCovariance, LowRankCovariance
+from diffdistill.solvers.gaussian.covariances import FORMS, FourierCovariance, FullCovariance, LowRankCovariance
 
 SHAPE = (2, 6, 5)
 D = 60

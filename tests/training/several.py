@@ -8,7 +8,7 @@ import traceback
 
 import torch
 
-from diffdistill.training.distributed import processes
+from diffdistill.distributed import processes
 
 SECONDS = 900
 """How long the processes may take, and may wait for each other."""

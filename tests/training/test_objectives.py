@@ -8,7 +8,8 @@ from scipy.stats import kstest, norm, uniform
 
 from diffdistill.denoiser import NULL_LABEL, Denoiser
 from diffdistill.training.denoising import Denoising
-from diffdistill.training.noise_levels import draw_w, make_noise_levels
+from diffdistill.training.noise_levels import make_noise_levels
+from diffdistill.training.randomness import draw_w
 from diffdistill.training.weighting import make_weighting
 
 DRAWS = 5000

@@ -7,12 +7,13 @@ import numpy as np
 import pytest
 import torch
 
-from diffdistill.generation import plan, spread_labels
+from diffdistill.denoiser import spread_labels
+from diffdistill.distributed import GradientAverage, barrier, gather, rank
 from diffdistill.models import save_denoiser
-from diffdistill.samples import draw_to
+from diffdistill.sampling.plans import plan
+from diffdistill.sampling.samples import draw_to
 from diffdistill.training import Run, Trainer, TrainerConfig, sharding
 from diffdistill.training.denoising import Denoising
-from diffdistill.training.distributed import GradientAverage, barrier, gather, rank
 from diffdistill.training.noise_levels import make_noise_levels
 from diffdistill.training.weighting import make_weighting
 from tests.builders import tiny_denoiser

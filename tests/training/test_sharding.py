@@ -18,6 +18,6 @@ def test_an_old_pytorch_is_refused_before_it_splits(monkeypatch):
 def test_what_is_not_called_as_a_whole_is_not_split(tmp_path, monkeypatch):
     objective, run = Fit(), Run(tmp_path, {})
     objective.trained = nn.ModuleList(objective.trained)
-    monkeypatch.setattr("diffdistill.training.distributed.world_size", lambda: 2)
+    monkeypatch.setattr("diffdistill.distributed.world_size", lambda: 2)
     with pytest.raises(ValueError, match="fsdp is for models that are called as a whole, which ModuleList is not"):
         Trainer(objective, Rows(), settings(parallel="fsdp"), run)

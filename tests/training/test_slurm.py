@@ -7,8 +7,7 @@ import socket
 
 import pytest
 
-from diffdistill.training import signals
-from diffdistill.training.distributed import (
+from diffdistill.distributed import (
     LostProcessError,
     first_host,
     gather,
@@ -17,6 +16,7 @@ from diffdistill.training.distributed import (
     slurm_place,
     world_size,
 )
+from diffdistill.training import signals
 from diffdistill.training.signals import Interrupted, StopRequest
 from tests.training.several import CONTEXT
 

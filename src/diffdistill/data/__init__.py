@@ -8,7 +8,7 @@ from typing import Any
 from diffdistill.data.base import ImageData, MirroredData, TensorData
 from diffdistill.data.cifar10 import CIFAR10, load_cifar10
 from diffdistill.data.digits import Digits
-from diffdistill.data.files import ImageFolder, ZipData, load_images, load_samples, load_zip
+from diffdistill.data.folders import ImageFolder, ZipData, load_images, load_samples, load_zip
 from diffdistill.data.latents import LatentData
 from diffdistill.data.shapes import SHAPES, Shapes
 from diffdistill.registry import construct

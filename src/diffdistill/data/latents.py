@@ -14,10 +14,10 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 from torch import Tensor
 
-from diffdistill.atomic import write_text
 from diffdistill.data.base import ImageData, checked_index
 from diffdistill.denoiser import Codec
-from diffdistill.records import save_tensors
+from diffdistill.files.atomic import write_text
+from diffdistill.files.records import save_tensors
 from diffdistill.registry import choose
 
 INDEX = "index.json"

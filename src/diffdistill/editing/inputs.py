@@ -12,10 +12,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-import diffdistill
 from diffdistill.data import ImageData
-from diffdistill.data.files import IMAGE_SUFFIXES
+from diffdistill.data.folders import IMAGE_SUFFIXES
 from diffdistill.denoiser import Codec, Denoiser, image_shape
+from diffdistill.models.loading import load_denoiser
 
 
 @dataclass(frozen=True, eq=False)
@@ -50,7 +50,7 @@ def load_editor(model: str, *, pipeline: str | None = None, device: torch.device
         ValueError: as `load_denoiser`, or `pipeline` is no such folder.
     """
     if pipeline is None and not (Path(model) / "model_index.json").is_file():
-        denoiser = diffdistill.load_denoiser(model, device=device)
+        denoiser = load_denoiser(model, device=device)
         return Editor(denoiser, denoiser.codec, None)
     from diffdistill.interop.diffusers import load_pipeline
 
@@ -58,7 +58,7 @@ def load_editor(model: str, *, pipeline: str | None = None, device: torch.device
     parts.pipeline.to(device)
     own = pipeline in (None, model)
     return Editor(
-        parts.denoiser.to(device) if own else diffdistill.load_denoiser(model, device=device),
+        parts.denoiser.to(device) if own else load_denoiser(model, device=device),
         parts.codec,
         parts.prompts,
     )

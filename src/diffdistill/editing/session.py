@@ -14,7 +14,7 @@ from diffdistill.denoiser import Codec, Denoiser
 from diffdistill.editing.encoding import LEVEL_TOLERANCE, encode, levels_up_to
 from diffdistill.editing.image_to_image import image_to_image, levels_left
 from diffdistill.editing.inpainting import Known, inpaint
-from diffdistill.generation import Plan, plan
+from diffdistill.sampling.plans import Plan, plan
 from diffdistill.solvers import Euler, sample, seeded_noise
 
 

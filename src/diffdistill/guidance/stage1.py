@@ -10,8 +10,9 @@ from torch import Tensor
 from diffdistill.denoiser import Denoiser, per_sample
 from diffdistill.models import ClassifierFreeGuidance, GuidanceConditioned
 from diffdistill.training.conditions import condition_of
-from diffdistill.training.noise_levels import NoiseLevels, draw_w, normal_like
+from diffdistill.training.noise_levels import NoiseLevels
 from diffdistill.training.objective import Loss, Objective
+from diffdistill.training.randomness import draw_w, normal_like
 from diffdistill.training.weighting import weighted_error
 
 

@@ -1,7 +1,6 @@
 """Foreign checkpoints, read as data: nothing that a file carries is executed.
 
-Importing this package teaches `diffdistill.models.load_denoiser` to open the files that `read_foreign` knows, and
-the folders of diffusers.
+`diffdistill.load_denoiser` opens what `read_foreign` knows, and the folders of diffusers.
 """
 
 from __future__ import annotations
@@ -14,16 +13,14 @@ from pathlib import Path
 from safetensors import SafetensorError, safe_open
 
 from diffdistill.denoiser import Denoiser
-from diffdistill.interop.adm import read_adm
-from diffdistill.interop.building import Found
-from diffdistill.interop.checkpoints import open_checkpoint, read_arrays
-from diffdistill.interop.diffusers.folders import read_folder
-from diffdistill.interop.diffusers.networks import diffusers_network
-from diffdistill.interop.edm import find_module, read_edm
-from diffdistill.interop.ldm import holds_latent_diffusion, read_ldm
-from diffdistill.interop.records import ForeignFileError, UnsafePickleError
-from diffdistill.interop.unets import Hints
-from diffdistill.models.files import NETWORKS, READERS, read_safetensors
+from diffdistill.interop.containers.checkpoints import open_checkpoint, read_arrays
+from diffdistill.interop.containers.records import ForeignFileError, UnsafePickleError
+from diffdistill.interop.formats.adm import read_adm
+from diffdistill.interop.formats.building import Found
+from diffdistill.interop.formats.edm import find_module, read_edm
+from diffdistill.interop.formats.ldm import holds_latent_diffusion, read_ldm
+from diffdistill.interop.formats.unets import Hints
+from diffdistill.models.loading import read_safetensors
 from diffdistill.models.storage import MODEL
 
 __all__ = [
@@ -35,8 +32,6 @@ __all__ = [
     "read_arrays",
     "read_foreign",
 ]
-
-SUFFIXES = (".pkl", ".pt", ".pth", ".ckpt")
 
 
 def read_foreign(path: str | os.PathLike[str], hints: Hints | None = None) -> Found:
@@ -103,9 +98,3 @@ def read_either(path: Path) -> Denoiser:
         if MODEL.key not in (file.metadata() or {}):
             return read_denoiser(path)
     return read_safetensors(path)
-
-
-READERS.update(dict.fromkeys(SUFFIXES, read_denoiser))
-READERS[".safetensors"] = read_either
-READERS["model_index.json"] = read_folder
-NETWORKS["diffusers"] = diffusers_network

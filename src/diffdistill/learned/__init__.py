@@ -1,7 +1,10 @@
 """Training learned solvers, and their files."""
 
 from diffdistill.learned.endpoint import EndpointDistillation, Endpoints, LearnedSampler
-from diffdistill.learned.files import (
+from diffdistill.learned.recipe import Task, make_task, trained
+from diffdistill.learned.schedule import LearnedSchedule
+from diffdistill.learned.stepwise import StepwiseDistillation
+from diffdistill.learned.storage import (
     LearnedSolver,
     identity,
     load_predictor,
@@ -9,9 +12,6 @@ from diffdistill.learned.files import (
     save_predictor,
     shipped_predictors,
 )
-from diffdistill.learned.recipe import Task, make_task, trained
-from diffdistill.learned.schedule import LearnedSchedule
-from diffdistill.learned.stepwise import StepwiseDistillation
 
 __all__ = [
     "EndpointDistillation",

@@ -8,12 +8,12 @@ from typing import TYPE_CHECKING, Literal
 import torch
 from torch import Tensor, nn
 
-from diffdistill.acceleration import Compiled
 from diffdistill.denoiser import Denoiser
 from diffdistill.devices import device_of
 from diffdistill.learned.draws import draw_start
 from diffdistill.learned.schedule import LearnedSchedule
 from diffdistill.learned.stepwise import squared_distance
+from diffdistill.models.acceleration import Compiled
 from diffdistill.registry import choose
 from diffdistill.solvers import AMEDPlugin, ProbabilityFlow, Solver, integrate, intervals, sample, seeded_noise
 from diffdistill.solvers.amed import LearnedSteps
@@ -21,7 +21,7 @@ from diffdistill.solvers.features import feature_tap
 from diffdistill.training import Loss, Objective
 
 if TYPE_CHECKING:
-    from diffdistill.solvers.start import GaussianStart
+    from diffdistill.solvers.gaussian.start import GaussianStart
 
 DISTANCES: dict[str, Callable[[Tensor], Tensor]] = {"norm": torch.sqrt, "squared": lambda squared: squared}
 

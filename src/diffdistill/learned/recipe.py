@@ -12,8 +12,8 @@ from torch import nn
 from diffdistill.denoiser import Denoiser
 from diffdistill.devices import device_of
 from diffdistill.learned.endpoint import EndpointDistillation, Endpoints, LearnedSampler
-from diffdistill.learned.files import LearnedSolver, identity
 from diffdistill.learned.stepwise import StepwiseDistillation
+from diffdistill.learned.storage import LearnedSolver, identity
 from diffdistill.registry import construct
 from diffdistill.solvers import AMEDPlugin, make_schedule, make_solver
 from diffdistill.training import Objective

@@ -9,10 +9,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from diffdistill.acceleration import Compiled
 from diffdistill.denoiser import Denoiser
 from diffdistill.learned.draws import draw_start
 from diffdistill.learned.forward_mode import forward_mode_error
+from diffdistill.models.acceleration import Compiled
 from diffdistill.solvers import AMEDPlugin, Correction, Evaluation, Interval, ProbabilityFlow, Solver, intervals
 from diffdistill.solvers.features import feature_tap
 from diffdistill.training import Loss, Objective

@@ -2,18 +2,11 @@
 
 from diffdistill.models.adm_unet import OpenAIUNet
 from diffdistill.models.autoencoder import Autoencoder, build_autoencoder, load_autoencoder, save_autoencoder
+from diffdistill.models.building import NETWORKS, build_denoiser, guidance_student, with_guidance_input
 from diffdistill.models.classifier import ClassifierGuidance, EncoderUNet, NoisyClassifier
 from diffdistill.models.dhariwal_unet import DhariwalUNet
-from diffdistill.models.files import (
-    NETWORKS,
-    build_denoiser,
-    fingerprint,
-    guidance_student,
-    load_denoiser,
-    save_denoiser,
-    with_guidance_input,
-)
 from diffdistill.models.guidance import ClassifierFreeGuidance, GuidanceConditioned, Wrapper, guided
+from diffdistill.models.loading import fingerprint, load_denoiser, save_denoiser
 from diffdistill.models.mixture import GaussianMixture
 from diffdistill.models.network import NetworkDenoiser
 from diffdistill.models.preconditioning import PRECONDITIONINGS, Preconditioning, make_preconditioning

@@ -12,7 +12,7 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
-from diffdistill.noise_levels import iddpm_table, interpolate, make_table
+from diffdistill.discrete_time import iddpm_table, interpolate, make_table
 from diffdistill.registry import construct
 
 

@@ -9,7 +9,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from diffdistill.records import FileKind
+from diffdistill.files.records import FileKind
 
 MODEL = FileKind("model", key="diffdistill", folder="models")
 DAMAGES = (TypeError, ValueError, LookupError, AttributeError, ArithmeticError, RuntimeError)

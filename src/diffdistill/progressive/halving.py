@@ -12,12 +12,12 @@ from typing import Any, Literal
 from torch import Tensor, nn
 
 from diffdistill.denoiser import Denoiser, Distilled
+from diffdistill.distributed import rank
 from diffdistill.models import NetworkDenoiser, load_denoiser, save_denoiser
 from diffdistill.progressive.stage2 import STEPS, StepDistillation
 from diffdistill.registry import choose
 from diffdistill.training import Run, Trainer, TrainerConfig
 from diffdistill.training.batches import MapData
-from diffdistill.training.distributed import rank
 
 
 @dataclass(frozen=True)

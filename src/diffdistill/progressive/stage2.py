@@ -11,9 +11,8 @@ from diffdistill.denoiser import Denoiser, per_sample
 from diffdistill.models import GuidanceConditioned
 from diffdistill.solvers import Euler, Interval, ProbabilityFlow
 from diffdistill.training.conditions import condition_of
-from diffdistill.training.noise_levels import draw_w, normal_like
 from diffdistill.training.objective import Loss, Objective
-from diffdistill.training.randomness import randint
+from diffdistill.training.randomness import draw_w, normal_like, randint
 from diffdistill.training.weighting import weighted_error
 
 

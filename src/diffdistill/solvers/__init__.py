@@ -19,12 +19,14 @@ from diffdistill.solvers.edm_sde import EDMStochastic
 from diffdistill.solvers.euler import Euler
 from diffdistill.solvers.features import FeatureTap
 from diffdistill.solvers.flow import ProbabilityFlow, dynamic_thresholding
-from diffdistill.solvers.gaussian import GaussianStatistics, load_gaussian, save_gaussian, shipped_gaussians
+from diffdistill.solvers.gaussian.start import GaussianStart
+from diffdistill.solvers.gaussian.start_choice import StartChoice, choose_start_sigma
+from diffdistill.solvers.gaussian.statistics import GaussianStatistics, load_gaussian, save_gaussian, shipped_gaussians
 from diffdistill.solvers.gits import gits
 from diffdistill.solvers.heun import Heun
+from diffdistill.solvers.integration import Trajectory, integrate, sample
 from diffdistill.solvers.ipndm import IPNDM, IPNDMV
 from diffdistill.solvers.noise import SampleNoise, seeded_noise
-from diffdistill.solvers.sampling import Trajectory, integrate, sample
 from diffdistill.solvers.schedules import (
     align_your_steps,
     check_sigmas,
@@ -36,8 +38,6 @@ from diffdistill.solvers.schedules import (
     time_uniform,
     trailing,
 )
-from diffdistill.solvers.start import GaussianStart
-from diffdistill.solvers.start_choice import StartChoice, choose_start_sigma
 from diffdistill.solvers.step import Correction, Evaluation, Interval, intervals
 from diffdistill.solvers.unipc import UniPC
 

@@ -12,9 +12,9 @@ from torch import Tensor
 from diffdistill.registry import choose
 from diffdistill.solvers.base import Solver
 from diffdistill.solvers.flow import ProbabilityFlow
+from diffdistill.solvers.gaussian.start import GaussianStart
 from diffdistill.solvers.ipndm import IPNDM
 from diffdistill.solvers.schedules import check_num_steps, polynomial
-from diffdistill.solvers.start import GaussianStart
 from diffdistill.solvers.step import History, intervals
 
 # Each maps the points [N + 1, B, D] of the teacher, the slopes [N, B, D] there and the signed lengths [N, N + 1] of

@@ -10,7 +10,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from diffdistill.noise_levels import interpolate, scaled_linear_table
+from diffdistill.discrete_time import interpolate, scaled_linear_table
 from diffdistill.registry import choose
 
 

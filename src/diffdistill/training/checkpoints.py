@@ -19,10 +19,10 @@ from typing import Any
 
 import torch
 
-from diffdistill.atomic import replacing, write_text
-from diffdistill.hashes import sha256
+from diffdistill.distributed import barrier, from_main, gather, rank, world_size
+from diffdistill.files.atomic import replacing, write_text
+from diffdistill.files.hashes import sha256
 from diffdistill.training import sharding
-from diffdistill.training.distributed import barrier, from_main, gather, rank, world_size
 
 logger = logging.getLogger(__name__)
 

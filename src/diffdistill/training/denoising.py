@@ -8,9 +8,9 @@ import torch
 from torch import Tensor
 
 from diffdistill.denoiser import NULL_LABEL, Denoiser, per_sample
-from diffdistill.training.noise_levels import NoiseLevels, normal_like
+from diffdistill.training.noise_levels import NoiseLevels
 from diffdistill.training.objective import Loss, Objective
-from diffdistill.training.randomness import rand
+from diffdistill.training.randomness import normal_like, rand
 from diffdistill.training.weighting import weighted_error
 
 

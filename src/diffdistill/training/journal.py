@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from diffdistill.training import distributed
+from diffdistill import distributed
 
 
 class NonFiniteLossError(RuntimeError):

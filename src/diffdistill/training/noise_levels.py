@@ -1,4 +1,4 @@
-"""What training draws: noise levels `draw(batch, generator) -> sigma [batch]` in float64, guidance weights, noise."""
+"""Distributions of the noise levels of training: `draw(batch, generator) -> sigma [batch]` in float64."""
 
 from __future__ import annotations
 
@@ -64,14 +64,3 @@ NOISE_LEVELS: dict[str, Callable[..., NoiseLevels]] = {
     "lognormal": lognormal,
     "on_schedule": on_schedule,
 }
-
-
-def normal_like(x: Tensor, generator: torch.Generator) -> Tensor:
-    """Standard normal noise in the shape of `x`."""
-    return randn(x.shape, generator, dtype=x.dtype)
-
-
-def draw_w(w_range: tuple[float, float], batch: int, generator: torch.Generator) -> Tensor:
-    """Guidance weights `[batch]`, uniform in `w_range`."""
-    low, high = w_range
-    return low + (high - low) * rand((batch,), generator)

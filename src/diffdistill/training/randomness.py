@@ -74,3 +74,14 @@ def randint(high: int, shape: Sequence[int], generator: torch.Generator) -> Tens
     """Uniform integers in [0, high), long, `shape = [B, ...]`, on the generator's device."""
     source, total, keep = _rows(shape[0], generator)
     return torch.randint(high, (total, *shape[1:]), generator=source, device=source.device)[keep]
+
+
+def normal_like(x: Tensor, generator: torch.Generator) -> Tensor:
+    """Standard normal noise in the shape of `x`."""
+    return randn(x.shape, generator, dtype=x.dtype)
+
+
+def draw_w(w_range: tuple[float, float], batch: int, generator: torch.Generator) -> Tensor:
+    """Guidance weights `[batch]`, uniform in `w_range`."""
+    low, high = w_range
+    return low + (high - low) * rand((batch,), generator)

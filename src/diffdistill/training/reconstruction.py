@@ -8,8 +8,8 @@ import torch
 from torch import Tensor
 
 from diffdistill.models.autoencoder import Autoencoder
-from diffdistill.training.noise_levels import normal_like
 from diffdistill.training.objective import Loss, Objective
+from diffdistill.training.randomness import normal_like
 
 
 class Reconstruction(Objective):

@@ -10,11 +10,11 @@ from collections.abc import Collection, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from diffdistill.atomic import locked, naming, write_text
-from diffdistill.hashes import sha256
+from diffdistill.distributed import barrier, from_main, rank
+from diffdistill.files.atomic import locked, naming, write_text
+from diffdistill.files.hashes import sha256
 from diffdistill.training.checkpoints import Checkpoint, Checkpoints, one_line
 from diffdistill.training.config import HARMLESS
-from diffdistill.training.distributed import barrier, from_main, rank
 
 
 class Run:

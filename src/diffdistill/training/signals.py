@@ -10,7 +10,7 @@ import threading
 from collections.abc import Sequence
 from types import FrameType, TracebackType
 
-from diffdistill.training.distributed import rank
+from diffdistill.distributed import rank
 
 REQUEUE = signal.SIGUSR2
 """What Slurm sends before the time limit of a job of submitit, whose handler puts the job back into the queue."""

@@ -13,9 +13,10 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
+from diffdistill import distributed
 from diffdistill.devices import device_of, tuned_convolutions
 from diffdistill.pictures import plot_curves, save_grid
-from diffdistill.training import distributed, sharding
+from diffdistill.training import sharding
 from diffdistill.training.average import WeightAverage
 from diffdistill.training.batches import Batches, DataError, MapData, split
 from diffdistill.training.checkpoints import CheckpointError

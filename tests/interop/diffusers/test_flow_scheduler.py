@@ -11,7 +11,7 @@ from diffdistill import sample
 from diffdistill.denoiser import Distilled
 from diffdistill.interop.diffusers import as_in_stock_pipelines, from_pipeline
 from diffdistill.interop.diffusers.scheduler import FlowSolverScheduler, scheduler_for, student_scheduler
-from diffdistill.learned.files import make_learned
+from diffdistill.learned.storage import make_learned
 from diffdistill.models import guided
 from diffdistill.progressive.stochastic import StochasticEuler
 from diffdistill.solvers import (

@@ -7,12 +7,12 @@ pytest.importorskip("diffusers")
 
 from diffdistill import load_denoiser, sample
 from diffdistill.denoiser import Distilled
-from diffdistill.generation import plan
 from diffdistill.guidance.stage1 import GuidanceDistillation
 from diffdistill.interop.diffusers import Parts, as_in_stock_pipelines, from_network, from_pipeline
 from diffdistill.interop.diffusers.export import export_student
 from diffdistill.models import guidance_student, guided
 from diffdistill.progressive.halving import Halving, halve_steps
+from diffdistill.sampling.plans import plan
 from diffdistill.solvers import make_schedule, make_solver
 from diffdistill.training import Run, Trainer
 from diffdistill.training.noise_levels import make_noise_levels

@@ -10,10 +10,10 @@ pytest.importorskip("diffusers")
 from diffdistill import load_denoiser, sample
 from diffdistill.editing import Known, inpaint, noised
 from diffdistill.editing.session import TASKS, Edit, mask_channels, takes_mask
-from diffdistill.generation import Plan
 from diffdistill.interop.diffusers import as_in_stock_pipelines, from_network, from_pipeline
 from diffdistill.interop.diffusers.export import export_student
 from diffdistill.models import guided
+from diffdistill.sampling.plans import Plan
 from diffdistill.solvers import ProbabilityFlow, integrate, intervals, make_solver
 from tests.interop.diffusers.builders import diffusers, pipeline, scheduler, sdxl_pipeline, text_batch, unet
 from tests.interop.diffusers.stock import PROMPTS, close, components, grid, student_of

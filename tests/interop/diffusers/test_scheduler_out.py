@@ -13,7 +13,7 @@ from diffdistill.editing import noised
 from diffdistill.interop.diffusers import as_in_stock_pipelines, from_pipeline
 from diffdistill.interop.diffusers.levels import sigma_table
 from diffdistill.interop.diffusers.scheduler import SolverScheduler, scheduler_for, student_scheduler
-from diffdistill.learned.files import load_predictor, make_learned, save_predictor
+from diffdistill.learned.storage import load_predictor, make_learned, save_predictor
 from diffdistill.models import guided
 from diffdistill.progressive.stochastic import StochasticEuler
 from diffdistill.solvers import (

@@ -16,7 +16,7 @@ from safetensors.torch import save_file
 from diffdistill import load_denoiser
 from diffdistill.interop import ForeignFileError, Hints, read_foreign
 from diffdistill.interop.diffusers import load_pipeline
-from diffdistill.interop.stable_folder import write_pipeline
+from diffdistill.interop.formats.stable_folder import write_pipeline
 from diffdistill.models import OpenAIUNet
 from tests.interop.diffusers.builders import LETTERS, SD_BETAS, diffusers, transformers
 from tests.interop.test_adm import filled

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from diffdistill.data.files import IMAGE_SUFFIXES
+from diffdistill.data.folders import IMAGE_SUFFIXES
 from diffdistill.data.latents import DTYPES, write_index, write_shards
 from diffdistill.interop.diffusers.parts import Parts
 from diffdistill.registry import choose

@@ -11,7 +11,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from diffdistill.atomic import new_folder
+from diffdistill.files.atomic import new_folder
 from diffdistill.interop.diffusers.adapters import adapter_state, remove
 from diffdistill.interop.diffusers.base import DiffusersNetwork
 from diffdistill.interop.diffusers.card import model_card

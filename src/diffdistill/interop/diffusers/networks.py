@@ -1,6 +1,6 @@
 """The networks of diffusers, called as all networks here are: `network(x, noise_labels, cond, w)`.
 
-Each class stands for a family and knows its conditions. They are registered in `models.files.NETWORKS`, so that a
+Each class stands for a family and knows its conditions. They are registered in `models.building.NETWORKS`, so that a
 model of diffusers is saved, loaded, given a guidance input and trained by the same functions as any other.
 """
 

@@ -14,7 +14,7 @@ from torch import Tensor
 from diffdistill.denoiser import Distilled
 from diffdistill.interop.diffusers.levels import levels_of
 from diffdistill.interop.diffusers.networks import FAMILIES, FluxTransformer, UNet2D
-from diffdistill.models.files import build_denoiser
+from diffdistill.models.building import build_denoiser
 from diffdistill.models.network import NetworkDenoiser
 from diffdistill.registry import choose
 

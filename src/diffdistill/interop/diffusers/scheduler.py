@@ -12,7 +12,7 @@ from diffdistill.denoiser import Distilled
 from diffdistill.interop.diffusers.flow_scheduler import FlowSolverScheduler, UnscaledSolverScheduler
 from diffdistill.interop.diffusers.levels import levels_of, stock
 from diffdistill.interop.diffusers.solver_scheduler import SolverScheduler
-from diffdistill.learned.files import LearnedSolver
+from diffdistill.learned.storage import LearnedSolver
 from diffdistill.solvers import FeatureTap, Solver
 
 

@@ -15,10 +15,10 @@ import torch
 from torch import Tensor
 
 from diffdistill.denoiser import per_sample
+from diffdistill.discrete_time import interpolate
 from diffdistill.interop.diffusers.extra import diffusers
 from diffdistill.interop.diffusers.levels import levels_of, sigma_table
 from diffdistill.models.preconditioning import Preconditioning, make_preconditioning
-from diffdistill.noise_levels import interpolate
 from diffdistill.progressive.stochastic import StochasticEuler
 from diffdistill.solvers import (
     EDMStochastic,

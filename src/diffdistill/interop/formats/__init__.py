@@ -1,0 +1,1 @@
+"""Whose networks foreign checkpoints hold: EDM, ADM, latent diffusion and Stable Diffusion."""

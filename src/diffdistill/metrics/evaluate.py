@@ -1,0 +1,149 @@
+"""All measures of one source of images, as a record."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from diffdistill import distributed
+from diffdistill.files.atomic import write_text
+from diffdistill.metrics.collect import Source, collect, parts_of, shard
+from diffdistill.metrics.extractors import make_features
+from diffdistill.metrics.measures import MEASURES, Measured, measure, needed, spread
+from diffdistill.metrics.sources import reference_from
+from diffdistill.metrics.text import measured
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """What to measure.
+
+    Attributes:
+        features: name of the feature extractor.
+        reference: a file of statistics; None computes them from data.
+        measures: names of `MEASURES`.
+        splits: parts of the samples for the spread.
+        captions: a text file with one caption a line, for the CLIP score.
+        clip: the CLIP model for it.
+        batch_size: images at a time.
+    """
+
+    features: str
+    reference: str | None = None
+    measures: Sequence[str] = ("fid",)
+    splits: int = 5
+    captions: str | None = None
+    clip: str | None = None
+    batch_size: int = 250
+
+    def __post_init__(self) -> None:
+        needed(self.measures)
+        if not self.measures and self.captions is None:
+            raise ValueError(f"nothing to measure: give measures, of {', '.join(MEASURES)}, or captions and clip")
+        if (self.captions is None) != (self.clip is None):
+            raise ValueError("the CLIP score needs captions=FILE and clip=MODEL together")
+
+
+class Replayed:
+    """A source that is gone through once and kept, for two extractors that look at the same images."""
+
+    def __init__(self, source: Source) -> None:
+        self.source, self.shape, self.mixed = source, source.shape, source.mixed
+        self._kept: list[tuple[Tensor, Tensor | None]] = []
+
+    def __len__(self) -> int:
+        return len(self.source)
+
+    def batches(self, indices: range, batch_size: int, device: torch.device) -> Iterator[tuple[Tensor, Tensor | None]]:
+        if not self._kept:
+            for x, y in self.source.batches(indices, batch_size, device):
+                self._kept.append((x.cpu(), y))
+        for x, y in self._kept:
+            yield x.to(device), y
+
+
+def evaluate(
+    source: Source, options: Evaluation, *, data: Mapping[str, Any] | None, device: torch.device
+) -> dict[str, Any]:
+    """Measure the images of a source.
+
+    Args:
+        source: stored images, or a sampler; every process takes its share.
+        options: what to measure.
+        data: options of `load_data`, the reference where `options` names no file.
+        device: where to compute.
+
+    Returns:
+        A record of plain values: `measures` by name, what they were computed with, and the number of images.
+
+    Raises:
+        ValueError: settings that do not fit each other or the images.
+        FileNotFoundError, ImportError: what a measure needs is not there.
+    """
+    splits = min(options.splits, len(source))
+    record: dict[str, Any] = {"num_samples": len(source), "splits": splits, "measures": {}}
+    if options.captions is not None:
+        source = Replayed(source)
+        record["measures"]["clip_score"] = asdict(_clip_score(source, options, splits, device))
+        record["clip"] = options.clip
+    if options.measures:
+        features = make_features(options.features)
+        if options.reference is None and data is None:
+            raise ValueError("give reference=FILE, or data=NAME to compute it from")
+        given = {"data": data} if options.reference is None else {"file": options.reference}
+        reference = reference_from(given, features, options.measures, device=device, batch_size=options.batch_size)
+        collected = collect(
+            source,
+            features,
+            keep=needed(options.measures),
+            splits=options.splits,
+            batch_size=options.batch_size,
+            device=device,
+        )
+        found = measure(collected, reference, features, options.measures)
+        record["measures"].update({name: asdict(value) for name, value in found.items()})
+        record.update(features=features.name, weights=features.weights)
+        record["reference"] = options.reference or dict(data or {})
+    return record
+
+
+def _clip_score(source: Source, options: Evaluation, splits: int, device: torch.device) -> Measured:
+    from diffdistill.metrics.clip import CLIPScore
+
+    path = Path(str(options.captions))
+    if not path.is_file():
+        raise FileNotFoundError(f"no captions at {str(path)!r}")
+    captions = path.read_text(encoding="utf-8").splitlines()
+    if len(captions) != len(source):
+        raise ValueError(f"{str(path)!r} has {len(captions)} captions for {len(source)} images")
+    score, indices = CLIPScore(model=str(options.clip)), shard(len(source))
+    values, start = [], indices.start
+    for x, _ in source.batches(indices, options.batch_size, device):
+        values.append(score(x, captions[start : start + len(x)]).cpu())
+        start += len(x)
+    scores = torch.cat([part for parts in distributed.gather(values) for part in parts]).double()
+    part_of = parts_of(source, splits)
+    return spread(float(scores.mean()), [float(scores[part_of == k].mean()) for k in range(splits)])
+
+
+def describe(record: Mapping[str, Any]) -> str:
+    """The measures as text, one a line."""
+    lines = [f"{record['num_samples']} samples"]
+    for name, values in record["measures"].items():
+        label, found = MEASURES[name].label if name in MEASURES else name.replace("_", " "), Measured(**values)
+        parts = "" if found.part_std is None else f" over {record.get('splits')} parts"
+        lines.append(f"{label}: {measured(found)}{parts}")
+    return "\n".join(lines)
+
+
+def write_record(record: Mapping[str, Any], settings: Mapping[str, Any], path: str | os.PathLike[str] | None) -> None:
+    """Write a record with the settings that made it as JSON; nothing where there is no path."""
+    if path is not None:
+        write_text(path, json.dumps({**record, "settings": dict(settings)}, indent=1, default=str) + "\n")

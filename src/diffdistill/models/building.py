@@ -1,0 +1,185 @@
+"""Denoisers from configs: plain values that say which network, preconditioning and range to build."""
+
+from __future__ import annotations
+
+import copy
+import json
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from torch import Tensor, nn
+
+from diffdistill.denoiser import Denoiser, Distilled
+from diffdistill.models.adm_unet import OpenAIUNet
+from diffdistill.models.autoencoder import Autoencoder, build_autoencoder, freeze
+from diffdistill.models.dhariwal_unet import DhariwalUNet
+from diffdistill.models.network import NetworkDenoiser
+from diffdistill.models.preconditioning import make_preconditioning
+from diffdistill.models.song_unet import SongUNet
+from diffdistill.models.storage import MODEL
+from diffdistill.registry import construct
+
+W_CHANNELS = 64
+"""Width of the embedding of a guidance weight, and its parameters, for networks that do not state their own."""
+W_PARAMETERS = ("map_w.weight",)
+
+NETWORKS: dict[str, Callable[..., nn.Module] | str] = {
+    "song_unet": SongUNet,
+    "dhariwal_unet": DhariwalUNet,
+    "openai_unet": OpenAIUNet,
+    "diffusers": "diffdistill.interop.diffusers.networks:diffusers_network",
+}
+"""How to build a network, by name: a class or function, or its import path."""
+
+_REQUIRED = ("network", "preconditioning", "data_shape", "sigma_min", "sigma_max")
+_OPTIONAL = ("format", "num_classes", "w_range", "distilled", "autoencoder", "latents", "provenance")
+
+
+def build_denoiser(
+    config: Mapping[str, Any], *, network: nn.Module | None = None, autoencoder: Autoencoder | None = None
+) -> NetworkDenoiser:
+    """Build a denoiser with fresh weights.
+
+    Args:
+        config: a mapping with
+            `network`: `name`, one of `NETWORKS`, and its options; `img_resolution`, `img_channels` and `label_dim` are
+            taken from the rest of the config unless given;
+            `preconditioning`: `name`, one of `PRECONDITIONINGS`, and its options;
+            `data_shape`, `sigma_min`, `sigma_max`; and optionally `num_classes` (0), `w_range`, `distilled`
+            (`sigmas` and `sampler`), `autoencoder` (options of `Autoencoder`, for a denoiser of its latents),
+            `latents` (true for a denoiser of latents whose autoencoder is elsewhere), `provenance` (anything that
+            JSON holds).
+        network: a network that was built as the config says, to take in place of a fresh one.
+        autoencoder: what made the latents that are denoised; it becomes part of the denoiser and of its file, frozen.
+
+    Returns:
+        The denoiser, whose attribute `config` is the config with every default of this function filled in.
+
+    Raises:
+        ValueError: an unknown name, a key that is missing or unknown, an option out of range.
+        TypeError: an option that the network or the preconditioning does not have.
+    """
+    config = resolved_config(config if autoencoder is None else {**config, "autoencoder": autoencoder.config})
+    preconditioning, distilled = config["preconditioning"], config["distilled"]
+    if autoencoder is None and "autoencoder" in config:
+        autoencoder = build_autoencoder(config["autoencoder"])
+    if network is None:
+        name, options = config["network"]["name"], _options(config["network"])
+        try:
+            network = construct("network", name, NETWORKS, **options)
+        except (RuntimeError, ArithmeticError) as error:
+            raise ValueError(f"no network {name!r} can be built with {options}: {error}") from None
+    denoiser = NetworkDenoiser(
+        network,
+        make_preconditioning(preconditioning["name"], **_options(preconditioning)),
+        data_shape=tuple(config["data_shape"]),
+        num_classes=config["num_classes"],
+        sigma_min=config["sigma_min"],
+        sigma_max=config["sigma_max"],
+        w_range=None if config["w_range"] is None else tuple(config["w_range"]),
+        distilled=None if distilled is None else Distilled(tuple(distilled["sigmas"]), distilled["sampler"]),
+        autoencoder=None if autoencoder is None else freeze(autoencoder),
+    )
+    denoiser.config = config
+    denoiser.latents = bool(config.get("latents"))
+    return denoiser
+
+
+def _options(part: dict[str, Any]) -> dict[str, Any]:
+    return {key: value for key, value in part.items() if key != "name"}
+
+
+def resolved_config(config: Mapping[str, Any]) -> dict[str, Any]:
+    """A plain copy of `config`, checked, with defaults filled in."""
+    for key in _REQUIRED:
+        if key not in config:
+            raise ValueError(f"the config of a denoiser needs {key!r}: it has {', '.join(sorted(config)) or 'nothing'}")
+    for key in config:
+        if key not in _REQUIRED + _OPTIONAL:
+            valid = ", ".join(_REQUIRED + _OPTIONAL)
+            raise ValueError(f"the config of a denoiser has no entry {key!r}: it takes {valid}")
+    # Through JSON, so that what is built is what a file gives back.
+    resolved = json.loads(json.dumps(dict(config), default=_plain))
+    if resolved.setdefault("format", MODEL.format) != MODEL.format:
+        raise ValueError(f"model format {resolved['format']} is unknown: this version reads format {MODEL.format}")
+    for part in ("network", "preconditioning"):
+        if "name" not in resolved[part]:
+            raise ValueError(f"the {part} of a denoiser needs a name")
+    low, high = resolved["sigma_min"], resolved["sigma_max"]
+    if not (isinstance(low, (int, float)) and isinstance(high, (int, float)) and 0 < low < high):
+        raise ValueError(f"the noise levels of a denoiser are 0 < sigma_min < sigma_max, not {low!r} and {high!r}")
+    resolved.setdefault("num_classes", 0)
+    resolved.setdefault("w_range", None)
+    resolved.setdefault("distilled", None)
+    if resolved.get("autoencoder") is None:
+        resolved.pop("autoencoder", None)  # so that a denoiser of images has the fingerprint that it always had
+    resolved.setdefault("provenance", None)
+    resolved["network"].setdefault("img_channels", resolved["data_shape"][0])
+    resolved["network"].setdefault("img_resolution", resolved["data_shape"][-1])
+    resolved["network"].setdefault("label_dim", resolved["num_classes"])
+    return resolved
+
+
+def _plain(value: Any) -> Any:
+    """What JSON does not know: mappings and sequences of other libraries, tensors."""
+    if isinstance(value, Mapping):
+        return dict(value)
+    if isinstance(value, Tensor):
+        return value.tolist()
+    try:
+        return list(value)
+    except TypeError:
+        raise TypeError(f"a config holds plain values only, not {type(value).__name__}") from None
+
+
+def with_guidance_input(
+    config: Mapping[str, Any], w_range: tuple[float, float], *, w_channels: int = W_CHANNELS
+) -> dict[str, Any]:
+    """The config of the same denoiser with a guidance weight in `w_range` as a further input.
+
+    Raises:
+        ValueError: the denoiser takes a guidance weight already, or the range is empty.
+    """
+    if config.get("w_range") is not None:
+        raise ValueError(f"this denoiser takes a guidance weight already, in the range {list(config['w_range'])}")
+    if len(w_range) != 2 or not w_range[0] <= w_range[1]:
+        raise ValueError(f"w_range must be (least, greatest), but is {tuple(w_range)}")
+    config = copy.deepcopy(dict(config))
+    config["network"] = {**config["network"], "w_channels": w_channels}
+    return {**config, "w_range": [float(w) for w in w_range], "provenance": None}
+
+
+def guidance_student(
+    teacher: NetworkDenoiser, w_range: tuple[float, float], *, w_channels: int | None = None
+) -> NetworkDenoiser:
+    """A copy of `teacher` that takes a guidance weight in `w_range`, and ignores it until it is trained.
+
+    At first it equals the conditional teacher for every w: the new parameters are zero (Meng et al. 2023, Section 3.1,
+    start from the teacher's weights; the zero is ours).
+
+    Args:
+        teacher: the conditional model.
+        w_range: the guidance weights that the student will be trained for.
+        w_channels: width of the embedding of w, by default what networks of its kind have.
+
+    Raises:
+        ValueError: the teacher has no config, or takes a guidance weight already.
+    """
+    width = getattr(teacher.model, "default_w_channels", W_CHANNELS) if w_channels is None else w_channels
+    student = build_denoiser(with_guidance_input(config_of(teacher), w_range, w_channels=width))
+    missing, unexpected = student.load_state_dict(teacher.state_dict(), strict=False)
+    if missing != [f"model.{name}" for name in getattr(student.model, "w_parameters", W_PARAMETERS)] or unexpected:
+        raise ValueError(f"the teacher's weights do not fit its config: missing {missing}, unexpected {unexpected}")
+    reference = next(teacher.parameters())
+    return student.to(device=reference.device, dtype=reference.dtype)
+
+
+def config_of(denoiser: Denoiser) -> dict[str, Any]:
+    """The config of a denoiser as it is now."""
+    config = getattr(denoiser, "config", None)
+    if config is None:
+        raise ValueError(f"this {type(denoiser).__name__} has no config: build it with build_denoiser")
+    distilled = denoiser.distilled
+    plain = None if distilled is None else {"sigmas": list(distilled.sigmas), "sampler": distilled.sampler}
+    w_range = None if denoiser.w_range is None else list(denoiser.w_range)
+    return {**copy.deepcopy(config), "distilled": plain, "w_range": w_range}

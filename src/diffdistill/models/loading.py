@@ -1,0 +1,132 @@
+"""Models as files: one safetensors file, with the config that rebuilds the denoiser in its metadata."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+from weakref import WeakKeyDictionary
+
+import torch
+from torch import nn
+
+from diffdistill.denoiser import Denoiser
+from diffdistill.models.building import build_denoiser, config_of, resolved_config
+from diffdistill.models.network import NetworkDenoiser
+from diffdistill.models.storage import DAMAGES, MODEL, load_state, shipped_models, write_model
+from diffdistill.registry import resolve
+
+
+def save_denoiser(
+    denoiser: NetworkDenoiser, path: str | os.PathLike[str], *, provenance: Mapping[str, Any] | None = None
+) -> None:
+    """Write weights and config to one safetensors file, whole or not at all.
+
+    Args:
+        denoiser: from `build_denoiser` or `load_denoiser`.
+        path: of the file, which ends in .safetensors, or of a folder, in which it is `model.safetensors`.
+        provenance: what made these weights, such as command and metrics; by default that of the config.
+
+    Raises:
+        ValueError: the denoiser has no config.
+    """
+    config = config_of(denoiser)
+    if provenance is not None:
+        config["provenance"] = dict(provenance)
+    write_model(path, denoiser, resolved_config(config))
+
+
+def load_denoiser(name_or_path: str | os.PathLike[str], *, device: torch.device | str = "cpu") -> Denoiser:
+    """Load a denoiser, ready for evaluation.
+
+    Args:
+        name_or_path: the name of a shipped model (`shipped_models()` lists them), a file, or a folder that holds
+            `model.safetensors`.
+        device: where to put it.
+
+    Raises:
+        ValueError: there is no such model, or the file is truncated, of another format or another architecture.
+    """
+    shipped = shipped_models()
+    name = os.fspath(name_or_path)
+    path = shipped.get(name, Path(name))
+    if path.is_dir():
+        key = next((key for key in READERS if (path / key).is_file()), None)
+        if key is None:
+            raise ValueError(f"the folder {path} holds no model: expected one of {', '.join(_keys(folder=True))} in it")
+        path = path / key
+    elif path.is_file():
+        key = path.suffix
+        if key not in READERS:
+            raise ValueError(f"cannot read {path}: models end in {', '.join(_keys(folder=False))}")
+    else:
+        raise ValueError(
+            f"unknown model {name!r}: choose one of {', '.join(sorted(shipped)) or '(none shipped)'}, or give the path "
+            "of a file or folder"
+        )
+    # Channels last, because convolutions are faster so, on CPU as on GPU.
+    denoiser = resolve(READERS[key])(path).to(device).eval()
+    denoiser.source = name if name in shipped else str(path)
+    return denoiser.to(memory_format=torch.channels_last)  # pyright: ignore[reportCallIssue]
+
+
+def _keys(*, folder: bool) -> list[str]:
+    return [key for key in READERS if key.startswith(".") != folder]
+
+
+def read_safetensors(path: Path) -> NetworkDenoiser:
+    """Read a file that `save_denoiser` wrote, strictly.
+
+    Raises:
+        ValueError: as `load_denoiser`.
+    """
+    config, state = MODEL.read(path)
+    if "network" not in config and config.get("autoencoder") is not None:
+        raise ValueError(f"{path} holds an autoencoder, not a denoiser")
+    try:
+        denoiser = build_denoiser(config)
+    except DAMAGES as error:
+        raise ValueError(f"the config in {path} builds no model: {' '.join(str(error).split())[:300]}") from None
+    load_state(denoiser, state, source=str(path))
+    return denoiser
+
+
+READERS: dict[str, Callable[[Path], Denoiser] | str] = {
+    ".safetensors": "diffdistill.interop:read_either",
+    "model.safetensors": read_safetensors,
+    "model_index.json": "diffdistill.interop.diffusers.folders:read_folder",
+    **dict.fromkeys((".pkl", ".pt", ".pth", ".ckpt"), "diffdistill.interop:read_denoiser"),
+}
+"""How to read a model: by the suffix of a file, or by the name of a file that a folder holds.
+
+Each is a function of that file, or the import path of one.
+"""
+
+
+def fingerprint(denoiser: nn.Module) -> str:
+    """A short hash of config and weights, for predictors to record which model they belong to.
+
+    It is computed once, and again when a tensor was replaced or written to.
+    """
+    digest = hashlib.sha256()
+    if isinstance(denoiser, Denoiser) and getattr(denoiser, "config", None) is not None:
+        config = {key: value for key, value in config_of(denoiser).items() if key != "provenance"}
+        digest.update(json.dumps(config, sort_keys=True).encode())
+    state = sorted(denoiser.state_dict().items())
+    now = digest.hexdigest(), [(value.dtype, value.data_ptr(), value._version) for _, value in state]
+    then, known = _FINGERPRINTS.get(denoiser, (None, ""))
+    if now == then:
+        return known
+    for name, value in state:
+        value = value.detach().cpu().contiguous()
+        digest.update(f"{name} {value.dtype} {list(value.shape)}".encode())
+        digest.update(value.reshape(-1).view(torch.uint8).numpy())
+    known = digest.hexdigest()[:16]
+    _FINGERPRINTS[denoiser] = now, known
+    return known
+
+
+_FINGERPRINTS: WeakKeyDictionary[nn.Module, tuple[object, str]] = WeakKeyDictionary()

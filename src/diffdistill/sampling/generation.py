@@ -1,0 +1,78 @@
+"""Many seeds in batches, from a plan to images; and the pictures that a training run shows."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from diffdistill.denoiser import Denoiser, image_shape, spread_labels
+from diffdistill.devices import tuned_convolutions
+from diffdistill.registry import check_options
+from diffdistill.sampling.plans import Plan, plan
+from diffdistill.solvers import sample, seeded_noise
+
+
+def generate(
+    plan: Plan, seeds: Sequence[int] | Tensor, labels: Tensor | None, *, batch_size: int = 256
+) -> Iterator[Tensor]:
+    """Yield images `[<= batch_size, ...]` for each seed in turn; a seed gives the same image at any batch size."""
+    device, following = plan.device, None
+    for first in range(0, len(seeds), batch_size):
+        chunk = seeds[first : first + batch_size]
+        cond = None if labels is None else labels[first : first + batch_size].to(device)
+        noise = seeded_noise(chunk, plan.denoiser.data_shape, device=device) if following is None else following
+        with torch.autocast(device.type, torch.bfloat16, enabled=plan.bf16), tuned_convolutions():
+            x = sample(
+                plan.denoiser, noise, solver=plan.solver, sigmas=plan.sigmas, cond=cond, seeds=chunk, start=plan.start
+            )
+        # Drawn by the CPU while a GPU is still at work on this batch.
+        rest = seeds[first + batch_size : first + 2 * batch_size]
+        following = seeded_noise(rest, plan.denoiser.data_shape, device=device) if len(rest) else None
+        yield plan.pictures(x)
+
+
+def count_nfe(plan: Plan) -> int:
+    """Network evaluations of one sample, counted by drawing one."""
+    noise = seeded_noise([0], plan.denoiser.data_shape, device=plan.device)
+    cond = spread_labels(1, plan.denoiser.num_classes)
+    cond = None if cond is None else cond.to(plan.device)
+    options = {"solver": plan.solver, "sigmas": plan.sigmas, "cond": cond, "start": plan.start}
+    run = sample(plan.denoiser, noise, return_trajectory=True, **options)
+    return run.nfe
+
+
+def makes_pictures(denoiser: Any) -> bool:
+    """Whether samples are pictures: of 1 or 3 channels, and not latents whose autoencoder is elsewhere."""
+    codec = getattr(denoiser, "codec", None)
+    channels = image_shape(denoiser.data_shape, codec)[0]
+    return channels in (1, 3) and (codec is not None or not getattr(denoiser, "latents", False))
+
+
+def preview(
+    trained: Denoiser, *, num_samples: int, w: float | None = None, num_steps: int | None = None
+) -> Callable[[Denoiser], Tensor] | None:
+    """A function that draws the same `num_samples` seeds from a model each time, for the grids of a training run.
+
+    None where samples are no pictures. Those of a model that takes w are drawn at the nearest w that it is trained for.
+
+    Raises:
+        ValueError: an option out of range.
+    """
+    check_options("preview", preview, {"num_samples": num_samples, "w": w, "num_steps": num_steps})
+    for name, count in (("num_samples", num_samples), ("num_steps", num_steps)):
+        if count is not None and count < 1:
+            raise ValueError(f"preview: {name} must be at least 1, but is {count}")
+    if not makes_pictures(trained):
+        return None
+
+    def draw(model: Denoiser) -> Tensor:
+        labels = spread_labels(num_samples, model.num_classes)
+        low, high = model.w_range or (-math.inf, math.inf)
+        shown = None if w is None else min(max(w, low), high)
+        return torch.cat(list(generate(plan(model, w=shown, num_steps=num_steps), range(num_samples), labels)))
+
+    return draw

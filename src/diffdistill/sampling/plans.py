@@ -1,0 +1,181 @@
+"""How a model is to be sampled: guidance, solver, noise levels and start, checked against each other."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from diffdistill.denoiser import Denoiser, spread_labels
+from diffdistill.devices import device_of
+from diffdistill.learned.storage import load_predictor
+from diffdistill.models import guided
+from diffdistill.progressive.stochastic import StochasticEuler
+from diffdistill.solvers import (
+    Euler,
+    GaussianStart,
+    Solver,
+    load_gaussian,
+    make_schedule,
+    make_solver,
+    seeded_noise,
+    shipped_gaussians,
+)
+
+WARM_UP_SAMPLES = 256
+"""Trajectories from which GITS chooses a schedule (Chen et al. 2024, Section 4)."""
+WARM_UP_SEED = 2_000_000
+"""Their seeds start here, far from those that are evaluated."""
+WARM_UP_STEPS = 60
+"""Their steps."""
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A denoiser with the solver, the noise levels and the analytic start to sample it with.
+
+    With `bf16` the network runs in bfloat16 by autocast; the solver's arithmetic stays in float32. `preparation_nfe`
+    counts the network evaluations that choosing the noise levels took, over all trajectories.
+    """
+
+    denoiser: Denoiser
+    solver: Solver
+    sigmas: Tensor
+    start: GaussianStart | None = None
+    bf16: bool = False
+    preparation_nfe: int = 0
+
+    @property
+    def num_steps(self) -> int:
+        return len(self.sigmas) - 1
+
+    @property
+    def device(self) -> torch.device:
+        return device_of(self.denoiser)
+
+    def pictures(self, x: Tensor) -> Tensor:
+        """What was sampled, `[B, ...]`, as images: the latents of a latent model are decoded."""
+        codec = getattr(self.denoiser, "codec", None)
+        return x if codec is None else codec.decode(x)
+
+
+def schedule_for(denoiser: Denoiser, options: Mapping[str, Any]) -> Tensor:
+    """The schedule of `options` (of `make_schedule`) between the ends of a denoiser, where they do not say others.
+
+    The schedules "trailing" and "discrete" take the table of a discrete-time denoiser; "flow" has ends of its own.
+    """
+    given: dict[str, Any] = {"sigma_min": denoiser.sigma_min, "sigma_max": denoiser.sigma_max}
+    if options["name"] == "flow":
+        given = {}
+    table = getattr(getattr(denoiser, "preconditioning", None), "table", None)
+    if options["name"] in ("trailing", "discrete") and table is not None:
+        given["table"] = table.cpu()
+    return make_schedule(**{**given, **options})
+
+
+def plan(
+    model: Denoiser,
+    *,
+    w: float | None = None,
+    solver: Mapping[str, Any] | None = None,
+    schedule: Mapping[str, Any] | None = None,
+    num_steps: int | None = None,
+    start: float | Mapping[str, Any] | None = None,
+) -> Plan:
+    """Say how to sample `model`.
+
+    Args:
+        model: from `load_denoiser`.
+        w: guidance weight; None leaves the model as it is.
+        solver: options of `make_solver`, "euler" by default, or `name` "learned" and `predictor`, the name or path of
+            a learned solver. A few-step student brings its own sampler.
+        schedule: options of `make_schedule`, by default "cosine" down to sigma = 0. Students and learned solvers bring
+            their own. "gits" chooses the levels on trajectories of the model.
+        num_steps: steps of the schedule; students and learned solvers have only their own.
+        start: the level to begin at by the analytic start, or a mapping of this `sigma` and, where they are not those
+            stored beside the model, `statistics` (of `load_gaussian`). Students and learned solvers bring their own.
+
+    Raises:
+        ValueError: a number of steps that a student or a learned solver was not trained for, a denoiser or a weight
+            that a learned solver was not trained for, no number of steps where one is needed, or a start outside the
+            range of the model or without statistics of its data.
+        TypeError: an entry that a start does not have.
+    """
+    denoiser = model if w is None else guided(model, w)
+    own = model.distilled
+    if own is not None:
+        if own.sampler == "encoder":
+            raise ValueError("this student carries images to noise, not noise to images: editing encodes with it")
+        if num_steps not in (None, own.num_steps):
+            raise ValueError(f"num_steps={num_steps}: this student was distilled for {own.num_steps} steps only")
+        if solver is not None or schedule is not None or start is not None:
+            raise ValueError(
+                "a few-step student brings its own sampler and noise levels: leave out solver, schedule and start"
+            )
+        levels = torch.tensor(own.sigmas, dtype=torch.float64)
+        return Plan(denoiser, StochasticEuler() if own.sampler == "stochastic" else Euler(), levels)
+    if solver is not None and solver["name"] == "learned":
+        if schedule is not None or start is not None:
+            raise ValueError("a learned solver brings its own noise levels: leave out schedule and start")
+        learned = load_predictor(solver["predictor"], device=device_of(model))
+        learned.check(denoiser, num_steps=num_steps)
+        return Plan(denoiser, learned.solver, learned.sigmas, learned.gaussian_start(device=device_of(model)))
+    if num_steps is None:
+        raise ValueError("num_steps is missing: this model was not distilled to a number of steps, so choose one")
+    grid = {"num_steps": num_steps, **(schedule or {"name": "cosine", "sigma_min": 0.0})}
+    begin = None if start is None else start_for(model, start)
+    if begin is not None and grid.setdefault("sigma_max", begin.sigma) != begin.sigma:
+        raise ValueError(f"a start at sigma = {begin.sigma:g} is where the schedule begins: leave out its sigma_max")
+    sigmas, spent = _gits(denoiser, grid, begin) if grid["name"] == "gits" else (schedule_for(model, grid), 0)
+    return Plan(denoiser, make_solver(**(solver or {"name": "euler"})), sigmas, begin, preparation_nfe=spent)
+
+
+def start_for(model: Denoiser, start: float | Mapping[str, Any]) -> GaussianStart:
+    """The analytic start of `plan` for a model, checked."""
+    options: dict[str, Any] = dict(start) if isinstance(start, Mapping) else {"sigma": start}
+    wrong = next((name for name in options if name not in ("sigma", "statistics")), None)
+    sigma, given = options.get("sigma"), options.get("statistics")
+    if wrong is not None or not isinstance(sigma, (int, float)) or isinstance(sigma, bool):
+        raise TypeError(f"a start is a noise level, or sigma and statistics, but is {start!r}")
+    if not model.sigma_min < sigma <= model.sigma_max:
+        raise ValueError(
+            f"a start at sigma = {sigma:g} is not in the range of the model, {model.sigma_min:g} to {model.sigma_max:g}"
+        )
+    if given is None:
+        given = statistics_of(model.source or "model")
+        if given not in shipped_gaussians() and not Path(given).is_file():
+            raise ValueError(
+                f"an analytic start needs statistics of the model's data, but there is no {given!r}: make them with "
+                "scripts/gaussian_stats.py, or name others by start.statistics"
+            )
+    statistics = load_gaussian(given, device=device_of(model))
+    if statistics.data_shape != tuple(model.data_shape) or len({0, statistics.num_classes, model.num_classes}) > 2:
+        raise ValueError(
+            f"the statistics {str(given)!r} are of {list(statistics.data_shape)} in {statistics.num_classes} classes, "
+            f"but the model makes {list(model.data_shape)} in {model.num_classes}"
+        )
+    return GaussianStart(statistics, sigma)
+
+
+def statistics_of(model: str) -> str:
+    """The statistics of the data of a model, by its name or file: those shipped, or `NAME.statistics.safetensors`."""
+    path = Path(model, "model") if Path(model).is_dir() else Path(model)
+    return model if model in shipped_gaussians() else str(path.with_name(f"{path.stem}.statistics.safetensors"))
+
+
+def _gits(denoiser: Denoiser, options: Mapping[str, Any], start: GaussianStart | None) -> tuple[Tensor, int]:
+    """The levels that GITS chooses, and the evaluations it takes: one for each step of the fine runs."""
+    device, fine_steps = device_of(denoiser), options.get("fine_steps", WARM_UP_STEPS)
+    labels = spread_labels(WARM_UP_SAMPLES, denoiser.num_classes)
+    runs = {
+        "denoiser": denoiser,
+        "noise": seeded_noise(range(WARM_UP_SEED, WARM_UP_SEED + WARM_UP_SAMPLES), denoiser.data_shape, device=device),
+        "cond": None if labels is None else labels.to(device),
+        "start": start,
+        "fine_steps": fine_steps,
+    }
+    return schedule_for(denoiser, {**options, **runs}), WARM_UP_SAMPLES * fine_steps * denoiser.cost

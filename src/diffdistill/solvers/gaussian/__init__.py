@@ -1,0 +1,1 @@
+"""Gaussians as models of the data: their statistics, and the analytic start that follows from them."""

@@ -1,0 +1,81 @@
+"""Models side by side at several guidance weights: what distillation costs and gains, as a table and as pictures."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from diffdistill.denoiser import spread_labels
+from diffdistill.metrics.text import grid_of
+from diffdistill.pictures import save_figure, save_grid
+from diffdistill.sampling.generation import generate
+from diffdistill.tables.cells import Models, Result, prepare
+from diffdistill.tables.reproduction import Outcome
+
+
+def comparison_table(outcome: Outcome) -> str:
+    """One line for each model of a table over w: evaluations, time, and speed-up over the first model; then measures.
+
+    Cost is that of the greatest w, as no guidance costs nothing.
+    """
+    table = outcome.table
+    measures = {"FD": "fid", "accuracy": "accuracy"}
+    head = ["model", "evaluations", "ms / image", "speed-up"]
+    head += [f"{label}, w = {w:g}" for label in measures for w in table.columns]
+    lines = [head]
+    unit = 0.0
+    for name, results in _by_row(outcome).items():
+        last = results[-1]
+        unit = unit or last.seconds_per_image
+        line = [name, str(last.nfe), f"{1000 * last.seconds_per_image:.2f}", f"{unit / last.seconds_per_image:.0f} x"]
+        line += [f"{result.measures[measure].value:.3f}" for measure in measures.values() for result in results]
+        lines.append(line)
+    return grid_of(lines).rstrip("\n")
+
+
+def _by_row(outcome: Outcome) -> dict[str, list[Result]]:
+    """The results of every row that is measured in full."""
+    found: dict[str, list[Result]] = {}
+    for row in outcome.table.rows:
+        results = [outcome.results.get(c.slug) for c in outcome.table.cells() if c.row == row.name]
+        if all(result is not None for result in results):
+            found[row.name] = [result for result in results if result is not None]
+    return found
+
+
+def plot_comparison(outcome: Outcome, path: Path) -> None:
+    """Fréchet distance and class accuracy against the evaluations at the greatest w, a curve for each w, as PNG."""
+
+    rows = sorted(_by_row(outcome).values(), key=lambda results: results[-1].nfe)
+    evaluations = [results[-1].nfe for results in rows]
+
+    def draw(figure: Any) -> None:
+        left, right = figure.subplots(1, 2)
+        for i, w in enumerate(outcome.table.columns):
+            for axes, measure in ((left, "fid"), (right, "accuracy")):
+                axes.plot(
+                    evaluations, [results[i].measures[measure].value for results in rows], "o-", label=f"w = {w:g}"
+                )
+        left.set(xscale="log", yscale="log", xlabel="network evaluations", ylabel="Fréchet distance (pixels)")
+        right.set(xscale="log", xlabel="network evaluations", ylabel="class accuracy")
+        right.set_ylim(min(0.9, right.get_ylim()[0]), 1.005)
+        right.legend(frameon=False)
+
+    save_figure(draw, path, size=(9, 3.6))
+
+
+def side_by_side(outcome: Outcome, folder: Path, device: torch.device, *, columns: int = 20) -> list[Path]:
+    """For each w a grid `samples_w1.png`, with one model a row and one seed a column."""
+    table, models, paths = outcome.table, Models(device), []
+    for w in table.columns:
+        images: list[Tensor] = []
+        for cell in (cell for cell in table.cells() if cell.column == w):
+            scheme = prepare(cell, models).plan
+            images += generate(scheme, range(columns), spread_labels(columns, scheme.denoiser.num_classes))
+        paths.append(folder / f"samples_w{w:g}.png")
+        names = [row.name for row in table.rows]
+        save_grid(torch.cat(images), paths[-1], columns=columns, scale=4, row_captions=names)
+    return paths
