@@ -8,6 +8,7 @@ from typing import Any
 from diffdistill.data.base import ImageData, MirroredData, TensorData
 from diffdistill.data.cifar10 import CIFAR10, load_cifar10
 from diffdistill.data.digits import Digits
+from diffdistill.data.emoji import Emoji
 from diffdistill.data.folders import ImageFolder, ZipData, load_images, load_samples, load_zip
 from diffdistill.data.latents import LatentData
 from diffdistill.data.shapes import SHAPES, Shapes
@@ -16,6 +17,7 @@ from diffdistill.registry import construct
 DATA_SETS: dict[str, Callable[..., ImageData]] = {
     "cifar10": load_cifar10,
     "digits": Digits,
+    "emoji": Emoji,
     "images": load_images,
     "latents": LatentData,
     "samples": load_samples,
@@ -40,6 +42,7 @@ __all__ = [
     "DATA_SETS",
     "SHAPES",
     "Digits",
+    "Emoji",
     "ImageData",
     "ImageFolder",
     "LatentData",
