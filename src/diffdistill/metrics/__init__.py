@@ -23,6 +23,7 @@ from diffdistill.metrics.sources import Sampler, StoredImages, open_images
 __all__ = [
     "FEATURES",
     "MEASURES",
+    "Classifier",
     "Collected",
     "Estimate",
     "FeatureStatistics",
