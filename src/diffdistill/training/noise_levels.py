@@ -1,4 +1,4 @@
-"""Noise levels of training: distributions `draw(batch, generator) -> sigma [batch]` in float64, and noise of a level."""
+"""Noise levels of training: distributions `draw(batch, generator) -> sigma [batch]`, float64; and noise of a level."""
 
 from __future__ import annotations
 
