@@ -26,7 +26,7 @@ from diffdistill.metrics.features import gaussian_of
 from diffdistill.metrics.frechet import frechet_distance
 from diffdistill.models import guided
 from diffdistill.sampling.plans import start_for, statistics_of
-from diffdistill.solver_comparison import Grid, Problem, compare, entries, reference_endpoints, title
+from diffdistill.solver_comparison import Grid, Problem, compare, entries, predictor_name, reference_endpoints
 from diffdistill.solver_comparison.report import comma_separated, gains, markdown, plot
 from diffdistill.solvers import load_gaussian, make_solver
 from diffdistill.training import Run
@@ -59,7 +59,7 @@ def main(config: DictConfig) -> None:
         raise ValueError("nothing to compare: evaluations and solvers (or learned) name at least one each")
     for name in settings["learned"]:  # a wrong name is better known before an hour of work than after it
         load_predictor(name)
-    titles = [title(name) for name in settings["learned"]]
+    titles = [predictor_name(name) for name in settings["learned"]]
     if len(set(titles)) < len(titles):
         raise ValueError(f"learned solvers need names of their own, but are called {', '.join(titles)}")
     for options in settings["solvers"].values():

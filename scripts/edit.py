@@ -58,11 +58,11 @@ def edit(settings: dict[str, Any]) -> dict[str, torch.Tensor]:
     source = (load_denoiser(name, device=device) if name else model) if needed else None
     before, after = conditions(settings, labels, len(images), editor)
     known = read_mask(settings["mask"], editor.shape[1:])
-    scheme = {name: settings.get(name) for name in ("w", "solver", "schedule", "num_steps")}
+    options = {name: settings.get(name) for name in ("w", "solver", "schedule", "num_steps")}
     made = task(
         Edit(
             images=images.to(device),
-            plan=plan(model, **scheme),
+            plan=plan(model, **options),
             cond=after.to(device) if isinstance(after, torch.Tensor) else after,
             codec=editor.codec,
             strength=settings["strength"],

@@ -17,7 +17,7 @@ from common.checks import check_file, several
 from diffdistill import load_denoiser
 from diffdistill.devices import device_of
 from diffdistill.distributed import rank
-from diffdistill.metrics.evaluate import Evaluation, describe, evaluate, write_record
+from diffdistill.metrics.evaluate import EvaluationOptions, describe, evaluate, write_record
 from diffdistill.metrics.sources import Sampler, StoredImages, open_images
 from diffdistill.sampling.plans import plan
 
@@ -31,14 +31,14 @@ def main(config: DictConfig) -> None:
         raise ValueError("give either samples=PATH (a folder, .zip or .npz) or model=NAME")
     settings["measures"] = several(settings["measures"])
     check_file(settings["out"], ".json")
-    options = Evaluation(**{name: settings[name] for name in Evaluation.__dataclass_fields__})
+    options = EvaluationOptions(**{name: settings[name] for name in EvaluationOptions.__dataclass_fields__})
     device = device_of(settings["device"])
     if settings["samples"] is not None:
         images = open_images(settings["samples"], resolution=settings["resolution"])
         source = StoredImages(images, limit=settings["num_samples"])
     else:
-        scheme = plan(load_denoiser(settings["model"], device=device), **{name: settings.get(name) for name in PLAN})
-        source = Sampler(faster(scheme, settings), settings["num_samples"] or 10_000, seed=settings["seed"])
+        planned = plan(load_denoiser(settings["model"], device=device), **{name: settings.get(name) for name in PLAN})
+        source = Sampler(faster(planned, settings), settings["num_samples"] or 10_000, seed=settings["seed"])
     record = evaluate(source, options, data=settings["data"], device=device)
     if rank() == 0:
         print(describe(record))

@@ -25,7 +25,7 @@ from diffdistill.training import Run
 def main(config: DictConfig) -> None:
     settings = plain(config)
     model = load_denoiser(settings["model"], device=device_of(settings["device"]))
-    scheme = plan(
+    planned = plan(
         model,
         w=settings["w"],
         solver=settings.get("solver"),
@@ -33,7 +33,7 @@ def main(config: DictConfig) -> None:
         num_steps=settings["num_steps"],
         start=settings["start"],
     )
-    scheme = faster(scheme, settings)
+    planned = faster(planned, settings)
     writers = [choose("kind of output", kind, WRITERS) for kind in several(settings["save"])]
     if not writers:
         raise ValueError(f"save must name at least one of {', '.join(WRITERS)}")
@@ -42,7 +42,7 @@ def main(config: DictConfig) -> None:
     labels = chosen_labels(settings["labels"], settings["num_samples"], model)
     seeds = range(settings["seed"], settings["seed"] + settings["num_samples"])
     run = Run(settings["out"], settings, harmless=("device", "save", "compile", "cuda_graph"))
-    samples = draw_to(run.path / "parts", scheme, seeds, labels, batch_size=settings["batch_size"])
+    samples = draw_to(run.path / "parts", planned, seeds, labels, batch_size=settings["batch_size"])
     if rank() == 0:
         for write in writers:
             print(write(samples, run.path))

@@ -108,10 +108,10 @@ def switches(settings: dict[str, Any]) -> dict[str, bool]:
     return {name: settings[name] for name in ("channels_last", "compile", "cuda_graph")}
 
 
-def faster(scheme: Plan, settings: dict[str, Any]) -> Plan:
+def faster(plan: Plan, settings: dict[str, Any]) -> Plan:
     """A plan with the switches of a script, and its `precision`."""
     bf16 = choose("precision", settings["precision"], {"fp32": False, "bf16": True})
-    return replace(scheme, denoiser=accelerated(scheme.denoiser, **switches(settings)), bf16=bf16)
+    return replace(plan, denoiser=accelerated(plan.denoiser, **switches(settings)), bf16=bf16)
 
 
 def compose(config_name: str, overrides: list[str]) -> DictConfig:

@@ -104,11 +104,11 @@ def test_a_stochastic_student_is_sampled_stochastically(tmp_path):
 
     student = load_denoiser(paths[4])
     assert isinstance(student.distilled, Distilled) and student.distilled.sampler == "stochastic"
-    scheme = plan(student, w=1.0)
-    assert scheme.solver.stochastic
+    planned = plan(student, w=1.0)
+    assert planned.solver.stochastic
     labels = torch.tensor([1, 2, 3])
-    together = torch.cat(list(generate(scheme, [5, 6, 7], labels)))
-    alone = torch.cat(list(generate(scheme, [5, 6, 7], labels, batch_size=1)))
+    together = torch.cat(list(generate(planned, [5, 6, 7], labels)))
+    alone = torch.cat(list(generate(planned, [5, 6, 7], labels, batch_size=1)))
     torch.testing.assert_close(together, alone, rtol=1e-4, atol=1e-5)
 
 

@@ -70,8 +70,8 @@ def done(model, tmp_path_factory):
 
 
 def test_a_cell_is_what_sampling_and_measuring_by_hand_give(model, done):
-    scheme = plan(load_denoiser(model), schedule={"name": "polynomial"}, num_steps=3)
-    x = torch.cat(list(generate(scheme, range(140), torch.arange(140) % 10, batch_size=70))).clamp(-1, 1)
+    planned = plan(load_denoiser(model), schedule={"name": "polynomial"}, num_steps=3)
+    x = torch.cat(list(generate(planned, range(140), torch.arange(140) % 10, batch_size=70))).clamp(-1, 1)
     features = make_features("digits_classifier")
     reference = gaussian_of(features, load_data("digits", split="test").tensors()["x"])
     result = done.results["euler-b__3"]
