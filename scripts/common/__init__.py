@@ -27,8 +27,7 @@ from diffdistill.denoiser import Denoiser
 from diffdistill.distributed import processes, rank
 from diffdistill.models import save_denoiser
 from diffdistill.models.acceleration import accelerated
-from diffdistill.registry import choose
-from diffdistill.sampling.plans import Plan
+from diffdistill.sampling.plans import Plan, in_bf16
 from diffdistill.training import Run
 
 warnings.formatwarning = lambda message, *_args, **_kwargs: f"warning: {message}\n"
@@ -110,7 +109,7 @@ def switches(settings: dict[str, Any]) -> dict[str, bool]:
 
 def faster(plan: Plan, settings: dict[str, Any]) -> Plan:
     """A plan with the switches of a script, and its `precision`."""
-    bf16 = choose("precision", settings["precision"], {"fp32": False, "bf16": True})
+    bf16 = in_bf16(settings["precision"], plan.device)
     return replace(plan, denoiser=accelerated(plan.denoiser, **switches(settings)), bf16=bf16)
 
 
