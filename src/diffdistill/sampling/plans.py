@@ -193,7 +193,7 @@ def start_for(model: Denoiser, start: float | Mapping[str, Any]) -> GaussianStar
         if given not in shipped_gaussians() and not Path(given).is_file():
             raise ValueError(
                 f"an analytic start needs statistics of the model's data, but there is no {given!r}: make them with "
-                "scripts/gaussian_stats.py, or name others by start.statistics"
+                "diffdistill gaussian-stats, or name others by start.statistics"
             )
     statistics = load_gaussian(given, device=device_of(model))
     if statistics.data_shape != tuple(model.data_shape) or len({0, statistics.num_classes, model.num_classes}) > 2:
