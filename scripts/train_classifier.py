@@ -1,6 +1,6 @@
 """Train a small classifier whose features and answers measure generated images.
 
-Example: python scripts/train_classifier.py subject=emoji out=runs/classifier
+Example: diffdistill train-classifier subject=emoji out=runs/classifier
 """
 
 from __future__ import annotations
@@ -10,8 +10,9 @@ from pathlib import Path
 import torch
 from omegaconf import DictConfig
 
-from common import command
 from common.checks import check_file
+from common.command import command
+from common.typed import typed_command
 from diffdistill.data import load_data
 from diffdistill.metrics.classifier import save_classifier, shipped, train_classifier
 
@@ -26,7 +27,7 @@ def main(config: DictConfig) -> None:
     accuracy = {split: model.accuracy(**images) for split, images in data.items()}
     arguments = " ".join(f"{name}={value}" for name, value in {"subject": config.subject, **options}.items())
     provenance = {
-        "command": f"python scripts/train_classifier.py {arguments}",
+        "command": f"{typed_command()} {arguments}",
         "data": f"{config.subject}, split=train",
         "accuracy_train": f"{accuracy['train']:.4f}",
         "accuracy_held_out": f"{accuracy['test']:.4f}",
