@@ -114,7 +114,7 @@ def fingerprint(denoiser: nn.Module) -> str:
     It is computed once, and again when a tensor was replaced or written to.
     """
     digest = hashlib.sha256()
-    if isinstance(denoiser, Denoiser) and getattr(denoiser, "config", None) is not None:
+    if isinstance(denoiser, Denoiser) and denoiser.config is not None:
         config = {key: value for key, value in config_of(denoiser).items() if key != "provenance"}
         digest.update(json.dumps(config, sort_keys=True).encode())
     state = sorted(denoiser.state_dict().items())
