@@ -1,6 +1,6 @@
 """Compare solvers on one denoiser: distance to a fine reference against network evaluations, with and without start.
 
-    python scripts/compare_solvers.py model=digits-teacher num_samples=5000 out=runs/solvers
+    diffdistill compare-solvers model=digits-teacher num_samples=5000 out=runs/solvers
 
 For every number of evaluations each solver tries its schedules, an analytical first step, and the levels to start at,
 on a few seeds; the best is measured on all. Learned solvers join through `learned=[NAME,...]`. Running the same command
@@ -14,7 +14,8 @@ from typing import Any
 import torch
 from omegaconf import DictConfig
 
-from common import command, plain
+from common.command import command
+from common.configs import plain
 from diffdistill import load_denoiser
 from diffdistill.data import load_data
 from diffdistill.denoiser import Denoiser, spread_labels

@@ -1,9 +1,9 @@
 """Measure samples, stored or drawn by a model on the way, against a reference.
 
-    python scripts/evaluate.py samples=runs/samples/samples.npz features=digits_classifier
-    python scripts/evaluate.py model=digits-student-4 w=1 num_samples=2000 features=digits_classifier measures=[fid,kid]
-    python scripts/evaluate.py samples=DIR features=inception reference=references/cifar10-32x32.npz
-    python scripts/evaluate.py samples=DIR captions=captions.txt clip=openai/clip-vit-base-patch16 measures=[]
+    diffdistill evaluate samples=runs/samples/samples.npz features=digits_classifier
+    diffdistill evaluate model=digits-student-4 w=1 num_samples=2000 features=digits_classifier measures=[fid,kid]
+    diffdistill evaluate samples=DIR features=inception reference=references/cifar10-32x32.npz
+    diffdistill evaluate samples=DIR captions=captions.txt clip=openai/clip-vit-base-patch16 measures=[]
 
 `torchrun` spreads the images over processes.
 """
@@ -12,8 +12,10 @@ from __future__ import annotations
 
 from omegaconf import DictConfig
 
-from common import command, faster, plain
 from common.checks import check_file, several
+from common.command import command
+from common.configs import plain
+from common.speed import faster
 from diffdistill import load_denoiser
 from diffdistill.devices import device_of
 from diffdistill.distributed import rank

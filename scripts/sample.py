@@ -1,6 +1,6 @@
 """Draw samples from a model by name or path.
 
-    python scripts/sample.py model=digits-student-4 w=1 num_samples=10000 seed=0 out=runs/samples save=npz
+    diffdistill sample model=digits-student-4 w=1 num_samples=10000 seed=0 out=runs/samples save=npz
 
 Running the same command again continues an interrupted run. `torchrun` spreads the batches over processes.
 """
@@ -9,8 +9,10 @@ from __future__ import annotations
 
 from omegaconf import DictConfig
 
-from common import command, faster, plain
 from common.checks import several
+from common.command import command
+from common.configs import plain
+from common.speed import faster
 from diffdistill import load_denoiser
 from diffdistill.devices import device_of
 from diffdistill.distributed import rank

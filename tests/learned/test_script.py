@@ -41,7 +41,7 @@ def statistics(model):
 
 def train(preset, model, out, *overrides):
     import train_amed
-    from common import compose
+    from common.configs import compose
 
     small = ["trainer.updates=2", "trainer.batch_size=4", "trainer.device=cpu"]
     config = compose("train_amed", [f"experiment={preset}", f"model={model}", f"out={out}", *small, *overrides])

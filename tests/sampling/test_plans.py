@@ -147,7 +147,7 @@ def test_bad_starts(folder, options, error, message):
 
 
 def test_a_model_without_statistics_says_how_to_make_them(folder):
-    message = r"there is no '.*other.statistics.safetensors': make them with scripts/gaussian_stats.py"
+    message = r"there is no '.*other.statistics.safetensors': make them with diffdistill gaussian-stats"
     with pytest.raises(ValueError, match=message):
         plan(load_denoiser(folder / "other.safetensors"), num_steps=2, start=3)
 

@@ -130,7 +130,7 @@ def test_the_scripts(tmp_path, monkeypatch):
     import analyze_trajectories
     import compare_solvers
     import gaussian_stats
-    from common import compose
+    from common.configs import compose
 
     model, statistics = tmp_path / "model.safetensors", tmp_path / "statistics" / "statistics.safetensors"
     save_denoiser(tiny_denoiser(data_shape=[3, 8, 8]), model)

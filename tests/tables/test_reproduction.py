@@ -156,7 +156,7 @@ def test_a_start_needs_statistics_and_counts_no_evaluation(model, tmp_path):
     outcome = reproduce(table(str(mine), **small), tmp_path / "t", device=CPU)
     assert sorted(outcome.results) == ["named__2", "plain__2"]
     assert {need.path for need in outcome.missing} == {str(tmp_path / "m.statistics.safetensors")}
-    assert outcome.missing[0].get == f"python scripts/gaussian_stats.py model={mine} beside=true"
+    assert outcome.missing[0].get == f"diffdistill gaussian-stats model={mine} beside=true"
     save_gaussian(load_gaussian("digits-teacher"), tmp_path / "m.statistics.safetensors")
     text = dry_run(table(str(mine), **small), tmp_path / "t", device=CPU)
     assert "to do    GITS, nfe 2: 2 evaluations an image" in text and "done     Named" in text

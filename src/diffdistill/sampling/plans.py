@@ -11,10 +11,11 @@ import torch
 from torch import Tensor
 
 from diffdistill.denoiser import Denoiser, Distilled, spread_labels
-from diffdistill.devices import device_of
+from diffdistill.devices import device_of, native_bf16
 from diffdistill.learned.storage import load_predictor
 from diffdistill.models import guided
 from diffdistill.progressive.stochastic import StochasticEuler
+from diffdistill.registry import choose
 from diffdistill.solvers import (
     Euler,
     GaussianStart,
@@ -61,6 +62,18 @@ class Plan:
         """What was sampled, `[B, ...]`, as images: the latents of a latent model are decoded."""
         codec = getattr(self.denoiser, "codec", None)
         return x if codec is None else codec.decode(x)
+
+
+def in_bf16(precision: str, device: torch.device) -> bool:
+    """Whether to sample in bf16: "bf16", or "auto" on a GPU that has instructions for it.
+
+    On a CPU "auto" is float32, where a seed gives the same image in batches of any size.
+
+    Raises:
+        ValueError: an unknown precision.
+    """
+    auto = device.type == "cuda" and native_bf16(device)
+    return choose("precision", precision, {"auto": auto, "fp32": False, "bf16": True})
 
 
 def schedule_for(denoiser: Denoiser, options: Mapping[str, Any]) -> Tensor:
@@ -180,7 +193,7 @@ def start_for(model: Denoiser, start: float | Mapping[str, Any]) -> GaussianStar
         if given not in shipped_gaussians() and not Path(given).is_file():
             raise ValueError(
                 f"an analytic start needs statistics of the model's data, but there is no {given!r}: make them with "
-                "scripts/gaussian_stats.py, or name others by start.statistics"
+                "diffdistill gaussian-stats, or name others by start.statistics"
             )
     statistics = load_gaussian(given, device=device_of(model))
     if statistics.data_shape != tuple(model.data_shape) or len({0, statistics.num_classes, model.num_classes}) > 2:
