@@ -15,6 +15,7 @@ from torch import nn
 
 from diffdistill.denoiser import Denoiser
 from diffdistill.devices import channels_last
+from diffdistill.errors import one_line
 from diffdistill.models.building import build_denoiser, config_of, resolved_config
 from diffdistill.models.network import NetworkDenoiser
 from diffdistill.models.storage import DAMAGES, MODEL, load_state, shipped_models, write_model
@@ -91,7 +92,7 @@ def read_safetensors(path: Path) -> NetworkDenoiser:
     try:
         denoiser = build_denoiser(config)
     except DAMAGES as error:
-        raise ValueError(f"the config in {path} builds no model: {' '.join(str(error).split())[:300]}") from None
+        raise ValueError(f"the config in {path} builds no model: {one_line(error)}") from None
     load_state(denoiser, state, source=str(path))
     return denoiser
 
