@@ -286,7 +286,7 @@ class Trainer:
         self.gradients.finish()
         if self.config.clip is not None:
             norm = nn.utils.clip_grad_norm_(self.parameters, self.config.clip)
-            logs[0]["grad_norm"] = sharding.whole(norm)
+            logs[0]["grad_norm"] = sharding.full_tensor(norm)
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
         self.journal.add(self.update + 1, logs)
