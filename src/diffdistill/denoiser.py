@@ -46,6 +46,20 @@ def spread_labels(num_samples: int, num_classes: int) -> Tensor | None:
     return torch.arange(num_samples) % num_classes if num_classes else None
 
 
+def check_labels(labels: Any, batch: int, num_classes: int) -> None:
+    """Raise `ValueError` unless `labels` is None or an integer tensor `[batch]` of labels, -1 for none."""
+    if labels is None:
+        return
+    if num_classes == 0:
+        raise ValueError("this denoiser takes no class labels: pass cond=None")
+    if not isinstance(labels, Tensor) or labels.is_floating_point() or labels.shape != (batch,):
+        got = f"{labels.dtype} {list(labels.shape)}" if isinstance(labels, Tensor) else type(labels).__name__
+        raise ValueError(f"class labels are an integer tensor of shape [{batch}], not {got}")
+    wrong = labels[(labels < NULL_LABEL) | (labels >= num_classes)]
+    if wrong.numel():
+        raise ValueError(f"class label {int(wrong[0])} is unknown: labels are 0 to {num_classes - 1}, or -1 for none")
+
+
 @dataclass(frozen=True)
 class Distilled:
     """How a student of few steps is meant to be used: on exactly these noise levels, by exactly this sampler.
@@ -144,18 +158,7 @@ class Denoiser(nn.Module):
 
     def check_condition(self, cond: Any, batch: int) -> None:
         """Raise `ValueError` unless `cond` is None or an integer label for each sample, -1 for none."""
-        if cond is None:
-            return
-        if self.num_classes == 0:
-            raise ValueError("this denoiser takes no class labels: pass cond=None")
-        if not isinstance(cond, Tensor) or cond.is_floating_point() or cond.shape != (batch,):
-            got = f"{cond.dtype} {list(cond.shape)}" if isinstance(cond, Tensor) else type(cond).__name__
-            raise ValueError(f"class labels are an integer tensor of shape [{batch}], not {got}")
-        wrong = cond[(cond < NULL_LABEL) | (cond >= self.num_classes)]
-        if wrong.numel():
-            raise ValueError(
-                f"class label {int(wrong[0])} is unknown: labels are 0 to {self.num_classes - 1}, or -1 for none"
-            )
+        check_labels(cond, batch, self.num_classes)
 
 
 class FunctionDenoiser(Denoiser):

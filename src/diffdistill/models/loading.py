@@ -16,8 +16,9 @@ from torch import nn
 from diffdistill.denoiser import Denoiser
 from diffdistill.devices import channels_last
 from diffdistill.errors import one_line
-from diffdistill.models.building import build_denoiser, config_of, resolved_config
+from diffdistill.models.building import NETWORKS, build_denoiser, config_of, resolved_config
 from diffdistill.models.network import NetworkDenoiser
+from diffdistill.models.own.registration import UNREGISTERED
 from diffdistill.models.storage import DAMAGES, MODEL, load_state, shipped_models, write_model
 from diffdistill.registry import resolve
 
@@ -89,12 +90,31 @@ def read_safetensors(path: Path) -> NetworkDenoiser:
     config, state = MODEL.read(path)
     if "network" not in config and config.get("autoencoder") is not None:
         raise ValueError(f"{path} holds an autoencoder, not a denoiser")
+    _check_network(config, path)
     try:
         denoiser = build_denoiser(config)
     except DAMAGES as error:
         raise ValueError(f"the config in {path} builds no model: {one_line(error)}") from None
     load_state(denoiser, state, source=str(path))
     return denoiser
+
+
+def _check_network(config: Mapping[str, Any], path: Path) -> None:
+    """Refuse a file of a network that only the user can build, and say how to."""
+    network = config.get("network")
+    name = network.get("name") if isinstance(network, dict) else None
+    if config.get("adapter") is None or not isinstance(network, dict) or not isinstance(name, str):
+        return
+    if name == UNREGISTERED:
+        raise ValueError(
+            f"{path} holds the weights of a network {network.get('kind')!r} that {network.get('reason')}: build it "
+            "and load the file by diffdistill.wrap(net, weights=FILE)"
+        )
+    if name not in NETWORKS:
+        raise ValueError(
+            f"{path} holds the network {name!r}, which is not registered here: import the module that registers it "
+            f"(@diffdistill.register_network({name!r})), or give it to the command as plugins=[MODULE]"
+        )
 
 
 READERS: dict[str, Callable[[Path], Denoiser] | str] = {
