@@ -1,6 +1,6 @@
 """Draw samples from a model by name or path.
 
-    python scripts/sample.py model=digits-student-4 w=1 num_samples=10000 seed=0 out=runs/samples save=npz
+    diffdistill sample model=digits-student-4 w=1 num_samples=10000 seed=0 out=runs/samples save=npz
 
 Running the same command again continues an interrupted run. `torchrun` spreads the batches over processes.
 """
@@ -9,8 +9,10 @@ from __future__ import annotations
 
 from omegaconf import DictConfig
 
-from common import command, faster, plain
 from common.checks import several
+from common.command import command
+from common.configs import plain
+from common.speed import faster
 from diffdistill import load_denoiser
 from diffdistill.devices import device_of
 from diffdistill.distributed import rank
@@ -25,7 +27,7 @@ from diffdistill.training import Run
 def main(config: DictConfig) -> None:
     settings = plain(config)
     model = load_denoiser(settings["model"], device=device_of(settings["device"]))
-    scheme = plan(
+    planned = plan(
         model,
         w=settings["w"],
         solver=settings.get("solver"),
@@ -33,7 +35,7 @@ def main(config: DictConfig) -> None:
         num_steps=settings["num_steps"],
         start=settings["start"],
     )
-    scheme = faster(scheme, settings)
+    planned = faster(planned, settings)
     writers = [choose("kind of output", kind, WRITERS) for kind in several(settings["save"])]
     if not writers:
         raise ValueError(f"save must name at least one of {', '.join(WRITERS)}")
@@ -42,7 +44,7 @@ def main(config: DictConfig) -> None:
     labels = chosen_labels(settings["labels"], settings["num_samples"], model)
     seeds = range(settings["seed"], settings["seed"] + settings["num_samples"])
     run = Run(settings["out"], settings, harmless=("device", "save", "compile", "cuda_graph"))
-    samples = draw_to(run.path / "parts", scheme, seeds, labels, batch_size=settings["batch_size"])
+    samples = draw_to(run.path / "parts", planned, seeds, labels, batch_size=settings["batch_size"])
     if rank() == 0:
         for write in writers:
             print(write(samples, run.path))

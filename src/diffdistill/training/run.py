@@ -6,7 +6,7 @@ import contextlib
 import hashlib
 import json
 import os
-from collections.abc import Collection, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -16,11 +16,14 @@ from diffdistill.files.hashes import sha256
 from diffdistill.training.checkpoints import Checkpoint, Checkpoints, one_line
 from diffdistill.training.config import HARMLESS
 
+DECIDED = "decided.json"
+
 
 class Run:
     """A folder that belongs to one configuration. Opening it again with the same configuration continues the run.
 
-    Files: `config.yaml`, `accepted.json` (configurations that it had before changes were accepted), `metrics.jsonl`,
+    Files: `config.yaml`, `accepted.json` (configurations that it had before changes were accepted), `decided.json`
+    (what was decided when it began, such as its precision), `metrics.jsonl`,
     `checkpoints/` (see `checkpoints`), `samples/*.png`, `curves.png`, `stages/NAME/` (runs of their own), and
     `finished.json` once `finish` was called.
     All but metrics.jsonl are written whole or not at all; all but parts of checkpoints by process 0.
@@ -45,6 +48,7 @@ class Run:
         accept_changes: bool = False,
     ) -> None:
         self.path = Path(path)
+        self._decisions = self.path / DECIDED
         self.config: dict[str, Any] = json.loads(json.dumps(config, default=_plain))
         self.harmless = frozenset(harmless)
         self.accept_changes = bool(self.config.pop("accept_changes", False)) or accept_changes
@@ -59,6 +63,8 @@ class Run:
         barrier()
         if rank() == 0:
             self.path.mkdir(parents=True, exist_ok=True)
+            if stored is None:
+                self._decisions.unlink(missing_ok=True)
             if stored is not None and (before := self._digest(stored)) not in self._digests():
                 write_text(self.path / "accepted.json", json.dumps([*self._digests()[1:], before]) + "\n")
             _write_yaml(self.path / "config.yaml", self.config)
@@ -96,7 +102,29 @@ class Run:
         if not name or name != Path(name).name:
             raise ValueError(f"a stage is named like a file, without folders, not {name!r}")
         config = {**self.config, "stage": name}
-        return Run(self.path / "stages" / name, config, harmless=self.harmless, accept_changes=self.accept_changes)
+        stage = Run(self.path / "stages" / name, config, harmless=self.harmless, accept_changes=self.accept_changes)
+        stage._decisions = self._decisions
+        return stage
+
+    def decided(self, name: str, decide: Callable[[], str]) -> str:
+        """What the run began with: `decide()` at first, and the same in its continuation and in all its stages.
+
+        All processes call it. Each calls `decide`, or none does; what process 0 decides holds.
+        """
+        known = from_main(self._read_decisions())
+        if name not in known:
+            known[name] = from_main(decide())
+            if rank() == 0:
+                write_text(self._decisions, json.dumps(known) + "\n")
+        return known[name]
+
+    def _read_decisions(self) -> dict[str, str]:
+        try:
+            return dict(json.loads(self._decisions.read_text(encoding="utf-8")))
+        except FileNotFoundError:
+            return {}
+        except (ValueError, TypeError) as error:
+            raise ValueError(f"{self._decisions} cannot be read ({one_line(error)}): remove it") from error
 
     @contextlib.contextmanager
     def held(self) -> Iterator[None]:
@@ -222,9 +250,9 @@ def _plain(value: Any) -> Any:
 
 
 def _content(path: Path) -> str | None:
-    """The first entry that is neither `config.yaml`, all that a command which failed at once leaves, nor Hydra's."""
+    """The first entry that is neither what a command leaves that failed before it computed anything, nor Hydra's."""
     names = sorted(p.name for p in path.iterdir() if not p.name.startswith(".") and p.suffix != ".log")
-    names = [name for name in names if name != "config.yaml"]
+    names = [name for name in names if name not in ("config.yaml", DECIDED)]
     return names[0] if names else None
 
 
