@@ -13,12 +13,13 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from tqdm import tqdm
 
 from diffdistill.data.folders import IMAGE_SUFFIXES
 from diffdistill.data.latents import DTYPES, write_index, write_shards
 from diffdistill.interop.diffusers.parts import Parts
+from diffdistill.models.loading import fingerprint
 from diffdistill.registry import choose
 
 
@@ -120,6 +121,8 @@ def cache_latents(
 ) -> Path:
     """Encode images and captions for training; a shard that is whole already is kept, so that a run can go on.
 
+    A shard with an image or a caption that has changed since is made again.
+
     Args:
         parts: the pipeline whose autoencoder and text encoder to use.
         source: as in `captioned`.
@@ -140,20 +143,38 @@ def cache_latents(
         raise ValueError(f"{type(parts.pipeline).__name__} has no autoencoder and text encoder to make latents with")
     kind, out = choose("dtype", dtype, DTYPES), Path(out)
     resolution = parts.denoiser.data_shape[-1] * parts.codec.factor
-    model = str(parts.pipeline.name_or_path or type(parts.pipeline).__name__)
-    origin = {"source": os.fspath(source), "model": model, "resolution": resolution}
-    origin |= {"dtype": dtype, "seed": seed, "shard_size": shard_size}
+    origin = {"model": _digest_of(parts), "resolution": resolution, "dtype": dtype}
+    origin |= {"seed": seed, "shard_size": shard_size}
 
     def encoded(items: list[tuple[str, bytes, str]]) -> dict[str, Tensor]:
         pieces = [_encode(parts, items[i : i + batch_size], resolution, seed) for i in range(0, len(items), batch_size)]
         return {name: torch.cat([piece[name] for piece in pieces]).to(kind) for name in pieces[0]}
 
     images = tqdm(captioned(source), desc="encoding", unit="image", disable=None)
-    shards = write_shards(out, images, encoded, shard_size=shard_size, origin=origin)
+    shards = write_shards(out, images, encoded, shard_size=shard_size, origin=origin, digest=_digest)
     if not shards:
         raise FileNotFoundError(f"no images with captions in the shards of {os.fspath(source)!r}")
     write_index(out, shards, parts.denoiser.data_shape, origin)
     return out
+
+
+def _digest_of(parts: Parts) -> str:
+    """A hash of the weights that make latents and embeddings."""
+    digest = hashlib.sha256()
+    for name in sorted(parts.pipeline.components):
+        part = parts.pipeline.components[name]
+        if isinstance(part, nn.Module) and (name == "vae" or name.startswith("text_encoder")):
+            digest.update(f"{name} {fingerprint(part)}".encode())
+    return digest.hexdigest()
+
+
+def _digest(items: list[tuple[str, bytes, str]]) -> str:
+    """A hash of names, image files and captions."""
+    digest = hashlib.sha256()
+    for name, content, caption in items:
+        for part in (name.encode("utf-8", "surrogatepass"), content, caption.encode("utf-8", "surrogatepass")):
+            digest.update(len(part).to_bytes(8, "little") + part)
+    return digest.hexdigest()
 
 
 def _encode(parts: Parts, items: list[tuple[str, bytes, str]], resolution: int, seed: int) -> dict[str, Tensor]:
