@@ -3,21 +3,24 @@
 from __future__ import annotations
 
 import hashlib
-import io
 import lzma
 import os
-import struct
 import tarfile
 import zlib
 from collections.abc import Iterator
 from pathlib import Path
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from diffdistill.data.folders import IMAGE_SUFFIXES
+from diffdistill.data.base import from_uint8
+from diffdistill.data.finding import find_pictures, in_order
+from diffdistill.data.folders import EXPECTED
 from diffdistill.data.latents import DTYPES, write_index, write_shards
+from diffdistill.data.pictures import PictureReader, is_picture
+from diffdistill.files.contents import is_junk
 from diffdistill.interop.diffusers.parts import Parts
 from diffdistill.models.loading import fingerprint
 from diffdistill.registry import choose
@@ -36,19 +39,20 @@ def captioned(source: str | os.PathLike[str]) -> Iterator[tuple[str, bytes, str]
     folder = Path(source)
     if not folder.is_dir():
         raise FileNotFoundError(f"no folder of images and captions at {str(source)!r}")
-    shards = sorted(folder.glob("*.tar"))
+    shards = [folder / name for name in in_order(path.name for path in folder.glob("*.tar") if not is_junk(path.name))]
     if shards:
         for shard in shards:
             yield from _of_tar(shard)
         return
-    images = [path for path in sorted(folder.iterdir()) if path.suffix.lower() in IMAGE_SUFFIXES]
-    if not images:
-        raise FileNotFoundError(f"no images in {str(source)!r}: expected {', '.join(IMAGE_SUFFIXES)}, or .tar shards")
-    for path in images:
+    found = find_pictures(folder, classes=False)
+    if not found.items:
+        raise FileNotFoundError(f"no images in {str(source)!r}: {EXPECTED}, or .tar shards ({found})")
+    for name, _ in found.items:
+        path = folder / name
         caption = path.with_suffix(".txt")
         if not caption.is_file():
             raise ValueError(f"the image {path} has no caption: expected {caption.name} beside it")
-        yield path.name, path.read_bytes(), _text(caption.read_bytes(), str(caption))
+        yield name, path.read_bytes(), _text(caption.read_bytes(), str(caption))
 
 
 def _of_tar(shard: Path) -> Iterator[tuple[str, bytes, str]]:
@@ -56,7 +60,7 @@ def _of_tar(shard: Path) -> Iterator[tuple[str, bytes, str]]:
     pending: dict[str, dict[str, bytes]] = {}
     for name, content in _members(shard):
         stem, _, suffix = name.rpartition(".")
-        kind = "image" if f".{suffix.lower()}" in IMAGE_SUFFIXES else "caption" if suffix == "txt" else None
+        kind = "image" if is_picture(name) else "caption" if suffix == "txt" and not is_junk(Path(name).name) else None
         if kind is None:
             continue
         parts = pending.setdefault(stem, {})
@@ -85,28 +89,6 @@ def _text(content: bytes, name: str) -> str:
         return content.decode().strip()
     except UnicodeDecodeError as error:
         raise ValueError(f"the caption {name} is not UTF-8: {error}") from None
-
-
-def read_image(content: bytes, resolution: int, name: str = "image") -> Tensor:
-    """An image file as `[3, resolution, resolution]` in [-1, 1]: the shorter side resized, the centre cropped.
-
-    Raises:
-        ValueError: it cannot be read; the message calls it `name`.
-    """
-    import numpy as np
-    from PIL import Image
-
-    try:
-        with Image.open(io.BytesIO(content)) as opened:
-            image = opened.convert("RGB")
-    except (OSError, SyntaxError, ValueError, struct.error, Image.DecompressionBombError) as error:
-        reason = "it is no image" if isinstance(error, Image.UnidentifiedImageError) else str(error)
-        raise ValueError(f"cannot read {name}: {reason}") from None
-    short = min(image.size)
-    left, top = (image.width - short) / 2, (image.height - short) / 2
-    box = (left, top, left + short, top + short)
-    image = image.resize((resolution, resolution), Image.Resampling.BICUBIC, box=box)
-    return torch.from_numpy(np.array(image)).permute(2, 0, 1).float() / 127.5 - 1
 
 
 def cache_latents(
@@ -181,7 +163,8 @@ def _encode(parts: Parts, items: list[tuple[str, bytes, str]], resolution: int, 
     """Latents and embeddings of a batch, on the CPU."""
     assert parts.codec is not None and parts.prompts is not None
     device = next(parts.denoiser.parameters()).device
-    images = torch.stack([read_image(content, resolution, name) for name, content, _ in items])
+    reader = PictureReader(resolution, enlarge=True)
+    images = from_uint8(np.stack([reader.read(content, name) for name, content, _ in items]))
     key = hashlib.blake2b(f"{seed} {items[0][0]}".encode("utf-8", "surrogatepass"), digest_size=7).digest()
     generator = torch.Generator(device).manual_seed(int.from_bytes(key, "little"))
     latents = parts.codec.encode(images.to(device), generator)
