@@ -101,9 +101,9 @@ def distances(device: torch.device) -> Iterator[str]:
     graphs = accelerated(exact.denoiser, cuda_graph=device.type == "cuda")
     fast = replace(exact, denoiser=graphs, bf16=True)
 
-    def statistics(scheme, first: int):  # of SAMPLES seeds from `first` on
+    def statistics(planned, first: int):  # of SAMPLES seeds from `first` on
         labels = spread_labels(SAMPLES, teacher.num_classes)
-        return gaussian_of(features, torch.cat(list(generate(scheme, range(first, first + SAMPLES), labels))))
+        return gaussian_of(features, torch.cat(list(generate(planned, range(first, first + SAMPLES), labels))))
 
     plain = statistics(exact, 0)
     same = frechet_distance(plain, statistics(fast, 0))

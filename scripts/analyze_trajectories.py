@@ -1,6 +1,6 @@
 """Show how few dimensions sampling trajectories lie in, for a model and for a mixture of Gaussians with its data.
 
-    python scripts/analyze_trajectories.py model=digits-teacher out=runs/trajectories
+    diffdistill analyze-trajectories model=digits-teacher out=runs/trajectories
 
 Writes `out/trajectories.png` and `out/trajectories.json`. The mixture has one narrow component on each of a few images
 of the data, so that its trajectories carry no error of a network.
@@ -14,7 +14,8 @@ from typing import Any
 import torch
 from omegaconf import DictConfig
 
-from common import command, plain
+from common.command import command
+from common.configs import plain
 from diffdistill import load_denoiser
 from diffdistill.data import load_data
 from diffdistill.denoiser import Denoiser, spread_labels

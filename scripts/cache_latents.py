@@ -1,7 +1,7 @@
 """Encode images to latents once, for the training of latent models.
 
-    python scripts/cache_latents.py model=runs/shapes/autoencoder data=shapes out=data/shapes-latents
-    python scripts/cache_latents.py model=models/stable-diffusion images=data/laion512 out=data/laion512-latents
+    diffdistill cache-latents model=runs/shapes/autoencoder data=shapes out=data/shapes-latents
+    diffdistill cache-latents model=models/stable-diffusion images=data/laion512 out=data/laion512-latents
 
 The first encodes a data set with labels, and keeps the autoencoder beside the latents; the second encodes images and
 their captions. Running the same command again continues an interrupted run.
@@ -15,7 +15,8 @@ from typing import Any
 
 from omegaconf import DictConfig
 
-from common import command, plain
+from common.command import command
+from common.configs import plain
 from diffdistill.data import load_data
 from diffdistill.data.latents import cache_images
 from diffdistill.devices import device_of

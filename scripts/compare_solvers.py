@@ -1,6 +1,6 @@
 """Compare solvers on one denoiser: distance to a fine reference against network evaluations, with and without start.
 
-    python scripts/compare_solvers.py model=digits-teacher num_samples=5000 out=runs/solvers
+    diffdistill compare-solvers model=digits-teacher num_samples=5000 out=runs/solvers
 
 For every number of evaluations each solver tries its schedules, an analytical first step, and the levels to start at,
 on a few seeds; the best is measured on all. Learned solvers join through `learned=[NAME,...]`. Running the same command
@@ -14,7 +14,8 @@ from typing import Any
 import torch
 from omegaconf import DictConfig
 
-from common import command, plain
+from common.command import command
+from common.configs import plain
 from diffdistill import load_denoiser
 from diffdistill.data import load_data
 from diffdistill.denoiser import Denoiser, spread_labels
@@ -26,7 +27,7 @@ from diffdistill.metrics.features import gaussian_of
 from diffdistill.metrics.frechet import frechet_distance
 from diffdistill.models import guided
 from diffdistill.sampling.plans import sampling_inputs, start_for, statistics_of
-from diffdistill.solver_comparison import Grid, Problem, compare, entries, reference_endpoints, title
+from diffdistill.solver_comparison import Grid, Problem, compare, entries, predictor_name, reference_endpoints
 from diffdistill.solver_comparison.report import comma_separated, gains, markdown, plot
 from diffdistill.solvers import load_gaussian, make_solver
 from diffdistill.training import Run
@@ -66,7 +67,7 @@ def main(config: DictConfig) -> None:
         raise ValueError("nothing to compare: evaluations and solvers (or learned) name at least one each")
     for name in settings["learned"]:  # a wrong name is better known before an hour of work than after it
         load_predictor(name)
-    titles = [title(name) for name in settings["learned"]]
+    titles = [predictor_name(name) for name in settings["learned"]]
     if len(set(titles)) < len(titles):
         raise ValueError(f"learned solvers need names of their own, but are called {', '.join(titles)}")
     for options in settings["solvers"].values():

@@ -1,6 +1,6 @@
 """Stage 1: distil a classifier-free-guided teacher into one model that takes the guidance weight as an input.
 
-    python scripts/distill_guidance.py experiment=digits/stage1 teacher=digits-teacher out=runs/stage1
+    diffdistill distill-guidance experiment=digits/stage1 teacher=digits-teacher out=runs/stage1
 
 Running the same command again continues the run.
 """
@@ -11,7 +11,9 @@ from typing import Any
 
 from omegaconf import DictConfig
 
-from common import check_data, command, finish, plain
+from common.command import command
+from common.configs import plain
+from common.results import check_data, finish
 from diffdistill import load_denoiser
 from diffdistill.data import load_data
 from diffdistill.guidance.stage1 import GuidanceDistillation

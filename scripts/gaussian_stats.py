@@ -1,6 +1,6 @@
 """Compute the means and covariances that the analytic start needs, from data or from samples of a model.
 
-    python scripts/gaussian_stats.py model=digits-teacher out=runs/statistics
+    diffdistill gaussian-stats model=digits-teacher out=runs/statistics
 
 The result is `out/statistics.safetensors`, for `load_gaussian`; with `beside=true` also where `start=` looks for it.
 Running the same command again continues the run.
@@ -15,7 +15,9 @@ from pathlib import Path
 import torch
 from omegaconf import DictConfig
 
-from common import command, plain
+from common.command import command
+from common.configs import plain
+from common.typed import typed_command
 from diffdistill import load_denoiser
 from diffdistill.data import load_data
 from diffdistill.devices import device_of
@@ -45,7 +47,7 @@ def main(config: DictConfig) -> None:
         x, y, classes = drawn.x, drawn.y, model.num_classes
     num_classes = classes if settings["per_class"] else 0
     statistics = GaussianStatistics.fit(x, y, num_classes=num_classes, form=settings["form"], rank=settings["rank"])
-    given = " ".join(["python", "scripts/gaussian_stats.py", *sys.argv[1:]])
+    given = " ".join([typed_command(), *sys.argv[1:]])
     statistics = replace(statistics, provenance={"command": given, "images": len(x), "settings": settings})
     paths = [run.path / "statistics.safetensors", *([path] if settings["beside"] else [])]
     for path in paths:

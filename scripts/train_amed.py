@@ -1,6 +1,6 @@
 """Train the predictor of a learned solver for a denoiser.
 
-    python scripts/train_amed.py experiment=digits/amed_5nfe out=runs/amed_5nfe
+    diffdistill train-amed experiment=digits/amed_5nfe out=runs/amed_5nfe
 
 Running the same command again continues the run. The result is `out/predictor.safetensors`.
 """
@@ -11,7 +11,9 @@ from pathlib import Path
 
 from omegaconf import DictConfig
 
-from common import command, plain, provenance
+from common.command import command
+from common.configs import plain
+from common.results import provenance
 from diffdistill import load_denoiser
 from diffdistill.devices import device_of
 from diffdistill.distributed import rank

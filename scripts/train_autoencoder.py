@@ -1,8 +1,8 @@
 """Train the autoencoder of a latent model.
 
-    python scripts/train_autoencoder.py experiment=shapes/autoencoder out=runs/autoencoder
+    diffdistill train-autoencoder experiment=shapes/autoencoder out=runs/autoencoder
 
-Running the same command again continues the run. scripts/cache_latents.py then encodes data with the result.
+Running the same command again continues the run. `diffdistill cache-latents` then encodes data with the result.
 """
 
 from __future__ import annotations
@@ -10,7 +10,9 @@ from __future__ import annotations
 import torch
 from omegaconf import DictConfig
 
-from common import command, finish, plain
+from common.command import command
+from common.configs import plain
+from common.results import finish
 from diffdistill.data import load_data
 from diffdistill.models import build_autoencoder, save_autoencoder
 from diffdistill.training import Run, Trainer, TrainerConfig

@@ -1,6 +1,6 @@
 """Train the small digit classifier whose features and answers measure generated digits.
 
-Example: python scripts/train_classifier.py out=runs/classifier
+Example: diffdistill train-classifier out=runs/classifier
 """
 
 from __future__ import annotations
@@ -10,8 +10,9 @@ from pathlib import Path
 import torch
 from omegaconf import DictConfig
 
-from common import command
 from common.checks import check_file
+from common.command import command
+from common.typed import typed_command
 from diffdistill.data import load_data
 from diffdistill.metrics.classifier import SHIPPED, save_classifier, train_classifier
 
@@ -25,7 +26,7 @@ def main(config: DictConfig) -> None:
     accuracy = {split: model.accuracy(**load_data("digits", split=split).tensors()) for split in ("train", "test")}
     arguments = " ".join(f"{name}={value}" for name, value in options.items())
     provenance = {
-        "command": f"python scripts/train_classifier.py {arguments}",
+        "command": f"{typed_command()} {arguments}",
         "data": "digits, split=train",
         "accuracy_train": f"{accuracy['train']:.4f}",
         "accuracy_held_out": f"{accuracy['test']:.4f}",

@@ -1,6 +1,6 @@
 """Train a teacher by denoising, with label dropout so that it can be guided.
 
-    python scripts/train_teacher.py experiment=digits/teacher out=runs/teacher
+    diffdistill train-teacher experiment=digits/teacher out=runs/teacher
 
 Running the same command again continues the run.
 """
@@ -9,7 +9,9 @@ from __future__ import annotations
 
 from omegaconf import DictConfig
 
-from common import command, finish, plain
+from common.command import command
+from common.configs import plain
+from common.results import finish
 from diffdistill.data import load_data
 from diffdistill.models import build_denoiser, load_autoencoder
 from diffdistill.sampling.generation import preview

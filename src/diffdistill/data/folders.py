@@ -117,14 +117,14 @@ def load_images(
 
 
 def load_samples(*, path: str | Path) -> ImageData:
-    """What `scripts/sample.py save=npz` wrote: a student can be trained on samples of its teacher, without its data.
+    """What `diffdistill sample save=npz` wrote: a student can be trained on samples of its teacher, without its data.
 
     Raises:
         FileNotFoundError: no such file.
         ValueError: not an `.npz` of images `x` in [-1, 1] and labels `y` (-1 for none).
     """
     if not Path(path).is_file():
-        raise FileNotFoundError(f"no samples at {str(path)!r}: make them with scripts/sample.py save=npz")
+        raise FileNotFoundError(f"no samples at {str(path)!r}: make them with diffdistill sample save=npz")
     try:
         with np.load(path, allow_pickle=False) as arrays:
             x, y = torch.from_numpy(arrays["x"]), torch.from_numpy(arrays["y"])

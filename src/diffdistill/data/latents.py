@@ -30,7 +30,7 @@ class LatentData(ImageData):
     """Latents with their conditions: item i is `{"x": [C, h, w], ...}` in float32, with a label `y` or parts `y.NAME`.
 
     Args:
-        path: a folder that `write_shards` and `write_index` filled, such as `scripts/cache_latents.py` does.
+        path: a folder that `write_shards` and `write_index` filled, such as `diffdistill cache-latents` does.
 
     Raises:
         FileNotFoundError: no such folder, or no index in it.
@@ -40,7 +40,7 @@ class LatentData(ImageData):
     def __init__(self, path: str | Path) -> None:
         self.path = Path(path)
         if not (self.path / INDEX).is_file():
-            raise FileNotFoundError(f"no cached latents at {str(path)!r}: make them with scripts/cache_latents.py")
+            raise FileNotFoundError(f"no cached latents at {str(path)!r}: make them with diffdistill cache-latents")
         index = json.loads((self.path / INDEX).read_text())
         self.shape = tuple(index["shape"])
         self.num_classes = index.get("num_classes", 0)

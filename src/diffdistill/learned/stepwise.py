@@ -13,7 +13,7 @@ from diffdistill.denoiser import Denoiser
 from diffdistill.learned.draws import draw_start
 from diffdistill.learned.forward_mode import forward_mode_error
 from diffdistill.models.acceleration import Compiled
-from diffdistill.solvers import AMEDPlugin, Correction, Evaluation, Interval, ProbabilityFlow, Solver, intervals
+from diffdistill.solvers import AMEDPlugin, Correction, Evaluation, Interval, ProbabilityFlow, Solver, Step, intervals
 from diffdistill.solvers.features import feature_tap
 from diffdistill.training import Loss, Objective
 
@@ -128,7 +128,7 @@ class StepwiseDistillation(Objective):
         if known is not None and not (self.solver.inner.afs and interval.index == 0):
             return known
         with torch.no_grad():
-            return self.solver.inner.evaluate(flow, x, interval)
+            return self.solver.inner.evaluate(Step(flow, x, interval))
 
     def _error(
         self,

@@ -22,7 +22,7 @@ from diffdistill.metrics.text import measured
 
 
 @dataclass(frozen=True)
-class Evaluation:
+class EvaluationOptions:
     """What to measure.
 
     Attributes:
@@ -70,7 +70,7 @@ class Replayed:
 
 
 def evaluate(
-    source: Source, options: Evaluation, *, data: Mapping[str, Any] | None, device: torch.device
+    source: Source, options: EvaluationOptions, *, data: Mapping[str, Any] | None, device: torch.device
 ) -> dict[str, Any]:
     """Measure the images of a source.
 
@@ -114,7 +114,7 @@ def evaluate(
     return record
 
 
-def _clip_score(source: Source, options: Evaluation, splits: int, device: torch.device) -> Measured:
+def _clip_score(source: Source, options: EvaluationOptions, splits: int, device: torch.device) -> Measured:
     from diffdistill.metrics.clip import CLIPScore
 
     captions = read_captions(str(options.captions), len(source), source.names)

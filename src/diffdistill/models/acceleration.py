@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from diffdistill.denoiser import Denoiser
+from diffdistill.devices import channels_last as to_channels_last
 from diffdistill.models import Wrapper
 from diffdistill.solvers.features import FeatureTap
 
@@ -39,7 +40,7 @@ def accelerated(
         ValueError: `cuda_graph` without a GPU.
     """
     if channels_last:
-        denoiser.to(memory_format=torch.channels_last)  # pyright: ignore[reportCallIssue]
+        to_channels_last(denoiser)
     if compile:
         denoiser = Compiled(denoiser)
     return CudaGraphs(denoiser) if cuda_graph else denoiser

@@ -14,6 +14,7 @@ import torch
 from torch import nn
 
 from diffdistill.denoiser import Denoiser
+from diffdistill.devices import channels_last
 from diffdistill.models.building import build_denoiser, config_of, resolved_config
 from diffdistill.models.network import NetworkDenoiser
 from diffdistill.models.storage import DAMAGES, MODEL, load_state, shipped_models, write_model
@@ -54,7 +55,8 @@ def load_denoiser(name_or_path: str | os.PathLike[str], *, device: torch.device 
     # Channels last, because convolutions are faster so, on CPU as on GPU.
     denoiser = resolve(READERS[key])(path).to(device).eval()
     denoiser.source = name if name in shipped_models() else str(path)
-    return denoiser.to(memory_format=torch.channels_last)  # pyright: ignore[reportCallIssue]
+    channels_last(denoiser)
+    return denoiser
 
 
 def find_model(name_or_path: str | os.PathLike[str]) -> tuple[str, Path]:

@@ -186,7 +186,7 @@ class IDDPM(EpsPrediction):
         super().__init__(table=iddpm_table(c1=c1, c2=c2, steps=steps), noise_level=noise_level)
 
 
-class Flow(Preconditioning):
+class RectifiedFlow(Preconditioning):
     """Rectified flow: the network predicts `n - x0` at `x_flow = (1 - t) x0 + t n` (Liu et al. 2023).
 
     With `x = x0 + sigma n`, `t = sigma / (1 + sigma)` and `x_flow = x / (1 + sigma)`.
@@ -220,7 +220,7 @@ PRECONDITIONINGS: dict[str, Callable[..., Preconditioning]] = {
     "eps": EpsPrediction,
     "v": VPrediction,
     "x0": X0Prediction,
-    "flow": Flow,
+    "flow": RectifiedFlow,
 }
 
 

@@ -10,11 +10,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from diffdistill.denoiser import Denoiser, spread_labels
-from diffdistill.devices import device_of
+from diffdistill.denoiser import Denoiser, Distilled, spread_labels
+from diffdistill.devices import device_of, native_bf16
 from diffdistill.learned.storage import load_predictor
 from diffdistill.models import guided
 from diffdistill.progressive.stochastic import StochasticEuler
+from diffdistill.registry import choose
 from diffdistill.solvers import (
     Euler,
     GaussianStart,
@@ -64,6 +65,18 @@ class Plan:
         return x if codec is None else codec.decode(x)
 
 
+def in_bf16(precision: str, device: torch.device) -> bool:
+    """Whether to sample in bf16: "bf16", or "auto" on a GPU that has instructions for it.
+
+    On a CPU "auto" is float32, where a seed gives the same image in batches of any size.
+
+    Raises:
+        ValueError: an unknown precision.
+    """
+    auto = device.type == "cuda" and native_bf16(device)
+    return choose("precision", precision, {"auto": auto, "fp32": False, "bf16": True})
+
+
 def schedule_for(denoiser: Denoiser, options: Mapping[str, Any]) -> Tensor:
     """The schedule of `options` (of `make_schedule`) between the ends of a denoiser, where they do not say others.
 
@@ -107,32 +120,62 @@ def plan(
         TypeError: an entry that a start does not have.
     """
     denoiser = model if w is None else guided(model, w)
-    own = model.distilled
-    if own is not None:
-        if own.sampler == "encoder":
-            raise ValueError("this student carries images to noise, not noise to images: editing encodes with it")
-        if num_steps not in (None, own.num_steps):
-            raise ValueError(f"num_steps={num_steps}: this student was distilled for {own.num_steps} steps only")
-        if solver is not None or schedule is not None or start is not None:
-            raise ValueError(
-                "a few-step student brings its own sampler and noise levels: leave out solver, schedule and start"
-            )
-        levels = torch.tensor(own.sigmas, dtype=torch.float64)
-        return Plan(denoiser, StochasticEuler() if own.sampler == "stochastic" else Euler(), levels)
-    if solver is not None and solver["name"] == "learned":
-        if schedule is not None or start is not None:
-            raise ValueError("a learned solver brings its own noise levels: leave out schedule and start")
-        learned = load_predictor(solver["predictor"], device=device_of(model))
-        learned.check(denoiser, num_steps=num_steps)
-        return Plan(denoiser, learned.solver, learned.sigmas, learned.gaussian_start(device=device_of(model)))
-    if num_steps is None:
-        raise ValueError("num_steps is missing: this model was not distilled to a number of steps, so choose one")
-    grid = {"num_steps": num_steps, **(schedule or {"name": "cosine", "sigma_min": 0.0})}
+    solver_options = solver or {"name": "euler"}
+    learned = solver_options["name"] == "learned"
+    _check_fit(model, learned=learned, solver=solver, schedule=schedule, num_steps=num_steps, start=start)
+    if model.distilled is not None:
+        return _student_plan(denoiser, model.distilled)
+    if learned:
+        return _learned_plan(denoiser, solver_options["predictor"], num_steps)
     begin = None if start is None else start_for(model, start)
-    if begin is not None and grid.setdefault("sigma_max", begin.sigma) != begin.sigma:
-        raise ValueError(f"a start at sigma = {begin.sigma:g} is where the schedule begins: leave out its sigma_max")
-    sigmas, spent = _gits(denoiser, grid, begin) if grid["name"] == "gits" else (schedule_for(model, grid), 0)
-    return Plan(denoiser, make_solver(**(solver or {"name": "euler"})), sigmas, begin, preparation_nfe=spent)
+    grid = {"num_steps": num_steps, **(schedule or {"name": "cosine", "sigma_min": 0.0})}
+    return _scheduled_plan(denoiser, solver_options, grid, begin)
+
+
+def _check_fit(
+    model: Denoiser,
+    *,
+    learned: bool,
+    solver: Mapping[str, Any] | None,
+    schedule: Mapping[str, Any] | None,
+    num_steps: int | None,
+    start: float | Mapping[str, Any] | None,
+) -> None:
+    """Refuse what students and learned solvers bring themselves, and a missing number of steps elsewhere."""
+    own = model.distilled
+    if own is not None and own.sampler == "encoder":
+        raise ValueError("this student carries images to noise, not noise to images: editing encodes with it")
+    if own is not None and num_steps not in (None, own.num_steps):
+        raise ValueError(f"num_steps={num_steps}: this student was distilled for {own.num_steps} steps only")
+    if own is not None and any(option is not None for option in (solver, schedule, start)):
+        raise ValueError(
+            "a few-step student brings its own sampler and noise levels: leave out solver, schedule and start"
+        )
+    if learned and (schedule is not None or start is not None):
+        raise ValueError("a learned solver brings its own noise levels: leave out schedule and start")
+    if num_steps is None and own is None and not learned:
+        raise ValueError("num_steps is missing: this model was not distilled to a number of steps, so choose one")
+
+
+def _student_plan(denoiser: Denoiser, own: Distilled) -> Plan:
+    levels = torch.tensor(own.sigmas, dtype=torch.float64)
+    return Plan(denoiser, StochasticEuler() if own.sampler == "stochastic" else Euler(), levels)
+
+
+def _learned_plan(denoiser: Denoiser, predictor: str, num_steps: int | None) -> Plan:
+    device = device_of(denoiser)
+    learned = load_predictor(predictor, device=device)
+    learned.check(denoiser, num_steps=num_steps)
+    return Plan(denoiser, learned.solver, learned.sigmas, learned.gaussian_start(device=device))
+
+
+def _scheduled_plan(
+    denoiser: Denoiser, solver: Mapping[str, Any], grid: dict[str, Any], start: GaussianStart | None
+) -> Plan:
+    if start is not None and grid.setdefault("sigma_max", start.sigma) != start.sigma:
+        raise ValueError(f"a start at sigma = {start.sigma:g} is where the schedule begins: leave out its sigma_max")
+    sigmas, spent = _gits(denoiser, grid, start) if grid["name"] == "gits" else (schedule_for(denoiser, grid), 0)
+    return Plan(denoiser, make_solver(**solver), sigmas, start, preparation_nfe=spent)
 
 
 def start_for(model: Denoiser, start: float | Mapping[str, Any]) -> GaussianStart:
@@ -151,7 +194,7 @@ def start_for(model: Denoiser, start: float | Mapping[str, Any]) -> GaussianStar
         if given not in shipped_gaussians() and not Path(given).is_file():
             raise ValueError(
                 f"an analytic start needs statistics of the model's data, but there is no {given!r}: make them with "
-                "scripts/gaussian_stats.py, or name others by start.statistics"
+                "diffdistill gaussian-stats, or name others by start.statistics"
             )
     statistics = load_gaussian(given, device=device_of(model))
     if statistics.data_shape != tuple(model.data_shape) or len({0, statistics.num_classes, model.num_classes}) > 2:

@@ -7,7 +7,7 @@ import hashlib
 import json
 import logging
 import os
-from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -24,6 +24,8 @@ logger = logging.getLogger(__name__)
 GROWS = "trainer.updates"
 """The setting that may be larger in a continuation: what a run did so far is what the longer run would have done."""
 
+DECIDED = "decided.json"
+
 
 class Run:
     """A folder that belongs to one configuration. Opening it again with the same configuration continues the run.
@@ -32,8 +34,9 @@ class Run:
     With more `trainer.updates` than before the run is extended, also one that was finished.
 
     Files: `config.yaml`, `inputs.json` (what the files held that the settings name), `accepted.json` (configurations
-    that it had before changes were accepted), `metrics.jsonl`, `checkpoints/` (see `checkpoints`), `samples/*.png`,
-    `curves.png`, `stages/NAME/` (runs of their own), and `finished.json` once `finish` was called.
+    that it had before changes were accepted), `decided.json` (what was decided when it began, such as its precision),
+    `metrics.jsonl`, `checkpoints/` (see `checkpoints`), `samples/*.png`, `curves.png`, `stages/NAME/` (runs of their
+    own), and `finished.json` once `finish` was called.
     All but metrics.jsonl are written whole or not at all; all but parts of checkpoints by process 0.
 
     Args:
@@ -58,7 +61,7 @@ class Run:
         accept_changes: bool = False,
     ) -> None:
         self.path = Path(path)
-        self.inputs = dict(inputs or {})
+        self.inputs, self._decisions = dict(inputs or {}), self.path / DECIDED
         self.config: dict[str, Any] = json.loads(json.dumps(config, default=_plain))
         self.harmless = frozenset(harmless)
         self.accept_changes = bool(self.config.pop("accept_changes", False)) or accept_changes
@@ -81,7 +84,9 @@ class Run:
     def _write_identity(self, stored: Any, before: Mapping[str, Content]) -> None:
         """Write what this run is; what it was stays accepted, and a run that is extended is not finished any more."""
         self.path.mkdir(parents=True, exist_ok=True)
-        if stored is not None:
+        if stored is None:
+            self._decisions.unlink(missing_ok=True)
+        else:
             digest, known = self._digest(stored, before), self._digests()
             if digest not in known:
                 write_text(self.path / "accepted.json", json.dumps([*known[1:], digest]) + "\n")
@@ -175,13 +180,35 @@ class Run:
         """The run of one stage, in `stages/NAME`, with its own metrics, checkpoints and `finished` mark."""
         if not name or name != Path(name).name:
             raise ValueError(f"a stage is named like a file, without folders, not {name!r}")
-        return Run(
+        stage = Run(
             self.path / "stages" / name,
             {**self.config, "stage": name},
             inputs=self.inputs,
             harmless=self.harmless,
             accept_changes=self.accept_changes,
         )
+        stage._decisions = self._decisions
+        return stage
+
+    def decided(self, name: str, decide: Callable[[], str]) -> str:
+        """What the run began with: `decide()` at first, and the same in its continuation and in all its stages.
+
+        All processes call it. Each calls `decide`, or none does; what process 0 decides holds.
+        """
+        known = from_main(self._read_decisions())
+        if name not in known:
+            known[name] = from_main(decide())
+            if rank() == 0:
+                write_text(self._decisions, json.dumps(known) + "\n")
+        return known[name]
+
+    def _read_decisions(self) -> dict[str, str]:
+        try:
+            return dict(json.loads(self._decisions.read_text(encoding="utf-8")))
+        except FileNotFoundError:
+            return {}
+        except (ValueError, TypeError) as error:
+            raise ValueError(f"{self._decisions} cannot be read ({one_line(error)}): remove it") from error
 
     @contextlib.contextmanager
     def held(self) -> Iterator[None]:
@@ -315,9 +342,9 @@ def _plain(value: Any) -> Any:
 
 
 def _content(path: Path) -> str | None:
-    """The first entry that is neither Hydra's nor one of the two that a command which failed at once leaves."""
+    """The first entry that is neither what a command leaves that failed before it computed anything, nor Hydra's."""
     names = sorted(p.name for p in path.iterdir() if not p.name.startswith(".") and p.suffix != ".log")
-    names = [name for name in names if name not in ("config.yaml", "inputs.json")]
+    names = [name for name in names if name not in ("config.yaml", "inputs.json", DECIDED)]
     return names[0] if names else None
 
 

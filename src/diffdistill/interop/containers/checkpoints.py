@@ -32,7 +32,7 @@ _ZIP_ERRORS = (
 
 
 @dataclass(frozen=True)
-class Checkpoint:
+class ForeignCheckpoint:
     """What a file holds, as plain values and records.
 
     Attributes:
@@ -77,7 +77,7 @@ class Checkpoint:
 
 
 @contextlib.contextmanager
-def open_checkpoint(path: str | os.PathLike[str]) -> Iterator[Checkpoint]:
+def open_checkpoint(path: str | os.PathLike[str]) -> Iterator[ForeignCheckpoint]:
     """Open a pickle, or a file of `torch.save` or safetensors; its tensors can be read until the block ends.
 
     Nothing is executed.
@@ -100,7 +100,7 @@ def open_checkpoint(path: str | os.PathLike[str]) -> Iterator[Checkpoint]:
                 root = _read_zip(archive, size)
             else:
                 root = read_stream(path.read_bytes())
-            yield Checkpoint(root, size)
+            yield ForeignCheckpoint(root, size)
     except ForeignFileError as error:
         if str(path) in str(error):
             raise

@@ -8,13 +8,13 @@ from typing import Any
 
 from diffdistill.files.atomic import new_folder
 from diffdistill.interop.diffusers.extra import diffusers
-from diffdistill.interop.formats.building import Found
+from diffdistill.interop.formats.building import ForeignModel
 
 TASKS = {4: "", 9: "Inpaint"}
 """Stock pipelines by the input channels of their U-Net: latents alone, or with a mask and what lies around it."""
 
 
-def write_pipeline(found: Found, tokenizer: str | os.PathLike[str], folder: str | os.PathLike[str]) -> Path:
+def write_pipeline(found: ForeignModel, tokenizer: str | os.PathLike[str], folder: str | os.PathLike[str]) -> Path:
     """Write Stable Diffusion as a folder of diffusers, with a tokenizer from elsewhere.
 
     Args:
