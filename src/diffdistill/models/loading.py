@@ -53,28 +53,31 @@ def load_denoiser(name_or_path: str | os.PathLike[str], *, device: torch.device 
     Raises:
         ValueError: there is no such model, or the file is truncated, of another format or another architecture.
     """
-    shipped = shipped_models()
-    name = os.fspath(name_or_path)
+    name, (key, path) = os.fspath(name_or_path), find_model(name_or_path)
+    # Channels last, because convolutions are faster so, on CPU as on GPU.
+    denoiser = resolve(READERS[key])(path).to(device).eval()
+    denoiser.source = name if name in shipped_models() else str(path)
+    channels_last(denoiser)
+    return denoiser
+
+
+def find_model(name_or_path: str | os.PathLike[str]) -> tuple[str, Path]:
+    """How a model is read, an entry of `READERS`, and from which file; arguments and errors as of `load_denoiser`."""
+    shipped, name = shipped_models(), os.fspath(name_or_path)
     path = shipped.get(name, Path(name))
     if path.is_dir():
         key = next((key for key in READERS if (path / key).is_file()), None)
         if key is None:
             raise ValueError(f"the folder {path} holds no model: expected one of {', '.join(_keys(folder=True))} in it")
-        path = path / key
-    elif path.is_file():
-        key = path.suffix
-        if key not in READERS:
-            raise ValueError(f"cannot read {path}: models end in {', '.join(_keys(folder=False))}")
-    else:
+        return key, path / key
+    if not path.is_file():
         raise ValueError(
             f"unknown model {name!r}: choose one of {', '.join(sorted(shipped)) or '(none shipped)'}, or give the path "
             "of a file or folder"
         )
-    # Channels last, because convolutions are faster so, on CPU as on GPU.
-    denoiser = resolve(READERS[key])(path).to(device).eval()
-    denoiser.source = name if name in shipped else str(path)
-    channels_last(denoiser)
-    return denoiser
+    if path.suffix not in READERS:
+        raise ValueError(f"cannot read {path}: models end in {', '.join(_keys(folder=False))}")
+    return path.suffix, path
 
 
 def _keys(*, folder: bool) -> list[str]:

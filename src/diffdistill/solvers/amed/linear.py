@@ -47,7 +47,9 @@ class LinearTable(Table):
             if isinstance(value, bool) or not isinstance(value, Integral) or value < least:
                 raise ValueError(f"{name} must be an integer of at least {least}, but is {value!r}")
         if lags > num_intervals:
-            raise ValueError(f"lags={lags}: a run of {num_intervals} intervals has no more than {num_intervals} answers")
+            raise ValueError(
+                f"lags={lags}: a run of {num_intervals} intervals has no more than {num_intervals} answers"
+            )
         if not weight_rate > 0:
             raise ValueError(f"weight_rate must be positive, but is {weight_rate!r}")
         self.num_intervals, self.lags = num_intervals, lags
