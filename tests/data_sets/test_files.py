@@ -242,7 +242,7 @@ def test_tensors_out_of_range_or_of_the_wrong_shape_are_refused():
 
 
 def test_unknown_names_and_options_list_the_valid_ones():
-    names = "cifar10, digits, images, latents, samples, shapes, zip"
+    names = "cifar10, digits, emoji, images, latents, samples, shapes, zip"
     with pytest.raises(ValueError, match=f"unknown data set 'mnist': choose one of {names}"):
         load_data("mnist")
     with pytest.raises(TypeError, match="has no option 'flip': it takes split"):

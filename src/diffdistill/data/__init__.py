@@ -10,6 +10,7 @@ from diffdistill.data.archives import ZipData, load_zip
 from diffdistill.data.base import ImageData, MirroredData, TensorData
 from diffdistill.data.cifar10 import CIFAR10, load_cifar10
 from diffdistill.data.digits import Digits
+from diffdistill.data.emoji import Emoji
 from diffdistill.data.folders import ImageFolder, load_images, load_samples
 from diffdistill.data.latents import LatentData
 from diffdistill.data.shapes import SHAPES, Shapes
@@ -18,6 +19,7 @@ from diffdistill.registry import construct
 DATA_SETS: dict[str, Callable[..., ImageData]] = {
     "cifar10": load_cifar10,
     "digits": Digits,
+    "emoji": Emoji,
     "images": load_images,
     "latents": LatentData,
     "samples": load_samples,
@@ -50,6 +52,7 @@ __all__ = [
     "DATA_SETS",
     "SHAPES",
     "Digits",
+    "Emoji",
     "ImageData",
     "ImageFolder",
     "LatentData",

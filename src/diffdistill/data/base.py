@@ -10,6 +10,9 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
+HELD_OUT_PERIOD = 5
+"""Of the sets that come with the package, every fifth image of each class is held out."""
+
 
 class ImageData(Dataset[dict[str, Tensor]]):
     """A map-style data set: `data[i]` is `{"x": float32 [C, H, W] in [-1, 1], "y": long scalar}`.
@@ -126,3 +129,11 @@ def check_split(split: str, valid: tuple[str, ...]) -> str:
     if split not in valid:
         raise ValueError(f"unknown split {split!r}: choose one of {', '.join(valid)}")
     return split
+
+
+def held_out(labels: np.ndarray) -> np.ndarray:
+    """Boolean `[N]`: the last of every `HELD_OUT_PERIOD` consecutive images of the same class."""
+    test = np.zeros(len(labels), dtype=bool)
+    for label in np.unique(labels):
+        test[np.flatnonzero(labels == label)[HELD_OUT_PERIOD - 1 :: HELD_OUT_PERIOD]] = True
+    return test

@@ -33,6 +33,17 @@ def save_tensors(
             raise OSError(f"could not write {os.fspath(path)} ({error})") from error
 
 
+def _apart(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Tensors of which no two share memory, as tied weights do: the format refuses that."""
+    seen: set[int] = set()
+    apart = {}
+    for name, tensor in tensors.items():
+        place = tensor.untyped_storage().data_ptr()
+        apart[name] = tensor.clone() if place in seen else tensor
+        seen.add(place)
+    return apart
+
+
 def shipped_files(folder: str) -> dict[str, Path]:
     """The files of a folder of the package's assets, by name."""
     place = Path(str(resources.files("diffdistill"))) / "assets" / folder
@@ -57,7 +68,7 @@ class FileKind:
 
     def write(self, path: str | os.PathLike[str], record: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> None:
         """Write a file, whole or not at all."""
-        tensors = {name: value.detach().cpu().contiguous() for name, value in tensors.items()}
+        tensors = _apart({name: value.detach().cpu().contiguous() for name, value in tensors.items()})
         save_tensors(tensors, path, {self.key: json.dumps({"format": self.format, **record})})
 
     def read(self, path: str | os.PathLike[str]) -> tuple[dict[str, Any], dict[str, Tensor]]:

@@ -77,7 +77,7 @@ class Sampler:
     ) -> None:
         self.plan, self.seed, self.on_images = plan, seed, on_images
         self.labels = spread_labels(num_samples, plan.denoiser.num_classes) if labels is None else labels
-        self.shape = image_shape(plan.denoiser.data_shape, getattr(plan.denoiser, "codec", None))
+        self.shape = image_shape(plan.denoiser.data_shape, plan.denoiser.codec)
         self.seconds = 0.0
         self._length = num_samples
 

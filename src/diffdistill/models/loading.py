@@ -15,8 +15,10 @@ from torch import nn
 
 from diffdistill.denoiser import Denoiser
 from diffdistill.devices import channels_last
-from diffdistill.models.building import build_denoiser, config_of, resolved_config
+from diffdistill.errors import one_line
+from diffdistill.models.building import NETWORKS, build_denoiser, config_of, resolved_config
 from diffdistill.models.network import NetworkDenoiser
+from diffdistill.models.own.registration import UNREGISTERED
 from diffdistill.models.storage import DAMAGES, MODEL, load_state, shipped_models, write_model
 from diffdistill.registry import resolve
 
@@ -91,12 +93,31 @@ def read_safetensors(path: Path) -> NetworkDenoiser:
     config, state = MODEL.read(path)
     if "network" not in config and config.get("autoencoder") is not None:
         raise ValueError(f"{path} holds an autoencoder, not a denoiser")
+    _check_network(config, path)
     try:
         denoiser = build_denoiser(config)
     except DAMAGES as error:
-        raise ValueError(f"the config in {path} builds no model: {' '.join(str(error).split())[:300]}") from None
+        raise ValueError(f"the config in {path} builds no model: {one_line(error)}") from None
     load_state(denoiser, state, source=str(path))
     return denoiser
+
+
+def _check_network(config: Mapping[str, Any], path: Path) -> None:
+    """Refuse a file of a network that only the user can build, and say how to."""
+    network = config.get("network")
+    name = network.get("name") if isinstance(network, dict) else None
+    if config.get("adapter") is None or not isinstance(network, dict) or not isinstance(name, str):
+        return
+    if name == UNREGISTERED:
+        raise ValueError(
+            f"{path} holds the weights of a network {network.get('kind')!r} that {network.get('reason')}: build it "
+            "and load the file by diffdistill.wrap(net, weights=FILE)"
+        )
+    if name not in NETWORKS:
+        raise ValueError(
+            f"{path} holds the network {name!r}, which is not registered here: import the module that registers it "
+            f"(@diffdistill.register_network({name!r})), or give it to the command as plugins=[MODULE]"
+        )
 
 
 READERS: dict[str, Callable[[Path], Denoiser] | str] = {
@@ -117,7 +138,7 @@ def fingerprint(denoiser: nn.Module) -> str:
     It is computed once, and again when a tensor was replaced or written to.
     """
     digest = hashlib.sha256()
-    if isinstance(denoiser, Denoiser) and getattr(denoiser, "config", None) is not None:
+    if isinstance(denoiser, Denoiser) and denoiser.config is not None:
         config = {key: value for key, value in config_of(denoiser).items() if key != "provenance"}
         digest.update(json.dumps(config, sort_keys=True).encode())
     state = sorted(denoiser.state_dict().items())

@@ -61,7 +61,7 @@ class Plan:
 
     def pictures(self, x: Tensor) -> Tensor:
         """What was sampled, `[B, ...]`, as images: the latents of a latent model are decoded."""
-        codec = getattr(self.denoiser, "codec", None)
+        codec = self.denoiser.codec
         return x if codec is None else codec.decode(x)
 
 
@@ -85,9 +85,8 @@ def schedule_for(denoiser: Denoiser, options: Mapping[str, Any]) -> Tensor:
     given: dict[str, Any] = {"sigma_min": denoiser.sigma_min, "sigma_max": denoiser.sigma_max}
     if options["name"] == "flow":
         given = {}
-    table = getattr(getattr(denoiser, "preconditioning", None), "table", None)
-    if options["name"] in ("trailing", "discrete") and table is not None:
-        given["table"] = table.cpu()
+    if options["name"] in ("trailing", "discrete") and denoiser.table is not None:
+        given["table"] = denoiser.table.cpu()
     return make_schedule(**{**given, **options})
 
 

@@ -20,6 +20,7 @@ from typing import Any
 import torch
 
 from diffdistill.distributed import barrier, from_main, gather, rank, world_size
+from diffdistill.errors import one_line
 from diffdistill.files.atomic import replacing, write_text
 from diffdistill.files.hashes import sha256
 from diffdistill.training import sharding
@@ -215,8 +216,3 @@ def _verify(path: Path, expected: Mapping[str, Any]) -> None:
         raise CheckpointError(f"the checkpoint {path} is damaged: it has {size} bytes instead of {expected['bytes']}")
     if sha256(path) != expected["sha256"]:
         raise CheckpointError(f"the checkpoint {path} is damaged: its hash is not the one recorded")
-
-
-def one_line(error: BaseException) -> str:
-    """The first line of an error's message."""
-    return str(error).strip().split("\n")[0] or type(error).__name__

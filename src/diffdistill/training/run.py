@@ -13,10 +13,11 @@ from pathlib import Path
 from typing import Any
 
 from diffdistill.distributed import barrier, from_main, rank
+from diffdistill.errors import one_line
 from diffdistill.files.atomic import locked, naming, write_text
 from diffdistill.files.contents import Content, content_of
 from diffdistill.files.hashes import sha256
-from diffdistill.training.checkpoints import Checkpoint, Checkpoints, one_line
+from diffdistill.training.checkpoints import Checkpoint, Checkpoints
 from diffdistill.training.config import HARMLESS
 from diffdistill.training.inputs import CONTENTS, identity, setting_of
 
