@@ -38,7 +38,7 @@ from diffdistill.solvers.schedules import (
     time_uniform,
     trailing,
 )
-from diffdistill.solvers.step import Correction, Evaluation, Interval, intervals
+from diffdistill.solvers.step import Correction, Evaluation, Interval, Step, intervals
 from diffdistill.solvers.unipc import UniPC
 
 SOLVERS: dict[str, type[Solver]] = {
@@ -133,6 +133,7 @@ __all__ = [
     "SampleNoise",
     "Solver",
     "StartChoice",
+    "Step",
     "TabulatedPredictor",
     "Trajectory",
     "UniPC",
