@@ -183,6 +183,7 @@ class Trainer:
         self._seed_network(seed_from(config.seed, "network", k, self._generators[0].start))
         for group in self.optimizer.param_groups:
             group["lr"] = config.learning_rate_at(k)
+        self.objective.progress = k / config.updates
         if config.channels_last:
             batch = {n: t.contiguous(memory_format=torch.channels_last) if t.ndim == 4 else t for n, t in batch.items()}
         streams = [
