@@ -30,6 +30,7 @@ import published_networks
 from diffdistill import load_denoiser
 from diffdistill.denoiser import spread_labels
 from diffdistill.devices import device_of
+from diffdistill.errors import one_line
 from diffdistill.metrics.extractors import make_features
 from diffdistill.metrics.features import gaussian_of
 from diffdistill.metrics.frechet import frechet_distance
@@ -101,9 +102,9 @@ def distances(device: torch.device) -> Iterator[str]:
     graphs = accelerated(exact.denoiser, cuda_graph=device.type == "cuda")
     fast = replace(exact, denoiser=graphs, bf16=True)
 
-    def statistics(scheme, first: int):  # of SAMPLES seeds from `first` on
+    def statistics(planned, first: int):  # of SAMPLES seeds from `first` on
         labels = spread_labels(SAMPLES, teacher.num_classes)
-        return gaussian_of(features, torch.cat(list(generate(scheme, range(first, first + SAMPLES), labels))))
+        return gaussian_of(features, torch.cat(list(generate(planned, range(first, first + SAMPLES), labels))))
 
     plain = statistics(exact, 0)
     same = frechet_distance(plain, statistics(fast, 0))
@@ -145,7 +146,7 @@ def main(given: list[str] | None = None) -> None:
             for line in part(device):
                 say(line)
         except Exception as error:  # out of memory, or what this GPU cannot do: the other parts go on
-            reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+            reason = one_line(error)
             say(f"part {number} failed: {type(error).__name__}: {reason}")
         gc.collect()
         if device.type == "cuda":

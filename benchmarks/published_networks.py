@@ -124,14 +124,14 @@ def diffusers_loop(denoiser: NetworkDenoiser, options: argparse.Namespace, devic
 def sampling(options: argparse.Namespace, device: torch.device, rate: float) -> list[float | None]:
     """The bare network's share of the matrix rate, images per second, over bare, and images per second of diffusers."""
     denoiser = teacher(options, device)
-    scheme = plan(denoiser, num_steps=options.steps)
+    planned = plan(denoiser, num_steps=options.steps)
     fast = accelerated(denoiser, compile=options.compile, cuda_graph=options.cuda_graph)
-    scheme = replace(scheme, denoiser=fast)
+    planned = replace(planned, denoiser=fast)
     cond, evaluate = condition(denoiser, options.batch, device), bare(denoiser, options.batch, device)
     drawn = [seeded_noise(range(options.batch), denoiser.data_shape, device=device)]
 
     def ours() -> None:
-        sample(scheme.denoiser, drawn.pop(), solver=scheme.solver, sigmas=scheme.sigmas, cond=cond)
+        sample(planned.denoiser, drawn.pop(), solver=planned.solver, sigmas=planned.sigmas, cond=cond)
         drawn.append(seeded_noise(range(options.batch), denoiser.data_shape, device=device))
 
     def alone() -> None:

@@ -1,6 +1,6 @@
 """Show how few dimensions sampling trajectories lie in, for a model and for a mixture of Gaussians with its data.
 
-    python scripts/analyze_trajectories.py model=digits-teacher out=runs/trajectories
+    diffdistill analyze-trajectories model=digits-teacher out=runs/trajectories
 
 Writes `out/trajectories.png` and `out/trajectories.json`. The mixture has one narrow component on each of a few images
 of the data, so that its trajectories carry no error of a network.
@@ -14,7 +14,8 @@ from typing import Any
 import torch
 from omegaconf import DictConfig
 
-from common import command, plain
+from common.command import command
+from common.configs import plain
 from diffdistill import load_denoiser
 from diffdistill.data import load_data
 from diffdistill.denoiser import Denoiser, spread_labels
@@ -24,6 +25,7 @@ from diffdistill.models import GaussianMixture, guided
 from diffdistill.solver_comparison.trajectories import TrajectoryShape, analyze, plot_shapes
 from diffdistill.solvers import Trajectory, make_schedule, make_solver, sample, seeded_noise
 from diffdistill.training import Run
+from diffdistill.training.inputs import inputs_of
 
 
 def shape_of(denoiser: Denoiser, settings: dict[str, Any], device: torch.device) -> TrajectoryShape:
@@ -46,7 +48,7 @@ def main(config: DictConfig) -> None:
     narrow = settings["mixture"]
     if not narrow["components"] >= 1 or not narrow["std"] > 0:
         raise ValueError(f"mixture takes at least one component and a positive std, not {narrow}")
-    run = Run(settings["out"], settings, harmless=("device",))
+    run = Run(settings["out"], settings, inputs=inputs_of(settings), harmless=("device", "out"))
     device = device_of(settings["device"])
     model = load_denoiser(settings["model"], device=device)
     images = load_data(**settings["data"]).tensors()["x"][: settings["mixture"]["components"]]

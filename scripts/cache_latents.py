@@ -1,7 +1,7 @@
 """Encode images to latents once, for the training of latent models.
 
-    python scripts/cache_latents.py model=runs/shapes/autoencoder data=shapes out=data/shapes-latents
-    python scripts/cache_latents.py model=models/stable-diffusion images=data/laion512 out=data/laion512-latents
+    diffdistill cache-latents model=runs/shapes/autoencoder data=shapes out=data/shapes-latents
+    diffdistill cache-latents model=models/stable-diffusion images=data/laion512 out=data/laion512-latents
 
 The first encodes a data set with labels, and keeps the autoencoder beside the latents; the second encodes images and
 their captions. Running the same command again continues an interrupted run.
@@ -15,11 +15,14 @@ from typing import Any
 
 from omegaconf import DictConfig
 
-from common import command, plain
+from common.command import command
+from common.configs import plain
 from diffdistill.data import load_data
 from diffdistill.data.latents import cache_images
 from diffdistill.devices import device_of
+from diffdistill.files.contents import content_of
 from diffdistill.models import load_autoencoder, save_autoencoder
+from diffdistill.training.inputs import identity, inputs_of
 
 
 def cache(settings: dict[str, Any]) -> Path:
@@ -38,8 +41,9 @@ def cache(settings: dict[str, Any]) -> Path:
         parts = load_pipeline(settings["model"])
         parts.pipeline.to(device)
         return cache_latents(parts, settings["images"], settings["out"], seed=settings["seed"], **options)
-    images, origin = load_data(**data), {name: settings[name] for name in ("model", "data", "dtype", "shard_size")}
-    codec, shape, save = codec_of(settings["model"], device)
+    images, (codec, shape, save) = load_data(**data), codec_of(settings["model"], device)
+    named = {name: settings[name] for name in ("model", "data", "dtype", "shard_size")}
+    origin = identity(named, {name: content_of(files) for name, files in inputs_of(named).items()})
     if tuple(images.shape) != shape:
         raise ValueError(f"the data has images {list(images.shape)}, but the autoencoder takes {list(shape)}")
     return cache_images(codec, images, settings["out"], save_codec=save, origin=origin, device=device, **options)

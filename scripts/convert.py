@@ -1,19 +1,18 @@
 """Turn a checkpoint of another project into a file of ours, and say what it is. Nothing of it is executed.
 
-python scripts/convert.py edm-cifar10-32x32-cond-vp.pkl models/edm-cifar10.safetensors
-python scripts/convert.py source=model.pt dest=models/model.safetensors hints.family=consistency
-python scripts/convert.py v1-5-pruned.ckpt models/stable-diffusion tokenizer=clip-tokenizer
+diffdistill convert edm-cifar10-32x32-cond-vp.pkl models/edm-cifar10.safetensors
+diffdistill convert source=model.pt dest=models/model.safetensors hints.family=consistency
+diffdistill convert v1-5-pruned.ckpt models/stable-diffusion tokenizer=clip-tokenizer
 
 Stable Diffusion becomes a file of its U-Net alone, or, given a tokenizer, a folder of diffusers with all its parts.
 """
 
 from __future__ import annotations
 
-import sys
-
 from omegaconf import DictConfig
 
-from common import command, plain
+from common.command import command
+from common.configs import plain
 from diffdistill.interop import Hints, read_foreign
 from diffdistill.interop.formats.stable_folder import write_pipeline
 from diffdistill.models import save_denoiser
@@ -35,11 +34,6 @@ def convert(config: DictConfig) -> None:
     print(f"the model is {settings['dest']}")
 
 
-@command("convert")
-def main(config: DictConfig) -> None:
-    convert(config)
-
-
 def named(arguments: list[str]) -> list[str]:
     """SOURCE and DEST, given by their place, as Hydra overrides."""
     names = iter(("source", "dest"))
@@ -52,6 +46,10 @@ def named(arguments: list[str]) -> list[str]:
     return [override(argument) for argument in arguments]
 
 
+@command("convert", by_place=named)
+def main(config: DictConfig) -> None:
+    convert(config)
+
+
 if __name__ == "__main__":
-    sys.argv[1:] = named(sys.argv[1:])
     main()

@@ -1,6 +1,6 @@
 """Stage 1: distil a classifier-free-guided teacher into one model that takes the guidance weight as an input.
 
-    python scripts/distill_guidance.py experiment=digits/stage1 teacher=digits-teacher out=runs/stage1
+    diffdistill distill-guidance experiment=digits/stage1 teacher=digits-teacher out=runs/stage1
 
 Running the same command again continues the run.
 """
@@ -11,7 +11,9 @@ from typing import Any
 
 from omegaconf import DictConfig
 
-from common import check_data, command, finish, plain
+from common.command import command
+from common.configs import plain
+from common.results import check_data, finish
 from diffdistill import load_denoiser
 from diffdistill.data import load_data
 from diffdistill.guidance.stage1 import GuidanceDistillation
@@ -20,6 +22,7 @@ from diffdistill.models import guidance_student
 from diffdistill.sampling.generation import preview
 from diffdistill.sampling.plans import schedule_for
 from diffdistill.training import Run, Trainer, TrainerConfig
+from diffdistill.training.inputs import inputs_of
 from diffdistill.training.noise_levels import make_noise_levels
 from diffdistill.training.weighting import make_weighting
 
@@ -35,7 +38,7 @@ def noise_levels(settings: dict[str, Any], teacher: Any) -> Any:
 def distill(config: DictConfig) -> str:
     """Run stage 1 and return the path of the student."""
     settings = plain(config)
-    run = Run(settings["out"], settings)
+    run = Run(settings["out"], settings, inputs=inputs_of(settings))
     if run.finished:
         return str(run.path / "model.safetensors")
     data, teacher, w = load_data(**settings["data"]), load_denoiser(settings["teacher"]), settings["w"]

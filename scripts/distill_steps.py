@@ -1,7 +1,7 @@
 """Stage 2: halve the number of sampling steps again and again, each student the next teacher.
 
-    python scripts/distill_steps.py experiment=digits/stage2 teacher=runs/stage1 out=runs/stage2
-    python scripts/distill_steps.py experiment=digits/encoder out=runs/encoder
+    diffdistill distill-steps experiment=digits/stage2 teacher=runs/stage1 out=runs/stage2
+    diffdistill distill-steps experiment=digits/encoder out=runs/encoder
 
 The second distils encoders, which carry images to the noise that leads to them.
 Running the same command again continues the run, inside the stage where it stopped.
@@ -13,7 +13,9 @@ from pathlib import Path
 
 from omegaconf import DictConfig
 
-from common import check_data, command, plain, provenance
+from common.command import command
+from common.configs import plain
+from common.results import check_data, provenance
 from diffdistill import load_denoiser
 from diffdistill.data import load_data
 from diffdistill.interop.diffusers import add_adapters
@@ -22,6 +24,7 @@ from diffdistill.progressive.stage2 import encoder_grid
 from diffdistill.sampling.generation import preview
 from diffdistill.sampling.plans import schedule_for
 from diffdistill.training import Run
+from diffdistill.training.inputs import inputs_of
 from diffdistill.training.weighting import make_weighting
 
 
@@ -46,7 +49,7 @@ def distill(config: DictConfig) -> dict[int, Path]:
         teacher,
         data,
         halving,
-        Run(settings["out"], settings),
+        Run(settings["out"], settings, inputs=inputs_of(settings)),
         on_samples=None if encoder else preview(teacher, **settings["preview"]),
         provenance=lambda stage: provenance(config, stage),
     )

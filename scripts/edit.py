@@ -1,11 +1,11 @@
 """Edit pictures, and write them before and after as PNG.
 
-python scripts/edit.py task=inpaint model=digits-student-4 num_steps=null out=runs/inpainted
-python scripts/edit.py task=style_transfer label=7 num_steps=64 out=runs/sevens
-python scripts/edit.py task=style_transfer label=7 model=digits-student-4 num_steps=null encoder.model=digits-encoder-4
-python scripts/edit.py task=inpaint model=shapes-student-4 data=shapes num_steps=null out=runs/shapes
-python scripts/edit.py task=reconstruct w=null num_steps=256 schedule=polynomial encoder.model=digits-encoder-4
-python scripts/edit.py task=image_to_image model=models/four-steps prompt="a fox" images=cat.png num_steps=null w=6.5
+diffdistill edit task=inpaint model=digits-student-4 num_steps=null out=runs/inpainted
+diffdistill edit task=style_transfer label=7 num_steps=64 out=runs/sevens
+diffdistill edit task=style_transfer label=7 model=digits-student-4 num_steps=null encoder.model=digits-encoder-4
+diffdistill edit task=inpaint model=shapes-student-4 data=shapes num_steps=null out=runs/shapes
+diffdistill edit task=reconstruct w=null num_steps=256 schedule=polynomial encoder.model=digits-encoder-4
+diffdistill edit task=image_to_image model=models/four-steps prompt="a fox" images=cat.png num_steps=null w=6.5
 """
 
 from __future__ import annotations
@@ -16,7 +16,8 @@ from typing import Any
 import torch
 from omegaconf import DictConfig
 
-from common import command, plain
+from common.command import command
+from common.configs import plain
 from diffdistill import load_denoiser
 from diffdistill.data import load_data
 from diffdistill.devices import device_of
@@ -58,11 +59,11 @@ def edit(settings: dict[str, Any]) -> dict[str, torch.Tensor]:
     source = (load_denoiser(name, device=device) if name else model) if needed else None
     before, after = conditions(settings, labels, len(images), editor)
     known = read_mask(settings["mask"], editor.shape[1:])
-    scheme = {name: settings.get(name) for name in ("w", "solver", "schedule", "num_steps")}
+    options = {name: settings.get(name) for name in ("w", "solver", "schedule", "num_steps")}
     made = task(
         Edit(
             images=images.to(device),
-            plan=plan(model, **scheme),
+            plan=plan(model, **options),
             cond=after.to(device) if isinstance(after, torch.Tensor) else after,
             codec=editor.codec,
             strength=settings["strength"],

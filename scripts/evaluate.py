@@ -1,9 +1,9 @@
 """Measure samples, stored or drawn by a model on the way, against a reference.
 
-    python scripts/evaluate.py samples=runs/samples/samples.npz features=digits_classifier
-    python scripts/evaluate.py model=digits-student-4 w=1 num_samples=2000 features=digits_classifier measures=[fid,kid]
-    python scripts/evaluate.py samples=DIR features=inception reference=references/cifar10-32x32.npz
-    python scripts/evaluate.py samples=DIR captions=captions.txt clip=openai/clip-vit-base-patch16 measures=[]
+    diffdistill evaluate samples=runs/samples/samples.npz features=digits_classifier
+    diffdistill evaluate model=digits-student-4 w=1 num_samples=2000 features=digits_classifier measures=[fid,kid]
+    diffdistill evaluate samples=DIR features=inception reference=references/cifar10-32x32.npz
+    diffdistill evaluate samples=DIR captions=captions.txt clip=openai/clip-vit-base-patch16 measures=[]
 
 `torchrun` spreads the images over processes.
 """
@@ -12,12 +12,14 @@ from __future__ import annotations
 
 from omegaconf import DictConfig
 
-from common import command, faster, plain
 from common.checks import check_file, several
+from common.command import command
+from common.configs import plain
+from common.speed import faster
 from diffdistill import load_denoiser
 from diffdistill.devices import device_of
 from diffdistill.distributed import rank
-from diffdistill.metrics.evaluate import Evaluation, describe, evaluate, write_record
+from diffdistill.metrics.evaluate import EvaluationOptions, describe, evaluate, write_record
 from diffdistill.metrics.sources import Sampler, StoredImages, open_images
 from diffdistill.sampling.plans import plan
 
@@ -31,14 +33,15 @@ def main(config: DictConfig) -> None:
         raise ValueError("give either samples=PATH (a folder, .zip or .npz) or model=NAME")
     settings["measures"] = several(settings["measures"])
     check_file(settings["out"], ".json")
-    options = Evaluation(**{name: settings[name] for name in Evaluation.__dataclass_fields__})
+    options = EvaluationOptions(**{name: settings[name] for name in EvaluationOptions.__dataclass_fields__})
     device = device_of(settings["device"])
     if settings["samples"] is not None:
-        images = open_images(settings["samples"], resolution=settings["resolution"])
+        reading = {name: settings[name] for name in ("resolution", "background", "skip_damaged")}
+        images = open_images(settings["samples"], **reading)
         source = StoredImages(images, limit=settings["num_samples"])
     else:
-        scheme = plan(load_denoiser(settings["model"], device=device), **{name: settings.get(name) for name in PLAN})
-        source = Sampler(faster(scheme, settings), settings["num_samples"] or 10_000, seed=settings["seed"])
+        planned = plan(load_denoiser(settings["model"], device=device), **{name: settings.get(name) for name in PLAN})
+        source = Sampler(faster(planned, settings), settings["num_samples"] or 10_000, seed=settings["seed"])
     record = evaluate(source, options, data=settings["data"], device=device)
     if rank() == 0:
         print(describe(record))

@@ -1,13 +1,14 @@
 """Write a guidance-distilled student as a folder that stock diffusers runs.
 
-python scripts/export.py model=runs/stage2/stages/004 teacher=models/stable-diffusion out=models/four-steps
+diffdistill export model=runs/stage2/stages/004 teacher=models/stable-diffusion out=models/four-steps
 """
 
 from __future__ import annotations
 
 from omegaconf import DictConfig
 
-from common import command, plain
+from common.command import command
+from common.configs import plain
 from diffdistill import load_denoiser
 from diffdistill.interop.diffusers import export_student, load_pipeline
 

@@ -1,7 +1,7 @@
 """Compute reference statistics of real images: what samples are compared with.
 
-    python scripts/make_reference.py data=cifar10 features=inception out=references/cifar10.npz
-    python scripts/make_reference.py data=images data.root=DIR features=dinov2 keep_features=true out=reference.npz
+    diffdistill make-reference data=cifar10 features=inception out=references/cifar10.npz
+    diffdistill make-reference data=images data.root=DIR features=dinov2 keep_features=true out=reference.npz
 
 The file holds `mu` and `sigma` as EDM's does, the extractor's name and the hash of its weights; with
 `keep_features=true` also all features, which kernel distance, precision, recall, density and coverage need.
@@ -11,8 +11,9 @@ from __future__ import annotations
 
 from omegaconf import DictConfig
 
-from common import command, plain
 from common.checks import check_file
+from common.command import command
+from common.configs import plain
 from diffdistill.data import load_data
 from diffdistill.devices import device_of
 from diffdistill.distributed import rank

@@ -1,6 +1,6 @@
 """The main job in minutes: a guided teacher becomes one model, and that a model of 16, 8, 4, 2 and 1 steps.
 
-    python scripts/quickstart.py
+    diffdistill quickstart
 
 Running it again continues an interrupted run.
 """
@@ -13,7 +13,8 @@ from omegaconf import DictConfig, OmegaConf
 
 import distill_guidance
 import distill_steps
-from common import command, compose, plain
+from common.command import command
+from common.configs import compose, plain
 from diffdistill.devices import device_of
 from diffdistill.tables.comparison import comparison_table, plot_comparison, side_by_side
 from diffdistill.tables.html import write_pages

@@ -1,8 +1,8 @@
 """Measure a table of a paper, or of the shipped models, beside the published values.
 
-    python scripts/reproduce.py table=digits_students
-    python scripts/reproduce.py table=diff_solvers_cifar10 dry_run=true
-    torchrun --nproc_per_node=8 scripts/reproduce.py table=amed_cifar10
+    diffdistill reproduce table=digits_students
+    diffdistill reproduce table=diff_solvers_cifar10 dry_run=true
+    torchrun --nproc_per_node=8 -m diffdistill reproduce table=amed_cifar10
 
 Running the same command again continues at the cell where it stopped. Results lie in `out`: index.html, table.md,
 table.csv, plot.png, samples.png, and one small file for each cell.
@@ -15,7 +15,9 @@ from pathlib import Path
 from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig
 
-from common import command, plain, switches
+from common.command import command
+from common.configs import plain
+from common.speed import switches
 from diffdistill.devices import device_of
 from diffdistill.distributed import rank
 from diffdistill.tables.html import write_pages

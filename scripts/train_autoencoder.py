@@ -1,8 +1,8 @@
 """Train the autoencoder of a latent model.
 
-    python scripts/train_autoencoder.py experiment=shapes/autoencoder out=runs/autoencoder
+    diffdistill train-autoencoder experiment=shapes/autoencoder out=runs/autoencoder
 
-Running the same command again continues the run. scripts/cache_latents.py then encodes data with the result.
+Running the same command again continues the run. `diffdistill cache-latents` then encodes data with the result.
 """
 
 from __future__ import annotations
@@ -10,10 +10,13 @@ from __future__ import annotations
 import torch
 from omegaconf import DictConfig
 
-from common import command, finish, plain
+from common.command import command
+from common.configs import plain
+from common.results import finish
 from diffdistill.data import load_data
 from diffdistill.models import build_autoencoder, save_autoencoder
 from diffdistill.training import Run, Trainer, TrainerConfig
+from diffdistill.training.inputs import inputs_of
 from diffdistill.training.reconstruction import Reconstruction
 
 SCALE_IMAGES = 5000
@@ -22,7 +25,7 @@ SCALE_IMAGES = 5000
 def train(config: DictConfig) -> str:
     """Train an autoencoder and return its path."""
     settings = plain(config)
-    run = Run(settings["out"], settings)
+    run = Run(settings["out"], settings, inputs=inputs_of(settings))
     if run.finished:
         return str(run.path / "model.safetensors")
     data = load_data(**settings["data"])

@@ -1,6 +1,6 @@
 """Train a teacher by denoising, with label dropout so that it can be guided.
 
-    python scripts/train_teacher.py experiment=digits/teacher out=runs/teacher
+    diffdistill train-teacher experiment=digits/teacher out=runs/teacher
 
 Running the same command again continues the run.
 """
@@ -9,12 +9,15 @@ from __future__ import annotations
 
 from omegaconf import DictConfig
 
-from common import command, finish, plain
+from common.command import command
+from common.configs import plain
+from common.results import finish
 from diffdistill.data import load_data
 from diffdistill.models import build_denoiser, load_autoencoder
 from diffdistill.sampling.generation import preview
 from diffdistill.training import Run, Trainer, TrainerConfig
 from diffdistill.training.denoising import Denoising
+from diffdistill.training.inputs import inputs_of
 from diffdistill.training.noise_levels import make_noise_levels
 from diffdistill.training.weighting import make_weighting
 
@@ -22,7 +25,7 @@ from diffdistill.training.weighting import make_weighting
 def train(config: DictConfig) -> str:
     """Train a teacher and return its path."""
     settings = plain(config)
-    run = Run(settings["out"], settings)
+    run = Run(settings["out"], settings, inputs=inputs_of(settings))
     if run.finished:
         return str(run.path / "model.safetensors")
     data = load_data(**settings["data"])

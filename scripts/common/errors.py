@@ -11,17 +11,16 @@ import time
 import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager
-from pathlib import Path
 
 import torch
 from hydra.errors import HydraException, MissingConfigException
 from omegaconf.errors import MissingMandatoryValue, OmegaConfBaseException
 
+from common.configs import CONFIGS
 from common.usage import names_of
 from diffdistill.distributed import LostProcessError
 from diffdistill.training import DataError, NonFiniteLossError
 
-CONFIGS = Path(__file__).resolve().parents[2] / "configs"
 TRACEBACK = os.environ.get("HYDRA_FULL_ERROR") == "1"
 USER_ERRORS = (
     ValueError,

@@ -61,10 +61,10 @@ def test_encoding_and_decoding_reproduces_a_digit(teacher):
 
 def test_inpainting_with_a_student_keeps_the_known_half(digits):
     x0, labels = digits
-    scheme = plan(load_denoiser("digits-student-4"), w=1.0)
+    planned = plan(load_denoiser("digits-student-4"), w=1.0)
     noise = seeded_noise(range(20), x0.shape[1:])
     known = Known(x0, read_mask(None, (8, 8)))
-    made = inpaint(scheme.denoiser, known, noise, solver=scheme.solver, sigmas=scheme.sigmas, cond=labels)
+    made = inpaint(planned.denoiser, known, noise, solver=planned.solver, sigmas=planned.sigmas, cond=labels)
     assert torch.equal(made[..., :4], x0[..., :4])
     assert (made[..., 4:] - x0[..., 4:]).abs().mean() > 0.05
 
@@ -74,10 +74,10 @@ def test_strength_goes_from_the_image_to_the_class(digits):
 
     x0, labels = digits
     classifier, target = load_classifier(), (labels + 1) % 10
-    scheme = plan(load_denoiser("digits-student-8"), w=1.0)
+    planned = plan(load_denoiser("digits-student-8"), w=1.0)
     noise = seeded_noise(range(20), x0.shape[1:])
-    options = {"solver": scheme.solver, "sigmas": scheme.sigmas, "cond": target}
-    weak, strong = (image_to_image(scheme.denoiser, x0, noise, strength=s, **options) for s in (0.0, 1.0))
+    options = {"solver": planned.solver, "sigmas": planned.sigmas, "cond": target}
+    weak, strong = (image_to_image(planned.denoiser, x0, noise, strength=s, **options) for s in (0.0, 1.0))
     assert torch.equal(weak, x0)
     assert classifier.accuracy(strong, target) >= 0.9
 
@@ -124,8 +124,8 @@ def test_style_transfer_changes_the_class_and_keeps_the_layout(transfers, model)
 
     common, others = transfers
     x0, target = common["images"], common["cond"]
-    scheme = plan(load_denoiser(model), w=2.0, num_steps=16 if model == "digits-teacher" else None)
-    half, whole = (TASKS["style_transfer"](Edit(plan=scheme, strength=s, **common)) for s in (0.6, 1.0))
+    planned = plan(load_denoiser(model), w=2.0, num_steps=16 if model == "digits-teacher" else None)
+    half, whole = (TASKS["style_transfer"](Edit(plan=planned, strength=s, **common)) for s in (0.6, 1.0))
     accuracy = load_classifier().accuracy(half.clamp(-1, 1), target)
     (pixels, ink), (far, _), (chance, chance_ink) = (alike(x0, made) for made in (half, whole, others))
     print(f"{model}: {accuracy:.2f} in the new class; correlation {pixels:.2f} at strength 0.6, {far:.2f} at 1,")

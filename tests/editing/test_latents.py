@@ -18,13 +18,13 @@ from tests.builders import tiny_denoiser
 ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT / "scripts"))
 
-import common  # noqa: E402
 import edit  # noqa: E402
+from common.configs import compose, plain  # noqa: E402
 
 
 def edited(*overrides):
     """Images before and after, as the command line makes them."""
-    rows = edit.edit(common.plain(common.compose("edit", [str(o) for o in overrides])))
+    rows = edit.edit(plain(compose("edit", [str(o) for o in overrides])))
     return rows["before"], rows["after"]
 
 

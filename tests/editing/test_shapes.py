@@ -43,7 +43,7 @@ def test_the_student_follows_the_guided_teacher(teacher, student):
     labels = torch.arange(20) % 10
     few = {"student": plan(student, w=1.0), "teacher": plan(teacher, w=1.0, num_steps=4)}
     (truth,) = generate(plan(teacher, w=1.0, num_steps=64), range(20), labels)
-    found = {name: rmse(next(generate(scheme, range(20), labels)), truth) for name, scheme in few.items()}
+    found = {name: rmse(next(generate(planned, range(20), labels)), truth) for name, planned in few.items()}
     print(f"distance to the guided teacher of 64 steps: student {found['student']:.3f}, teacher {found['teacher']:.3f}")
     assert found["student"] < 0.7 * found["teacher"]
 

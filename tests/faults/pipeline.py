@@ -15,10 +15,10 @@ from diffdistill.training import Trainer, trainer
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "scripts"))
 
-import common
 import common.errors
 import distill_guidance
 import distill_steps
+from common.configs import compose
 
 STAGES = ("stage1", "stage2/stages/002", "stage2/stages/001")
 
@@ -64,8 +64,8 @@ def both_stages(pipe, folder, updates, die_in_save, settings=()):
     quick += ["preview.num_samples=4", "trainer.warmup=2", "trainer.device=cpu", "trainer.sample_every=null", *settings]
     stage1 = [f"teacher={folder / 'teacher.safetensors'}", f"out={folder / 'stage1'}", *quick]
     stage2 = [f"teacher={folder / 'stage1'}", f"out={folder / 'stage2'}", "start_steps=4", "stages=null", *quick]
-    distill_guidance.distill(common.compose("distill_guidance", stage1))
-    distill_steps.distill(common.compose("distill_steps", stage2))
+    distill_guidance.distill(compose("distill_guidance", stage1))
+    distill_steps.distill(compose("distill_steps", stage2))
 
 
 def die_while_writing(state, path, save=torch.save):

@@ -41,7 +41,7 @@ def statistics(model):
 
 def train(preset, model, out, *overrides):
     import train_amed
-    from common import compose
+    from common.configs import compose
 
     small = ["trainer.updates=2", "trainer.batch_size=4", "trainer.device=cpu"]
     config = compose("train_amed", [f"experiment={preset}", f"model={model}", f"out={out}", *small, *overrides])
@@ -80,8 +80,8 @@ def test_a_missing_model_says_where_to_get_it(tmp_path):
 def test_the_sampling_plan_takes_a_learned_solver_and_refuses_the_wrong_one(model, tmp_path):
     learned, _ = train("digits/plugin_3nfe", model, tmp_path)
     options = {"name": "learned", "predictor": tmp_path / "predictor.safetensors"}
-    scheme = plan(tiny_denoiser(), solver=options)
-    assert count_nfe(scheme) == learned.nfe == 3 and torch.equal(scheme.sigmas, learned.sigmas)
+    planned = plan(tiny_denoiser(), solver=options)
+    assert count_nfe(planned) == learned.nfe == 3 and torch.equal(planned.sigmas, learned.sigmas)
     with pytest.raises(ValueError, match="trained for 2 steps"):
         plan(tiny_denoiser(), solver=options, num_steps=5)
     with pytest.raises(ValueError, match="this one has 1"):

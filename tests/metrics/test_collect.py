@@ -16,7 +16,7 @@ from PIL import Image
 from diffdistill.data import TensorData, load_data
 from diffdistill.metrics import make_features
 from diffdistill.metrics.collect import Collected, Keep, collect, shard
-from diffdistill.metrics.evaluate import Evaluation, describe, evaluate
+from diffdistill.metrics.evaluate import EvaluationOptions, describe, evaluate
 from diffdistill.metrics.features import Features, to_bytes
 from diffdistill.metrics.frechet import FeatureStatistics, Gaussian, frechet_distance
 from diffdistill.metrics.measures import MEASURES, measure, needed
@@ -82,7 +82,7 @@ from diffdistill.distributed import processes
 from diffdistill.sampling.plans import plan
 from diffdistill.sampling.samples import Samples, save_pngs
 from tests.builders import tiny_denoiser
-from tests.evaluation.test_collect import PIXELS
+from tests.metrics.test_collect import PIXELS
 with processes():
     sampler = Sampler(plan(tiny_denoiser(), num_steps=2), 13, seed=5)
     got = collect(sampler, PIXELS, splits=2, keep=Keep(features=True), batch_size=4)
@@ -376,7 +376,7 @@ def test_the_clip_score_of_few_images_has_as_many_parts(tmp_path, monkeypatch):
 
     monkeypatch.setattr("diffdistill.metrics.clip.CLIPScore", Lengths)
     (tmp_path / "captions.txt").write_text("a\nabc\nabcdefgh\n")
-    options = Evaluation("pixels", measures=(), captions=str(tmp_path / "captions.txt"), clip="none", splits=5)
+    options = EvaluationOptions("pixels", measures=(), captions=str(tmp_path / "captions.txt"), clip="none", splits=5)
     record = evaluate(StoredImages(images(3)), options, data=None, device=torch.device("cpu"))
     assert record["measures"]["clip_score"] == {"value": 4.0, "part_mean": 4.0, "part_std": pytest.approx(13**0.5)}
     assert describe(record).endswith("over 3 parts")

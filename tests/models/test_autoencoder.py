@@ -131,10 +131,10 @@ def test_a_latent_denoiser_carries_its_autoencoder(tmp_path):
 
 def test_samples_of_a_latent_denoiser_are_images():
     denoiser, _ = latent_denoiser()
-    scheme = plan(denoiser, num_steps=2)
-    (x,) = generate(scheme, [5, 6, 7], torch.tensor([0, 1, 2]))
+    planned = plan(denoiser, num_steps=2)
+    (x,) = generate(planned, [5, 6, 7], torch.tensor([0, 1, 2]))
     assert x.shape == (3, 3, 32, 32)
-    (alone,) = generate(scheme, [6], torch.tensor([1]))
+    (alone,) = generate(planned, [6], torch.tensor([1]))
     torch.testing.assert_close(x[1:2], alone, rtol=1e-4, atol=1e-4)
 
 

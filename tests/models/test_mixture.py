@@ -3,6 +3,7 @@
 import pytest
 import torch
 from torch.distributions import Categorical, Independent, MixtureSameFamily, Normal
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from diffdistill.models import GaussianMixture
 
@@ -63,6 +64,54 @@ def test_gradients():
     m = mixture(LABELS)
     x, sigma = torch.randn(2, 2, 3, 5, dtype=torch.float64), torch.tensor([0.6, 1.4], dtype=torch.float64)
     assert torch.autograd.gradcheck(m, (x.requires_grad_(), sigma.requires_grad_(), torch.tensor([0, 1])))
+
+
+def by_differences(m, x, sigma):
+    """The denoiser by its formula, from the differences of all pairs: `[B, K, D]`."""
+    points, means, noise = x.flatten(1), m.means.flatten(1), sigma[:, None] ** 2
+    variance = m.variances + noise
+    squared = (points[:, None] - means).square().sum(2)
+    p = (m.log_weights - squared / (2 * variance) - variance.log() * (points.shape[1] / 2)).softmax(1)
+    return ((p * m.variances / variance).sum(1, keepdim=True) * points + (p * noise / variance) @ means).view(x.shape)
+
+
+@pytest.mark.parametrize("offset", [0.0, 1000.0])
+def test_products_give_what_differences_of_all_pairs_give(offset):
+    torch.manual_seed(4)
+    m = GaussianMixture(torch.rand(50) + 0.1, torch.randn(50, 3, 7, 5) + offset, 0.1 * torch.rand(50))
+    sigma = torch.logspace(-2.7, 1.9, 11, dtype=torch.float64).requires_grad_()
+    x = m.sample_data(11) + sigma.detach().view(-1, 1, 1, 1) * torch.randn(11, 3, 7, 5, dtype=torch.float64)
+    x.requires_grad_()
+    tolerance = {"rtol": 1e-11, "atol": 1e-11 * max(1.0, offset)}
+    torch.testing.assert_close(m(x, sigma), by_differences(m, x, sigma), **tolerance)
+    v = torch.randn(11, 3, 7, 5, dtype=torch.float64)
+    for mine, plain in zip(
+        *(torch.autograd.grad((f * v).sum(), (x, sigma)) for f in (m(x, sigma), by_differences(m, x, sigma))),
+        strict=True,
+    ):
+        torch.testing.assert_close(mine, plain, rtol=1e-7, atol=1e-7)
+    primal, tangents = (x.detach(), sigma.detach()), (v, sigma.detach())
+    _, slope = torch.func.jvp(lambda x, sigma: m(x, sigma), primal, tangents)
+    _, plain = torch.func.jvp(lambda x, sigma: by_differences(m, x, sigma), primal, tangents)
+    torch.testing.assert_close(slope, plain, rtol=1e-7, atol=1e-7)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert torch.equal(m(x, sigma), m(x.detach(), sigma.detach()))
+
+
+def test_no_tensor_of_all_pairs_and_dimensions_is_made():
+    class Largest(TorchDispatchMode):
+        elements = 0
+
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            out = func(*args, **(kwargs or {}))
+            if isinstance(out, torch.Tensor):
+                self.elements = max(self.elements, out.numel())
+            return out
+
+    m = GaussianMixture(torch.ones(60), torch.randn(60, 3, 5, 7), torch.ones(60))
+    with Largest() as largest:
+        m(torch.randn(40, 3, 5, 7), torch.ones(40))
+    assert largest.elements == 60 * 105
 
 
 def test_sampled_data_has_the_stated_moments():

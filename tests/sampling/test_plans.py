@@ -9,7 +9,6 @@ from diffdistill import load_denoiser, sample
 from diffdistill.denoiser import Distilled, spread_labels
 from diffdistill.discrete_time import linear_table
 from diffdistill.models import guidance_student, guided, save_denoiser
-from diffdistill.models.preconditioning import EpsPrediction
 from diffdistill.sampling.generation import count_nfe, generate, preview
 from diffdistill.sampling.plans import WARM_UP_SAMPLES, plan, schedule_for, statistics_of
 from diffdistill.solvers import (
@@ -42,9 +41,7 @@ def folder(tmp_path_factory):
 @pytest.mark.parametrize("zero_snr", [False, True])
 def test_schedules_of_discrete_time_take_the_levels_of_the_model(zero_snr):
     table = torch.cat([linear_table(), torch.tensor([4096.0] * zero_snr, dtype=torch.float64)])
-    model = SimpleNamespace(
-        sigma_min=float(table[0]), sigma_max=float(table[-1]), preconditioning=EpsPrediction(table=table)
-    )
+    model = SimpleNamespace(sigma_min=float(table[0]), sigma_max=float(table[-1]), table=table)
     found = schedule_for(model, {"name": "discrete", "num_steps": len(table) - 1})
     torch.testing.assert_close(found, table.flip(0), rtol=1e-9, atol=0)
     found = schedule_for(model, {"name": "trailing", "num_steps": len(table), "sigma_min": 0.0})
@@ -54,9 +51,9 @@ def test_schedules_of_discrete_time_take_the_levels_of_the_model(zero_snr):
 @pytest.mark.parametrize("w", [None, 1.5])
 def test_a_start_is_that_of_the_statistics_beside_the_model(folder, w):
     model = load_denoiser(folder / "mine.safetensors")
-    scheme = plan(model, w=w, solver=SOLVER, schedule={"name": "polynomial", "rho": 5}, num_steps=3, start=7)
-    assert scheme.sigmas.tolist()[0] == 7 and count_nfe(scheme) == (3 if w is None else 6)
-    found = torch.cat(list(generate(scheme, range(5), spread_labels(5, 4), batch_size=2)))
+    planned = plan(model, w=w, solver=SOLVER, schedule={"name": "polynomial", "rho": 5}, num_steps=3, start=7)
+    assert planned.sigmas.tolist()[0] == 7 and count_nfe(planned) == (3 if w is None else 6)
+    found = torch.cat(list(generate(planned, range(5), spread_labels(5, 4), batch_size=2)))
     expected = sample(
         model if w is None else guided(model, w),
         seeded_noise(range(5), model.data_shape),
@@ -67,10 +64,10 @@ def test_a_start_is_that_of_the_statistics_beside_the_model(folder, w):
     )
     torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
     plain = sample(
-        scheme.denoiser,
+        planned.denoiser,
         seeded_noise(range(5), model.data_shape),
-        solver=scheme.solver,
-        sigmas=scheme.sigmas,
+        solver=planned.solver,
+        sigmas=planned.sigmas,
         cond=spread_labels(5, 4),
     )
     assert (plain - expected).norm() > 0.01 * expected.norm()  # noise of that level is no start
@@ -79,12 +76,12 @@ def test_a_start_is_that_of_the_statistics_beside_the_model(folder, w):
 def test_statistics_can_be_named(folder):
     model = load_denoiser(folder / "other.safetensors")
     start = {"sigma": 3.5, "statistics": folder / "mine.statistics.safetensors"}
-    scheme = plan(model, num_steps=2, start=start)
-    assert scheme.start is not None and scheme.start.sigma == 3.5 and scheme.sigmas.tolist()[0] == 3.5
+    planned = plan(model, num_steps=2, start=start)
+    assert planned.start is not None and planned.start.sigma == 3.5 and planned.sigmas.tolist()[0] == 3.5
     assert plan(load_denoiser("digits-teacher"), num_steps=2, start=3.5).start is not None
     guided_model = load_denoiser("digits-guided")
-    scheme = plan(guided_model, w=1.0, num_steps=2, start={"sigma": 3.5, "statistics": "digits-teacher"})
-    assert count_nfe(scheme) == 2
+    planned = plan(guided_model, w=1.0, num_steps=2, start={"sigma": 3.5, "statistics": "digits-teacher"})
+    assert count_nfe(planned) == 2
 
 
 def test_where_statistics_lie(folder):
@@ -98,12 +95,12 @@ def test_gits_chooses_levels_from_the_start_on(folder):
     options = {"name": "gits", "fine_steps": 6}
     noise, labels = seeded_noise(range(2_000_000, 2_000_000 + WARM_UP_SAMPLES), model.data_shape), torch.arange(256) % 4
     for start, top in ((None, 80.0), (7.0, 7.0)):
-        scheme = plan(model, solver={"name": "ipndm"}, schedule=options, num_steps=3, start=start)
-        assert scheme.preparation_nfe == 256 * 6 and scheme.sigmas[0] == top
+        planned = plan(model, solver={"name": "ipndm"}, schedule=options, num_steps=3, start=start)
+        assert planned.preparation_nfe == 256 * 6 and planned.sigmas[0] == top
         given = {"denoiser": model, "noise": noise, "cond": labels, "sigma_min": 0.002, "sigma_max": top}
-        expected = make_schedule(**options, num_steps=3, start=scheme.start, **given)
-        assert torch.equal(scheme.sigmas, expected)
-        assert count_nfe(scheme) == 3
+        expected = make_schedule(**options, num_steps=3, start=planned.start, **given)
+        assert torch.equal(planned.sigmas, expected)
+        assert count_nfe(planned) == 3
 
 
 def test_gits_under_a_start_walks_the_trajectories_of_the_start():
@@ -147,7 +144,7 @@ def test_bad_starts(folder, options, error, message):
 
 
 def test_a_model_without_statistics_says_how_to_make_them(folder):
-    message = r"there is no '.*other.statistics.safetensors': make them with scripts/gaussian_stats.py"
+    message = r"there is no '.*other.statistics.safetensors': make them with diffdistill gaussian-stats"
     with pytest.raises(ValueError, match=message):
         plan(load_denoiser(folder / "other.safetensors"), num_steps=2, start=3)
 

@@ -113,7 +113,7 @@ CASES = {
     "no statistics to start with": (
         "compare_solvers",
         ["model=TEACHER", "num_samples=2", "reference.num_steps=2"],
-        ["teacher.statistics.safetensors", "scripts/gaussian_stats.py"],
+        ["teacher.statistics.safetensors", "diffdistill gaussian-stats"],
     ),
     "a mixture": ("analyze_trajectories", ["mixture.std=0"], ["mixture", "positive std", "'std': 0"]),
     "components": ("analyze_trajectories", ["components=a"], ["components", "'a'", "integer"]),
@@ -161,7 +161,11 @@ CASES = {
     "compile": ("sample", ["model=STUDENT", "compile=maybe"], ["compile", "'maybe'", "true or false"]),
     "predictor": ("sample", ["model=TEACHER", "solver=learned", "solver.predictor=nope"], ["nope"]),
     "start of a student": ("sample", ["model=STUDENT", "start=3"], ["leave out", "start"]),
-    "start without statistics": ("sample", ["model=TEACHER", "num_steps=3", "start=3"], ["gaussian_stats.py", "no "]),
+    "start without statistics": (
+        "sample",
+        ["model=TEACHER", "num_steps=3", "start=3"],
+        ["diffdistill gaussian-stats", "no "],
+    ),
     "start outside the range": (
         "sample",
         ["model=digits-teacher", "num_steps=3", "start=99"],

@@ -81,7 +81,7 @@ def test_statistics_and_sampling_from_an_analytic_start(models, tmp_path):
     options = [f"model={model}", "num_steps=2", "num_samples=12", "save=npz", "solver=ipndm", "start=3.5"]
     options += ["schedule=polynomial", f"out={tmp_path / 'x'}"]
     done = call("sample", *options)
-    assert done.returncode == 2 and "make them with scripts/gaussian_stats.py" in done.stderr
+    assert done.returncode == 2 and "make them with diffdistill gaussian-stats" in done.stderr
     done = call("gaussian_stats", f"model={model}", "data.split=test", "beside=true", f"out={tmp_path / 's'}")
     assert done.returncode == 0 and "statistics of 355 images" in done.stdout, done.stderr
     assert (tmp_path / "teacher.statistics.safetensors").is_file()

@@ -16,11 +16,11 @@ from tests.builders import tiny_denoiser
 ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT / "scripts"))
 
-import common  # noqa: E402
 import distill_guidance  # noqa: E402
 import distill_steps  # noqa: E402
 import train_autoencoder  # noqa: E402
 import train_teacher  # noqa: E402
+from common.configs import compose  # noqa: E402
 
 SMALL = {"updates": 2, "batch_size": 8, "accumulation": 2, "sample_every": None, "log_every": 1, "precision": "fp32"}
 
@@ -49,14 +49,14 @@ def small(config, out, resolution, channels=3):
 @pytest.mark.parametrize("experiment", of_kind("teacher"))
 def test_teacher_presets(experiment, tmp_path):
     channels = 1 if experiment.startswith("digits") else 3
-    config = common.compose("train_teacher", [f"experiment={experiment}"])
+    config = compose("train_teacher", [f"experiment={experiment}"])
     train_teacher.train(small(config, tmp_path / "run", 8, channels))
     assert (tmp_path / "run/model.safetensors").exists()
 
 
 @pytest.mark.parametrize("experiment", of_kind("/autoencoder"))
 def test_autoencoder_presets(experiment, tmp_path):
-    config = small(common.compose("train_autoencoder", [f"experiment={experiment}"]), tmp_path / "run", 8)
+    config = small(compose("train_autoencoder", [f"experiment={experiment}"]), tmp_path / "run", 8)
     config.preview.num_samples = 17  # one more than there are
     train_autoencoder.train(config)
     assert (tmp_path / "run/model.safetensors").exists()
@@ -89,7 +89,7 @@ def prepared(experiment, script, folder):
     if script == "distill_steps":
         teacher = guidance_student(teacher, (0.0, 4.0))
     save_denoiser(teacher, folder / "teacher.safetensors")
-    config = common.compose(script, [f"experiment={experiment}"])
+    config = compose(script, [f"experiment={experiment}"])
     return channels, OmegaConf.merge(config, {"teacher": str(folder / "teacher.safetensors")})
 
 
@@ -104,11 +104,11 @@ def test_a_stochastic_student_is_sampled_stochastically(tmp_path):
 
     student = load_denoiser(paths[4])
     assert isinstance(student.distilled, Distilled) and student.distilled.sampler == "stochastic"
-    scheme = plan(student, w=1.0)
-    assert scheme.solver.stochastic
+    planned = plan(student, w=1.0)
+    assert planned.solver.stochastic
     labels = torch.tensor([1, 2, 3])
-    together = torch.cat(list(generate(scheme, [5, 6, 7], labels)))
-    alone = torch.cat(list(generate(scheme, [5, 6, 7], labels, batch_size=1)))
+    together = torch.cat(list(generate(planned, [5, 6, 7], labels)))
+    alone = torch.cat(list(generate(planned, [5, 6, 7], labels, batch_size=1)))
     torch.testing.assert_close(together, alone, rtol=1e-4, atol=1e-5)
 
 
@@ -145,5 +145,5 @@ def test_every_preset_belongs_to_a_script():
 )
 def test_samples_take_the_place_of_the_data(script, preset):
     chosen = [f"experiment={preset}"] if preset else []
-    config = common.compose(script, [*chosen, "data=samples", "data.path=FILE"])
+    config = compose(script, [*chosen, "data=samples", "data.path=FILE"])
     assert config.data == {"name": "samples", "path": "FILE"}

@@ -89,7 +89,7 @@ def test_a_dry_run_of_a_papers_table_names_what_it_needs():
     done = call("reproduce", "table=amed_cifar10", "dry_run=true")
     assert done.returncode == 0, done.stderr
     assert "https://nvlabs-fi-cdn.nvidia.com/edm/fid-refs/cifar10-32x32.npz" in done.stdout
-    assert "python scripts/train_amed.py experiment=zhou2024/amed_cifar10 num_steps=2" in done.stdout
+    assert "diffdistill train-amed experiment=zhou2024/amed_cifar10 num_steps=2" in done.stdout
     assert f"{50000 * 7 * (3 + 5 + 7 + 9):,} network evaluations to do" in done.stdout
 
 

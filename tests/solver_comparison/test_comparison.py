@@ -16,6 +16,7 @@ from diffdistill.solver_comparison import (
     best,
     measure,
     num_steps_for,
+    predictor_name,
     reference_endpoints,
 )
 from diffdistill.solver_comparison.report import comma_separated, gains, markdown, plot
@@ -114,12 +115,11 @@ def test_tables(tmp_path):
 
 
 def test_predictors_of_two_runs_have_the_names_of_their_runs(tmp_path, monkeypatch):
-    from compare_solvers import title
 
     monkeypatch.chdir(tmp_path)
     paths = ["runs/a/predictor.safetensors", "runs/b/predictor.safetensors", "predictor.safetensors"]
-    assert [title(path) for path in paths] == ["a", "b", tmp_path.name]
-    assert [title(name) for name in ("digits-steps-3nfe", "runs/mine-5nfe.safetensors")] == [
+    assert [predictor_name(path) for path in paths] == ["a", "b", tmp_path.name]
+    assert [predictor_name(name) for name in ("digits-steps-3nfe", "runs/mine-5nfe.safetensors")] == [
         "digits-steps-3nfe",
         "mine-5nfe",
     ]
@@ -130,7 +130,7 @@ def test_the_scripts(tmp_path, monkeypatch):
     import analyze_trajectories
     import compare_solvers
     import gaussian_stats
-    from common import compose
+    from common.configs import compose
 
     model, statistics = tmp_path / "model.safetensors", tmp_path / "statistics" / "statistics.safetensors"
     save_denoiser(tiny_denoiser(data_shape=[3, 8, 8]), model)

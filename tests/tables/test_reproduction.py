@@ -70,8 +70,8 @@ def done(model, tmp_path_factory):
 
 
 def test_a_cell_is_what_sampling_and_measuring_by_hand_give(model, done):
-    scheme = plan(load_denoiser(model), schedule={"name": "polynomial"}, num_steps=3)
-    x = torch.cat(list(generate(scheme, range(140), torch.arange(140) % 10, batch_size=70))).clamp(-1, 1)
+    planned = plan(load_denoiser(model), schedule={"name": "polynomial"}, num_steps=3)
+    x = torch.cat(list(generate(planned, range(140), torch.arange(140) % 10, batch_size=70))).clamp(-1, 1)
     features = make_features("digits_classifier")
     reference = gaussian_of(features, load_data("digits", split="test").tensors()["x"])
     result = done.results["euler-b__3"]
@@ -156,7 +156,7 @@ def test_a_start_needs_statistics_and_counts_no_evaluation(model, tmp_path):
     outcome = reproduce(table(str(mine), **small), tmp_path / "t", device=CPU)
     assert sorted(outcome.results) == ["named__2", "plain__2"]
     assert {need.path for need in outcome.missing} == {str(tmp_path / "m.statistics.safetensors")}
-    assert outcome.missing[0].get == f"python scripts/gaussian_stats.py model={mine} beside=true"
+    assert outcome.missing[0].get == f"diffdistill gaussian-stats model={mine} beside=true"
     save_gaussian(load_gaussian("digits-teacher"), tmp_path / "m.statistics.safetensors")
     text = dry_run(table(str(mine), **small), tmp_path / "t", device=CPU)
     assert "to do    GITS, nfe 2: 2 evaluations an image" in text and "done     Named" in text

@@ -126,7 +126,7 @@ def test_bad_configs(changes, error, message):
 
 
 def test_a_table_names_the_command_that_makes_it():
-    assert Table.from_dict("t", config()).made_by == "python scripts/reproduce.py table=t"
+    assert Table.from_dict("t", config()).made_by == "diffdistill reproduce table=t"
     assert Table.from_dict("t", config(command="make t")).made_by == "make t"
 
 

@@ -43,4 +43,5 @@ class HeldRows(Rows):
 
 def settings(**changes):
     values = {"updates": 23, "batch_size": 12, "log_every": 5, "checkpoint_every": 6, "device": "cpu", "warmup": 3}
+    values["precision"] = "fp32"
     return TrainerConfig.from_dict({**values, "decay": "cosine", "ema_half_life": 40.0, "clip": 1.0, **changes})

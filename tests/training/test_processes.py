@@ -83,11 +83,11 @@ def work(folder):
     train(folder / "frozen", parallel="fsdp", updates=2, frozen=True)
     results["frozen"] = train(folder / "frozen", parallel="fsdp", updates=4, frozen=True)
     results["full disk"] = full_disk(folder / "full disk")
-    scheme = plan(tiny_denoiser(), num_steps=3)
-    results["samples"] = draw_to(folder / "parts", scheme, range(5, 12), LABELS, batch_size=2).x
+    planned = plan(tiny_denoiser(), num_steps=3)
+    results["samples"] = draw_to(folder / "parts", planned, range(5, 12), LABELS, batch_size=2).x
     results["errors"] = [
         message(lambda: train(folder / "odd", batch_size=3)),
-        message(lambda: draw_to(folder / "few", scheme, range(1), None)),
+        message(lambda: draw_to(folder / "few", planned, range(1), None)),
     ]
     results["gradients"] = averaged_gradients()
     results["finished"] = seen_finished(folder / "mark")
@@ -341,9 +341,9 @@ def test_rows_that_do_not_divide_are_read_back(four):
 
 
 def test_samples_do_not_depend_on_the_number_of_processes(one, two, four):
-    scheme, threads = plan(tiny_denoiser(), num_steps=3), torch.get_num_threads()
+    planned, threads = plan(tiny_denoiser(), num_steps=3), torch.get_num_threads()
     torch.set_num_threads(1)  # as each of the two has: convolutions round differently on several
-    alone = draw_to(one[0] / "alone", scheme, range(5, 12), LABELS, batch_size=2).x
+    alone = draw_to(one[0] / "alone", planned, range(5, 12), LABELS, batch_size=2).x
     torch.set_num_threads(threads)
     for found in (*two, *four):
         assert torch.equal(found["samples"], alone)

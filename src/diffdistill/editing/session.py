@@ -1,4 +1,4 @@
-"""Edits of pictures by a model, whether it works on pixels or on latents: what `scripts/edit.py` offers."""
+"""Edits of pictures by a model, whether it works on pixels or on latents: what `diffdistill edit` offers."""
 
 from __future__ import annotations
 

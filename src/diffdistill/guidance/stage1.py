@@ -7,12 +7,12 @@ from collections.abc import Callable, Mapping
 import torch
 from torch import Tensor
 
-from diffdistill.denoiser import Denoiser, per_sample
+from diffdistill.denoiser import Denoiser
 from diffdistill.models import ClassifierFreeGuidance, GuidanceConditioned
 from diffdistill.training.conditions import condition_of
-from diffdistill.training.noise_levels import NoiseLevels
+from diffdistill.training.noise_levels import NoiseLevels, add_noise
 from diffdistill.training.objective import Loss, Objective
-from diffdistill.training.randomness import draw_w, normal_like
+from diffdistill.training.randomness import draw_w
 from diffdistill.training.weighting import weighted_error
 
 
@@ -56,7 +56,7 @@ class GuidanceDistillation(Objective):
         x, y = batch["x"], condition_of(batch, self.teacher)
         sigma = self.noise_levels(len(x), generator)
         w = draw_w(self.w_range, len(x), generator)
-        noisy = x + per_sample(sigma, x) * normal_like(x, generator)
+        noisy = add_noise(x, sigma, generator)
         with torch.no_grad():
             target = ClassifierFreeGuidance(self.teacher, w)(noisy, sigma, y)
         prediction = GuidanceConditioned(self.trained, w)(noisy, sigma, y)

@@ -16,7 +16,7 @@ from diffdistill.denoiser import Denoiser
 from diffdistill.interop.containers.checkpoints import open_checkpoint, read_arrays
 from diffdistill.interop.containers.records import ForeignFileError, UnsafePickleError
 from diffdistill.interop.formats.adm import read_adm
-from diffdistill.interop.formats.building import Found
+from diffdistill.interop.formats.building import ForeignModel
 from diffdistill.interop.formats.edm import find_module, read_edm
 from diffdistill.interop.formats.ldm import holds_latent_diffusion, read_ldm
 from diffdistill.interop.formats.unets import Hints
@@ -25,7 +25,7 @@ from diffdistill.models.storage import MODEL
 
 __all__ = [
     "ForeignFileError",
-    "Found",
+    "ForeignModel",
     "Hints",
     "UnsafePickleError",
     "open_checkpoint",
@@ -34,7 +34,7 @@ __all__ = [
 ]
 
 
-def read_foreign(path: str | os.PathLike[str], hints: Hints | None = None) -> Found:
+def read_foreign(path: str | os.PathLike[str], hints: Hints | None = None) -> ForeignModel:
     """Read a checkpoint of another project: EDM, AMED, ADM, consistency models or latent diffusion.
 
     What it is follows from its content, not from its name. Nothing of it is executed, and what is allocated is bounded

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from diffdistill.denoiser import Denoiser
+from diffdistill.devices import channels_last as to_channels_last
 from diffdistill.models import Wrapper
 from diffdistill.solvers.features import FeatureTap
 
@@ -39,7 +40,7 @@ def accelerated(
         ValueError: `cuda_graph` without a GPU.
     """
     if channels_last:
-        denoiser.to(memory_format=torch.channels_last)  # pyright: ignore[reportCallIssue]
+        to_channels_last(denoiser)
     if compile:
         denoiser = Compiled(denoiser)
     return CudaGraphs(denoiser) if cuda_graph else denoiser
@@ -54,9 +55,7 @@ class _OneFunction(Wrapper):
 
     def __init__(self, denoiser: Callable[..., Tensor]) -> None:
         super().__init__(denoiser)
-        self.cost, self.w_range = getattr(denoiser, "cost", 1), getattr(denoiser, "w_range", None)
-        if hasattr(denoiser, "w"):
-            self.w: Any = getattr(denoiser, "w")  # noqa: B009 (a callable has no such attribute, a guided denoiser has)
+        self.cost, self.w, self.w_range = self.denoiser.cost, self.denoiser.w, self.denoiser.w_range
         inner = super().bottleneck
         self._stand_in = nn.Identity()
         self._tap = None if inner is None else FeatureTap(inner)

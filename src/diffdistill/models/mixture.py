@@ -15,7 +15,8 @@ class GaussianMixture(Denoiser):
 
     With `p_k(x) ~ w_k N(x; m_k, (v_k + sigma^2) I)`,
     `D(x, sigma) = sum_k p_k(x) (v_k x + sigma^2 m_k) / (v_k + sigma^2)`.
-    Computed in float64 whatever the dtype of `x`, which the result takes.
+    Computed in float64 whatever the dtype of `x`, which the result takes. Two products of `[B, D]` with `[D, K]` are
+    the cost, and `[B, K]` the memory.
 
     Args:
         weights: `[K]`, positive; normalised to sum 1.
@@ -78,16 +79,19 @@ class GaussianMixture(Denoiser):
         """Denoise `x: [B, ...]` at `sigma: [B]`, given class labels `[B]` or None; -1 stands for no class."""
         if x.shape[1:] != self.data_shape:
             raise ValueError(f"this mixture is of data {list(self.data_shape)}, not {list(x.shape[1:])}")
-        points, means = x.to(torch.float64).flatten(1), self.means.flatten(1)
+        means = self.means.flatten(1)
+        centre = means.mean(0)
+        points, offsets = x.to(torch.float64).flatten(1) - centre, means - centre
         if sigma.shape != (len(x),):
             raise ValueError(f"expected one value per sample, shape [{len(x)}], but got shape {list(sigma.shape)}")
         noise = sigma.to(torch.float64)[:, None] ** 2
         variance = self.variances + noise
-        distance = (points[:, None] - means).square().sum(2)
+        # |x - m|^2 by one product: differences of all pairs would be [B, K, D]. Around the centre it keeps its digits.
+        distance = points.square().sum(1, keepdim=True) - 2 * points @ offsets.mT + offsets.square().sum(1)
         log_p = self._log_weights(cond) - distance / (2 * variance) - variance.log() * (points.shape[1] / 2)
         p = log_p.softmax(1)
         kept = (p * self.variances / variance).sum(1, keepdim=True)
-        denoised = kept * points + (p * noise / variance) @ means
+        denoised = centre + kept * points + (p * noise / variance) @ offsets
         return denoised.view(x.shape).to(x.dtype)
 
     def sample_data(self, n: int, *, generator: torch.Generator | None = None, cond: Tensor | None = None) -> Tensor:

@@ -70,12 +70,15 @@ class NetworkDenoiser(Denoiser):
         self.w_range = None if w_range is None else (float(w_range[0]), float(w_range[1]))
         self.flow_map = bool(getattr(network, "s_channels", 0))
         self.distilled = distilled
-        self.config: dict[str, Any] | None = None
         self.register_buffer("classes", torch.arange(num_classes), persistent=False)
 
     @property
     def bottleneck(self) -> nn.Module | None:
         return getattr(self.model, "bottleneck", None)
+
+    @property
+    def table(self) -> Tensor | None:
+        return getattr(self.preconditioning, "table", None)
 
     @property
     def codec(self) -> Codec | None:

@@ -186,7 +186,7 @@ class IDDPM(EpsPrediction):
         super().__init__(table=iddpm_table(c1=c1, c2=c2, steps=steps), noise_level=noise_level)
 
 
-class Flow(Preconditioning):
+class RectifiedFlow(Preconditioning):
     """Rectified flow: the network predicts `n - x0` at `x_flow = (1 - t) x0 + t n` (Liu et al. 2023).
 
     With `x = x0 + sigma n`, `t = sigma / (1 + sigma)` and `x_flow = x / (1 + sigma)`.
@@ -212,6 +212,26 @@ class Flow(Preconditioning):
         return self.time_scale * sigma / (1 + sigma)
 
 
+class Denoised(Preconditioning):
+    """Networks that are denoisers themselves: given x and sigma, they answer x0."""
+
+    def __init__(self, *, sigma_data: float = 0.5) -> None:
+        super().__init__()
+        self.sigma_data = sigma_data
+
+    def c_skip(self, sigma: Tensor) -> Tensor:
+        return torch.zeros_like(sigma)
+
+    def c_out(self, sigma: Tensor) -> Tensor:
+        return torch.ones_like(sigma)
+
+    def c_in(self, sigma: Tensor) -> Tensor:
+        return torch.ones_like(sigma)
+
+    def c_noise(self, sigma: Tensor) -> Tensor:
+        return sigma
+
+
 PRECONDITIONINGS: dict[str, Callable[..., Preconditioning]] = {
     "edm": EDM,
     "vp": VP,
@@ -220,7 +240,8 @@ PRECONDITIONINGS: dict[str, Callable[..., Preconditioning]] = {
     "eps": EpsPrediction,
     "v": VPrediction,
     "x0": X0Prediction,
-    "flow": Flow,
+    "flow": RectifiedFlow,
+    "denoised": Denoised,
 }
 
 

@@ -7,8 +7,8 @@ from dataclasses import replace
 from torch import Tensor
 
 from diffdistill.denoiser import per_sample
-from diffdistill.solvers import Correction, Euler, Evaluation, Interval, ProbabilityFlow
-from diffdistill.solvers.step import History
+from diffdistill.solvers import Euler
+from diffdistill.solvers.step import Step
 
 
 class StochasticEuler(Euler):
@@ -20,21 +20,9 @@ class StochasticEuler(Euler):
 
     stochastic = True
 
-    def step(
-        self,
-        flow: ProbabilityFlow,
-        x: Tensor,
-        interval: Interval,
-        history: History = (),
-        *,
-        evaluation: Evaluation | None = None,
-        correction: Correction | None = None,
-        noise: Tensor | None = None,
-    ) -> tuple[Tensor, History]:
-        """As `Solver.step`; `noise` is needed in all steps but the last."""
-        after = interval.sigma_after
+    def update(self, step: Step) -> Tensor:
+        after = step.interval.sigma_after
         if after is None:
-            return super().step(flow, x, interval, history, evaluation=evaluation, correction=correction)
-        noise, longer = self.check_noise(noise), replace(interval, sigma_next=after)
-        x, history = super().step(flow, x, longer, history, evaluation=evaluation, correction=correction)
-        return x + per_sample((interval.sigma_next**2 - after**2).sqrt(), x) * noise, history
+            return super().update(step)
+        x = super().update(replace(step, interval=replace(step.interval, sigma_next=after)))
+        return x + per_sample((step.interval.sigma_next**2 - after**2).sqrt(), x) * step.fresh

@@ -10,11 +10,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from diffdistill.denoiser import Denoiser, spread_labels
-from diffdistill.devices import device_of
+from diffdistill.denoiser import Denoiser, Distilled, spread_labels
+from diffdistill.devices import device_of, native_bf16
 from diffdistill.learned.storage import load_predictor
 from diffdistill.models import guided
 from diffdistill.progressive.stochastic import StochasticEuler
+from diffdistill.registry import choose
 from diffdistill.solvers import (
     Euler,
     GaussianStart,
@@ -25,6 +26,7 @@ from diffdistill.solvers import (
     seeded_noise,
     shipped_gaussians,
 )
+from diffdistill.training.inputs import inputs_of
 
 WARM_UP_SAMPLES = 256
 """Trajectories from which GITS chooses a schedule (Chen et al. 2024, Section 4)."""
@@ -59,8 +61,20 @@ class Plan:
 
     def pictures(self, x: Tensor) -> Tensor:
         """What was sampled, `[B, ...]`, as images: the latents of a latent model are decoded."""
-        codec = getattr(self.denoiser, "codec", None)
+        codec = self.denoiser.codec
         return x if codec is None else codec.decode(x)
+
+
+def in_bf16(precision: str, device: torch.device) -> bool:
+    """Whether to sample in bf16: "bf16", or "auto" on a GPU that has instructions for it.
+
+    On a CPU "auto" is float32, where a seed gives the same image in batches of any size.
+
+    Raises:
+        ValueError: an unknown precision.
+    """
+    auto = device.type == "cuda" and native_bf16(device)
+    return choose("precision", precision, {"auto": auto, "fp32": False, "bf16": True})
 
 
 def schedule_for(denoiser: Denoiser, options: Mapping[str, Any]) -> Tensor:
@@ -71,9 +85,8 @@ def schedule_for(denoiser: Denoiser, options: Mapping[str, Any]) -> Tensor:
     given: dict[str, Any] = {"sigma_min": denoiser.sigma_min, "sigma_max": denoiser.sigma_max}
     if options["name"] == "flow":
         given = {}
-    table = getattr(getattr(denoiser, "preconditioning", None), "table", None)
-    if options["name"] in ("trailing", "discrete") and table is not None:
-        given["table"] = table.cpu()
+    if options["name"] in ("trailing", "discrete") and denoiser.table is not None:
+        given["table"] = denoiser.table.cpu()
     return make_schedule(**{**given, **options})
 
 
@@ -106,32 +119,62 @@ def plan(
         TypeError: an entry that a start does not have.
     """
     denoiser = model if w is None else guided(model, w)
-    own = model.distilled
-    if own is not None:
-        if own.sampler == "encoder":
-            raise ValueError("this student carries images to noise, not noise to images: editing encodes with it")
-        if num_steps not in (None, own.num_steps):
-            raise ValueError(f"num_steps={num_steps}: this student was distilled for {own.num_steps} steps only")
-        if solver is not None or schedule is not None or start is not None:
-            raise ValueError(
-                "a few-step student brings its own sampler and noise levels: leave out solver, schedule and start"
-            )
-        levels = torch.tensor(own.sigmas, dtype=torch.float64)
-        return Plan(denoiser, StochasticEuler() if own.sampler == "stochastic" else Euler(), levels)
-    if solver is not None and solver["name"] == "learned":
-        if schedule is not None or start is not None:
-            raise ValueError("a learned solver brings its own noise levels: leave out schedule and start")
-        learned = load_predictor(solver["predictor"], device=device_of(model))
-        learned.check(denoiser, num_steps=num_steps)
-        return Plan(denoiser, learned.solver, learned.sigmas, learned.gaussian_start(device=device_of(model)))
-    if num_steps is None:
-        raise ValueError("num_steps is missing: this model was not distilled to a number of steps, so choose one")
-    grid = {"num_steps": num_steps, **(schedule or {"name": "cosine", "sigma_min": 0.0})}
+    solver_options = solver or {"name": "euler"}
+    learned = solver_options["name"] == "learned"
+    _check_fit(model, learned=learned, solver=solver, schedule=schedule, num_steps=num_steps, start=start)
+    if model.distilled is not None:
+        return _student_plan(denoiser, model.distilled)
+    if learned:
+        return _learned_plan(denoiser, solver_options["predictor"], num_steps)
     begin = None if start is None else start_for(model, start)
-    if begin is not None and grid.setdefault("sigma_max", begin.sigma) != begin.sigma:
-        raise ValueError(f"a start at sigma = {begin.sigma:g} is where the schedule begins: leave out its sigma_max")
-    sigmas, spent = _gits(denoiser, grid, begin) if grid["name"] == "gits" else (schedule_for(model, grid), 0)
-    return Plan(denoiser, make_solver(**(solver or {"name": "euler"})), sigmas, begin, preparation_nfe=spent)
+    grid = {"num_steps": num_steps, **(schedule or {"name": "cosine", "sigma_min": 0.0})}
+    return _scheduled_plan(denoiser, solver_options, grid, begin)
+
+
+def _check_fit(
+    model: Denoiser,
+    *,
+    learned: bool,
+    solver: Mapping[str, Any] | None,
+    schedule: Mapping[str, Any] | None,
+    num_steps: int | None,
+    start: float | Mapping[str, Any] | None,
+) -> None:
+    """Refuse what students and learned solvers bring themselves, and a missing number of steps elsewhere."""
+    own = model.distilled
+    if own is not None and own.sampler == "encoder":
+        raise ValueError("this student carries images to noise, not noise to images: editing encodes with it")
+    if own is not None and num_steps not in (None, own.num_steps):
+        raise ValueError(f"num_steps={num_steps}: this student was distilled for {own.num_steps} steps only")
+    if own is not None and any(option is not None for option in (solver, schedule, start)):
+        raise ValueError(
+            "a few-step student brings its own sampler and noise levels: leave out solver, schedule and start"
+        )
+    if learned and (schedule is not None or start is not None):
+        raise ValueError("a learned solver brings its own noise levels: leave out schedule and start")
+    if num_steps is None and own is None and not learned:
+        raise ValueError("num_steps is missing: this model was not distilled to a number of steps, so choose one")
+
+
+def _student_plan(denoiser: Denoiser, own: Distilled) -> Plan:
+    levels = torch.tensor(own.sigmas, dtype=torch.float64)
+    return Plan(denoiser, StochasticEuler() if own.sampler == "stochastic" else Euler(), levels)
+
+
+def _learned_plan(denoiser: Denoiser, predictor: str, num_steps: int | None) -> Plan:
+    device = device_of(denoiser)
+    learned = load_predictor(predictor, device=device)
+    learned.check(denoiser, num_steps=num_steps)
+    return Plan(denoiser, learned.solver, learned.sigmas, learned.gaussian_start(device=device))
+
+
+def _scheduled_plan(
+    denoiser: Denoiser, solver: Mapping[str, Any], grid: dict[str, Any], start: GaussianStart | None
+) -> Plan:
+    if start is not None and grid.setdefault("sigma_max", start.sigma) != start.sigma:
+        raise ValueError(f"a start at sigma = {start.sigma:g} is where the schedule begins: leave out its sigma_max")
+    sigmas, spent = _gits(denoiser, grid, start) if grid["name"] == "gits" else (schedule_for(denoiser, grid), 0)
+    return Plan(denoiser, make_solver(**solver), sigmas, start, preparation_nfe=spent)
 
 
 def start_for(model: Denoiser, start: float | Mapping[str, Any]) -> GaussianStart:
@@ -150,7 +193,7 @@ def start_for(model: Denoiser, start: float | Mapping[str, Any]) -> GaussianStar
         if given not in shipped_gaussians() and not Path(given).is_file():
             raise ValueError(
                 f"an analytic start needs statistics of the model's data, but there is no {given!r}: make them with "
-                "scripts/gaussian_stats.py, or name others by start.statistics"
+                "diffdistill gaussian-stats, or name others by start.statistics"
             )
     statistics = load_gaussian(given, device=device_of(model))
     if statistics.data_shape != tuple(model.data_shape) or len({0, statistics.num_classes, model.num_classes}) > 2:
@@ -165,6 +208,14 @@ def statistics_of(model: str) -> str:
     """The statistics of the data of a model, by its name or file: those shipped, or `NAME.statistics.safetensors`."""
     path = Path(model, "model") if Path(model).is_dir() else Path(model)
     return model if model in shipped_gaussians() else str(path.with_name(f"{path.stem}.statistics.safetensors"))
+
+
+def sampling_inputs(settings: Mapping[str, Any]) -> dict[str, list[Path]]:
+    """The files that sampling reads, as `Run` takes them: those named, and the statistics beside a model."""
+    found, start = inputs_of(settings), settings.get("start")
+    if start is not None and "start.statistics" not in found:
+        found |= inputs_of({"statistics": statistics_of(settings["model"])})
+    return found
 
 
 def _gits(denoiser: Denoiser, options: Mapping[str, Any], start: GaussianStart | None) -> tuple[Tensor, int]:

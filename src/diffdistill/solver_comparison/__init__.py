@@ -1,8 +1,8 @@
 """Solvers on one denoiser, side by side."""
 
-from diffdistill.solver_comparison.candidates import Candidate, Grid, learned_candidate, num_steps_for, title
-from diffdistill.solver_comparison.contest import Row, best, compare, entries, measure
+from diffdistill.solver_comparison.candidates import Candidate, Grid, learned_candidate, num_steps_for, predictor_name
 from diffdistill.solver_comparison.problem import Problem, reference_endpoints
+from diffdistill.solver_comparison.ranking import Row, best, compare, entries, measure
 
 __all__ = [
     "Candidate",
@@ -15,6 +15,6 @@ __all__ = [
     "learned_candidate",
     "measure",
     "num_steps_for",
+    "predictor_name",
     "reference_endpoints",
-    "title",
 ]

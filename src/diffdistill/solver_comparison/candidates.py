@@ -123,7 +123,7 @@ class Grid:
         return make_schedule(**options, num_steps=num_steps), begin
 
 
-def title(predictor: str) -> str:
+def predictor_name(predictor: str) -> str:
     """The name of a predictor: that of its file, or of the run that it is the result of."""
     path = Path(predictor).absolute()
     return path.parent.name if path.stem == "predictor" else path.stem
@@ -138,7 +138,7 @@ def learned_candidate(predictor: str, denoiser: Any) -> Candidate:
     learned = load_predictor(predictor)
     learned.check(denoiser)
     return Candidate(
-        title(predictor).removesuffix(f"-{learned.nfe}nfe"),
+        predictor_name(predictor).removesuffix(f"-{learned.nfe}nfe"),
         learned.solver,
         learned.sigmas,
         learned.gaussian_start(),

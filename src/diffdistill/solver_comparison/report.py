@@ -11,7 +11,7 @@ from typing import Any
 
 from diffdistill.metrics.text import grid_of, number
 from diffdistill.pictures import name_lines, save_figure
-from diffdistill.solver_comparison.contest import Row
+from diffdistill.solver_comparison.ranking import Row
 
 WORDS = ("solver", "schedule")
 """Columns that are not numbers."""

@@ -39,7 +39,7 @@ from diffdistill.solvers.schedules import (
     time_uniform,
     trailing,
 )
-from diffdistill.solvers.step import Correction, Evaluation, Interval, intervals
+from diffdistill.solvers.step import Correction, Evaluation, Interval, Step, intervals
 from diffdistill.solvers.unipc import UniPC
 
 SOLVERS: dict[str, type[Solver]] = {
@@ -136,6 +136,7 @@ __all__ = [
     "SampleNoise",
     "Solver",
     "StartChoice",
+    "Step",
     "TabulatedPredictor",
     "Trajectory",
     "UniPC",

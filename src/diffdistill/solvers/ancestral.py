@@ -8,8 +8,7 @@ from torch import Tensor
 
 from diffdistill.denoiser import per_sample
 from diffdistill.solvers.euler import Euler
-from diffdistill.solvers.flow import ProbabilityFlow
-from diffdistill.solvers.step import AFS, Correction, Evaluation, History, Interval
+from diffdistill.solvers.step import AFS, Step
 
 
 class EulerAncestral(Euler):
@@ -30,20 +29,9 @@ class EulerAncestral(Euler):
             raise ValueError(f"eta must be in [0, 1], but is {eta}")
         self.eta = eta
 
-    def step(
-        self,
-        flow: ProbabilityFlow,
-        x: Tensor,
-        interval: Interval,
-        history: History = (),
-        *,
-        evaluation: Evaluation | None = None,
-        correction: Correction | None = None,
-        noise: Tensor | None = None,
-    ) -> tuple[Tensor, History]:
-        noise = self.check_noise(noise)
-        sigma_next = interval.sigma_next
-        fresh = 1 - (sigma_next / interval.sigma) ** 2
-        down = replace(interval, sigma_next=sigma_next * (1 - self.eta**2 * fresh).sqrt())
-        x, history = super().step(flow, x, down, history, evaluation=evaluation, correction=correction)
-        return x + per_sample(self.eta * sigma_next * fresh.sqrt(), x) * noise, history
+    def update(self, step: Step) -> Tensor:
+        sigma, sigma_next = step.interval.sigma, step.interval.sigma_next
+        gone = 1 - (sigma_next / sigma) ** 2
+        down = replace(step.interval, sigma_next=sigma_next * (1 - self.eta**2 * gone).sqrt())
+        x = super().update(replace(step, interval=down))
+        return x + per_sample(self.eta * sigma_next * gone.sqrt(), x) * step.fresh

@@ -7,12 +7,13 @@ A solver integrates the probability-flow ODE `dx/dsigma = eps(x, sigma) = (x - D
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from dataclasses import replace
 from typing import Literal
 
 from torch import Tensor
 
 from diffdistill.solvers.flow import ProbabilityFlow
-from diffdistill.solvers.step import AFS, Correction, Evaluation, History, Interval
+from diffdistill.solvers.step import AFS, AS_PUBLISHED, Correction, Evaluation, History, Interval, Step
 
 
 class Solver(ABC):
@@ -68,44 +69,31 @@ class Solver(ABC):
         Raises:
             TypeError: a correction for a solver that takes none.
         """
-        if correction is not None and not self.takes_correction:
+        return self.take(Step(flow, x, interval, history, evaluation, correction or AS_PUBLISHED, noise))
+
+    def take(self, step: Step) -> tuple[Tensor, History]:
+        """Evaluate, unless that was done, and update; solvers around solvers override this. See `step`."""
+        if step.correction is not AS_PUBLISHED and not self.takes_correction:
             raise TypeError(f"{type(self).__name__} takes no correction: none of its stages has a free place")
-        if evaluation is None:
-            evaluation = self.evaluate(flow, x, interval, correction)
-        if interval.to_zero:
-            return evaluation.denoised, ()
-        evaluation = self.correct(evaluation, interval, history)
-        x_next = self.update(flow, evaluation, interval, history, correction)
-        kept = (*history, evaluation)[-self.memory :] if self.memory else ()
+        step = replace(step, given=step.given or self.evaluate(step))
+        if step.interval.to_zero:
+            return step.evaluation.denoised, ()
+        evaluation = self.correct(step)
+        x_next = self.update(replace(step, x=evaluation.x, given=evaluation))
+        kept = (*step.history, evaluation)[-self.memory :] if self.memory else ()
         return x_next, kept
 
-    def evaluate(
-        self, flow: ProbabilityFlow, x: Tensor, interval: Interval, correction: Correction | None = None
-    ) -> Evaluation:
+    def evaluate(self, step: Step) -> Evaluation:
         """The first evaluation of a step: the network's, or the analytical one."""
-        if self.afs and interval.index == 0:
-            return flow.analytic(x, interval.sigma, gaussian=self.afs == "gaussian")
-        if correction is not None and self.stages == 1:
-            return flow(x, interval.sigma, scale_time=correction.scale_time)
-        return flow(x, interval.sigma)
+        if self.afs and step.interval.index == 0:
+            return step.flow.analytic(step.x, step.interval.sigma, gaussian=self.afs == "gaussian")
+        scale_time = step.correction.scale_time if self.stages == 1 else None
+        return step.flow(step.x, step.interval.sigma, scale_time=scale_time)
 
-    def check_noise(self, noise: Tensor | None) -> Tensor:
-        """Return the noise of a stochastic step; a `ValueError` if there is none."""
-        if noise is None:
-            raise ValueError(f"{type(self).__name__} is stochastic: pass noise, standard normal in the shape of x")
-        return noise
-
-    def correct(self, evaluation: Evaluation, interval: Interval, history: History) -> Evaluation:
+    def correct(self, step: Step) -> Evaluation:
         """Improve the point just evaluated before stepping on; predictor-corrector solvers override this."""
-        return evaluation
+        return step.evaluation
 
     @abstractmethod
-    def update(
-        self,
-        flow: ProbabilityFlow,
-        evaluation: Evaluation,
-        interval: Interval,
-        history: History,
-        correction: Correction | None,
-    ) -> Tensor:
-        """Return the state at `interval.sigma_next`. The formula of the solver, and nothing else."""
+    def update(self, step: Step) -> Tensor:
+        """Return the state at `step.sigma_next`: the formula of the solver, on `step.evaluation`, and nothing else."""

@@ -12,11 +12,10 @@ import torch
 from torch import Tensor
 
 from diffdistill.registry import choose
-from diffdistill.solvers.flow import ProbabilityFlow
 from diffdistill.solvers.levels import Level, plain
 from diffdistill.solvers.multistep import Multistep
 from diffdistill.solvers.schedules import vp_betas
-from diffdistill.solvers.step import AFS, Correction, Evaluation, History, Interval, weighted_sum
+from diffdistill.solvers.step import AFS, Step, weighted_sum
 
 # The VP process whose time tAB-DEIS interpolates in; the range is EDM's, whatever levels a schedule visits.
 BETA_D, BETA_MIN = vp_betas(0.002, 80.0)
@@ -104,15 +103,7 @@ class DEIS(Multistep):
         super().__init__(order=order, afs=afs)
         self.quadrature = choose("mode", mode, MODES)
 
-    def update(
-        self,
-        flow: ProbabilityFlow,
-        evaluation: Evaluation,
-        interval: Interval,
-        history: History,
-        correction: Correction | None,
-    ) -> Tensor:
-        past = self.newest(evaluation, history, self.order_at(interval, history))
-        weights = adams_weights(self.quadrature, interval.ends[1], [plain(e.sigma) for e in past])
-        scale = None if correction is None else correction.scale_dir
-        return weighted_sum(evaluation.x, None, weights, [e.eps for e in past], scale=scale)
+    def update(self, step: Step) -> Tensor:
+        past = self.past(step)
+        weights = adams_weights(self.quadrature, step.sigma_next, [plain(e.sigma) for e in past])
+        return weighted_sum(step.x, None, weights, [e.eps for e in past], scale=step.correction.scale_dir)

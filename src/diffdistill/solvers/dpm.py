@@ -8,15 +8,13 @@ from torch import Tensor
 
 from diffdistill.solvers.base import Solver
 from diffdistill.solvers.exponential import FORMS, Form
-from diffdistill.solvers.flow import ProbabilityFlow
 from diffdistill.solvers.levels import Level
-from diffdistill.solvers.step import AFS, Correction, Evaluation, History, Interval
+from diffdistill.solvers.step import AFS, Step
 
 
-def _level(interval: Interval, place: Level) -> Level:
+def _level(step: Step, place: Level) -> Level:
     """The noise level at `place` in (0, 1] of the step, on a log grid."""
-    sigma, sigma_next = interval.ends
-    return sigma_next**place * sigma ** (1 - place)
+    return step.sigma_next**place * step.sigma ** (1 - place)
 
 
 class DPM2(Solver):
@@ -39,27 +37,18 @@ class DPM2(Solver):
             raise ValueError(f"r must be in (0, 1], but is {r}")
         self.r = r
 
-    def update(
-        self,
-        flow: ProbabilityFlow,
-        evaluation: Evaluation,
-        interval: Interval,
-        history: History,
-        correction: Correction | None,
-    ) -> Tensor:
-        learned = correction or Correction()
+    def update(self, step: Step) -> Tensor:
+        learned = step.correction
         r = self.r if learned.r is None else learned.r
-        x, start = evaluation.x, self.form.output(evaluation)
-        sigma_mid = _level(interval, r)
-        sigma, sigma_next = interval.ends
-        linear = self.form.linear(sigma, sigma_mid)
-        x_mid = linear.advance(x, linear.psi(1), [start], learned.scale_first)
-        middle = self.form.output(flow(x_mid, sigma_mid, scale_time=learned.scale_time))
+        start, sigma_mid = self.form.output(step.evaluation), _level(step, r)
+        linear = self.form.linear(step.sigma, sigma_mid)
+        x_mid = linear.advance(step.x, linear.psi(1), [start], learned.scale_first)
+        middle = self.form.output(step.flow(x_mid, sigma_mid, scale_time=learned.scale_time))
 
-        linear = self.form.linear(sigma, sigma_next)
+        linear = self.form.linear(step.sigma, step.sigma_next)
         (psi,) = linear.psi(1)
         slope = psi * (0.5 / r)
-        return linear.advance(x, [psi - slope, slope], [start, middle], learned.scale_dir)
+        return linear.advance(step.x, [psi - slope, slope], [start, middle], learned.scale_dir)
 
 
 class DPMpp2S(DPM2):
@@ -79,28 +68,21 @@ class DPM3(Solver):
     takes_correction = False
     form: ClassVar[Form] = FORMS["eps"]
 
-    def update(
-        self,
-        flow: ProbabilityFlow,
-        evaluation: Evaluation,
-        interval: Interval,
-        history: History,
-        correction: Correction | None,
-    ) -> Tensor:
-        x, start, (sigma, sigma_next) = evaluation.x, self.form.output(evaluation), interval.ends
+    def update(self, step: Step) -> Tensor:
+        start, flow = self.form.output(step.evaluation), step.flow
         r1, r2 = 1 / 3, 2 / 3
-        sigma_1, sigma_2 = _level(interval, r1), _level(interval, r2)
+        sigma_1, sigma_2 = _level(step, r1), _level(step, r2)
 
-        x_1 = self._stage(x, sigma, sigma_1, [start])
-        x_2 = self._stage(x, sigma, sigma_2, [start, self.form.output(flow(x_1, sigma_1))], r2 / r1)
-        return self._stage(x, sigma, sigma_next, [start, self.form.output(flow(x_2, sigma_2))], 1 / r2)
+        x_1 = self._stage(step, sigma_1, [start])
+        x_2 = self._stage(step, sigma_2, [start, self.form.output(flow(x_1, sigma_1))], r2 / r1)
+        return self._stage(step, step.sigma_next, [start, self.form.output(flow(x_2, sigma_2))], 1 / r2)
 
-    def _stage(self, x: Tensor, sigma: Level, sigma_next: Level, outputs: list[Tensor], stretch: float = 1) -> Tensor:
+    def _stage(self, step: Step, sigma_next: Level, outputs: list[Tensor], stretch: float = 1) -> Tensor:
         """The state at `sigma_next`, with the slope `stretch` times the difference of two answers if there are two."""
-        linear = self.form.linear(sigma, sigma_next)
+        linear = self.form.linear(step.sigma, sigma_next)
         psi = linear.psi(len(outputs))
         weights = psi if len(outputs) == 1 else [psi[0] - stretch * psi[1], stretch * psi[1]]
-        return linear.advance(x, weights, outputs)
+        return linear.advance(step.x, weights, outputs)
 
 
 class DPMpp3S(DPM3):

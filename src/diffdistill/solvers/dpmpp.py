@@ -8,9 +8,8 @@ from torch import Tensor
 
 from diffdistill.registry import choose
 from diffdistill.solvers.exponential import choose_form
-from diffdistill.solvers.flow import ProbabilityFlow
 from diffdistill.solvers.multistep import Multistep
-from diffdistill.solvers.step import AFS, Correction, Evaluation, History, Interval
+from diffdistill.solvers.step import AFS, Step
 
 # The second derivative over a step is twice the second divided difference; the published update leaves out the 2.
 SECOND_DERIVATIVE = {"published": 1.0, "exact": 2.0}
@@ -42,17 +41,9 @@ class DPMpp(Multistep):
         self.form = choose_form(prediction)
         self.second_derivative = choose("third_order", third_order, SECOND_DERIVATIVE)
 
-    def update(
-        self,
-        flow: ProbabilityFlow,
-        evaluation: Evaluation,
-        interval: Interval,
-        history: History,
-        correction: Correction | None,
-    ) -> Tensor:
-        order = self.order_at(interval, history)
-        past = self.newest(evaluation, history, order)
-        linear = self.form.linear(*interval.ends)
+    def update(self, step: Step) -> Tensor:
+        past = self.past(step)
+        order, linear = len(past), self.form.linear(step.sigma, step.sigma_next)
         psi = linear.psi(1 if order == 2 else order)
         weights = [psi[0]]
         if order > 1:
@@ -68,6 +59,4 @@ class DPMpp(Multistep):
                 second = (psi[1] * r0 + self.second_derivative * psi[2]) / total
                 d0, d1 = (psi[1] + second) / r0, second / r1
                 weights = [psi[0] + d0, -d0 - d1, d1]
-        scale = None if correction is None else correction.scale_dir
-        outputs = [self.form.output(e) for e in past]
-        return linear.advance(evaluation.x, weights, outputs, scale)
+        return linear.advance(step.x, weights, [self.form.output(e) for e in past], step.correction.scale_dir)

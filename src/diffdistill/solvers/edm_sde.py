@@ -8,9 +8,8 @@ from dataclasses import replace
 from torch import Tensor
 
 from diffdistill.denoiser import per_sample
-from diffdistill.solvers.flow import ProbabilityFlow
 from diffdistill.solvers.heun import Heun
-from diffdistill.solvers.step import Correction, Evaluation, History, Interval
+from diffdistill.solvers.step import History, Step
 
 
 class EDMStochastic(Heun):
@@ -38,25 +37,13 @@ class EDMStochastic(Heun):
             raise ValueError(f"s_noise must not be negative, but is {s_noise}")
         self.churn, self.s_min, self.s_max, self.s_noise = churn, s_min, s_max, s_noise
 
-    def step(
-        self,
-        flow: ProbabilityFlow,
-        x: Tensor,
-        interval: Interval,
-        history: History = (),
-        *,
-        evaluation: Evaluation | None = None,
-        correction: Correction | None = None,
-        noise: Tensor | None = None,
-    ) -> tuple[Tensor, History]:
-        if evaluation is not None:
+    def take(self, step: Step) -> tuple[Tensor, History]:
+        if step.given is not None:
             raise ValueError("edm_sde evaluates at a raised noise level: it takes no evaluation")
-        noise = self.check_noise(noise)
-        sigma = interval.sigma
-        gamma = min(self.churn / interval.total, math.sqrt(2) - 1)
+        x, sigma = step.x, step.interval.sigma
+        gamma = min(self.churn / step.interval.total, math.sqrt(2) - 1)
         churned = sigma * ((sigma >= self.s_min) & (sigma <= self.s_max))  # 0 where nothing is added
         # sqrt(sigma_hat**2 - sigma**2), without a root whose gradient is infinite where nothing is added
         added = churned * (math.sqrt(gamma * (2 + gamma)) * self.s_noise)
-        sigma_hat = sigma + gamma * churned
-        x_hat = x + per_sample(added, x) * noise
-        return super().step(flow, x_hat, replace(interval, sigma=sigma_hat), history, correction=correction)
+        x_hat = x + per_sample(added, x) * step.fresh
+        return super().take(replace(step, x=x_hat, interval=replace(step.interval, sigma=sigma + gamma * churned)))

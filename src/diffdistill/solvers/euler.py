@@ -6,27 +6,18 @@ from torch import Tensor
 
 from diffdistill.denoiser import per_sample
 from diffdistill.solvers.base import Solver
-from diffdistill.solvers.flow import ProbabilityFlow
-from diffdistill.solvers.step import Correction, Evaluation, History, Interval, weighted_sum
+from diffdistill.solvers.step import Interval, Step, weighted_sum
 
 
 class Euler(Solver):
     """`x_next = x + (sigma_next - sigma) * eps = denoised + sigma_next * eps`. First order, one evaluation per step."""
 
-    def update(
-        self,
-        flow: ProbabilityFlow,
-        evaluation: Evaluation,
-        interval: Interval,
-        history: History,
-        correction: Correction | None,
-    ) -> Tensor:
-        sigma, sigma_next = interval.ends
+    def update(self, step: Step) -> Tensor:
         # From the denoised image, since from x = denoised + sigma eps digits are lost where sigma is large.
-        kept = sigma_next
-        if correction is not None and correction.scale_dir is not None:
-            kept = sigma + correction.scale_dir * (sigma_next - sigma)
-        return weighted_sum(evaluation.denoised, None, [kept], [evaluation.eps])
+        kept, scale = step.sigma_next, step.correction.scale_dir
+        if scale is not None:
+            kept = step.sigma + scale * (step.sigma_next - step.sigma)
+        return weighted_sum(step.evaluation.denoised, None, [kept], [step.evaluation.eps])
 
     @staticmethod
     def invert(x: Tensor, x_next: Tensor, interval: Interval) -> Tensor:

@@ -15,7 +15,7 @@ from diffdistill.solvers.flow import ProbabilityFlow
 from diffdistill.solvers.gaussian.start import GaussianStart
 from diffdistill.solvers.ipndm import IPNDM
 from diffdistill.solvers.schedules import check_num_steps, polynomial
-from diffdistill.solvers.step import History, intervals
+from diffdistill.solvers.step import History, Step, intervals
 
 # Each maps the points [N + 1, B, D] of the teacher, the slopes [N, B, D] there and the signed lengths [N, N + 1] of
 # Euler jumps from one level to another to the mean costs [N, N + 1] of these jumps.
@@ -115,7 +115,7 @@ def _teacher(
     """Points `[len(sigmas), B, D]` of the trajectories and the slopes `[len(sigmas) - 1, B, D]` there."""
     points, slopes = [x], []
     for interval in intervals(sigmas.tolist(), len(x), x.device):
-        evaluation = solver.evaluate(flow, x, interval)
+        evaluation = solver.evaluate(Step(flow, x, interval, history))
         slopes.append(evaluation.eps)
         x, history = solver.step(flow, x, interval, history, evaluation=evaluation)
         points.append(x)

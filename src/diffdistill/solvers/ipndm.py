@@ -11,10 +11,9 @@ from torch import Tensor
 
 from diffdistill.registry import choose
 from diffdistill.solvers.deis import MODES, adams_weights
-from diffdistill.solvers.flow import ProbabilityFlow
 from diffdistill.solvers.levels import Level, plain
 from diffdistill.solvers.multistep import Multistep
-from diffdistill.solvers.step import AFS, Correction, Evaluation, History, Interval, weighted_sum
+from diffdistill.solvers.step import AFS, Step, weighted_sum
 
 ADAMS_BASHFORTH = {
     1: (1.0,),
@@ -37,19 +36,10 @@ class IPNDM(Multistep):
     def __init__(self, *, order: int = 4, afs: AFS = False) -> None:
         super().__init__(order=order, afs=afs)
 
-    def update(
-        self,
-        flow: ProbabilityFlow,
-        evaluation: Evaluation,
-        interval: Interval,
-        history: History,
-        correction: Correction | None,
-    ) -> Tensor:
-        sigma, sigma_next = interval.ends
-        past = self.newest(evaluation, history, self.order_at(interval, history))
-        weights = [(sigma_next - sigma) * coefficient for coefficient in ADAMS_BASHFORTH[len(past)]]
-        scale = None if correction is None else correction.scale_dir
-        return weighted_sum(evaluation.x, None, weights, [e.eps for e in past], scale=scale)
+    def update(self, step: Step) -> Tensor:
+        past, h = self.past(step), step.sigma_next - step.sigma
+        weights = [h * coefficient for coefficient in ADAMS_BASHFORTH[len(past)]]
+        return weighted_sum(step.x, None, weights, [e.eps for e in past], scale=step.correction.scale_dir)
 
 
 class IPNDMV(Multistep):
@@ -68,18 +58,10 @@ class IPNDMV(Multistep):
         super().__init__(order=order, afs=afs)
         self.coefficients = choose("coefficients", coefficients, COEFFICIENTS)
 
-    def update(
-        self,
-        flow: ProbabilityFlow,
-        evaluation: Evaluation,
-        interval: Interval,
-        history: History,
-        correction: Correction | None,
-    ) -> Tensor:
-        past = self.newest(evaluation, history, self.order_at(interval, history))
-        weights = self.coefficients(interval.ends[1], [plain(e.sigma) for e in past])
-        scale = None if correction is None else correction.scale_dir
-        return weighted_sum(evaluation.x, None, weights, [e.eps for e in past], scale=scale)
+    def update(self, step: Step) -> Tensor:
+        past = self.past(step)
+        weights = self.coefficients(step.sigma_next, [plain(e.sigma) for e in past])
+        return weighted_sum(step.x, None, weights, [e.eps for e in past], scale=step.correction.scale_dir)
 
 
 def _published(sigma_next: Level, sigmas: Sequence[Level]) -> list[Level]:

@@ -6,7 +6,7 @@ from numbers import Integral
 from typing import ClassVar
 
 from diffdistill.solvers.base import Solver
-from diffdistill.solvers.step import AFS, Evaluation, History, Interval
+from diffdistill.solvers.step import AFS, Evaluation, Step
 
 
 class Multistep(Solver):
@@ -28,15 +28,13 @@ class Multistep(Solver):
         self.memory = order - 1
         self.lower_order_final = lower_order_final
 
-    def order_at(self, interval: Interval, history: History, *, back: int = 0) -> int:
-        """The order of the step, or of the step `back` steps ago, given the evaluations that were there for it."""
-        index = interval.index - back
-        order = min(self.order, len(history) + 1 - back)
-        if self.lower_order_final and index + 1 >= self.order:
-            order = min(order, interval.total - index)
-        return max(order, 1)
+    def past(self, step: Step, *, back: int = 0) -> list[Evaluation]:
+        """The evaluations that the step uses, or that the step `back` steps ago used, the newest first.
 
-    @staticmethod
-    def newest(evaluation: Evaluation, history: History, count: int) -> list[Evaluation]:
-        """The `count` newest evaluations, the current one first."""
-        return [evaluation, *history[:-count:-1]]
+        Their number is the order of that step.
+        """
+        index = step.interval.index - back
+        order = min(self.order, len(step.history) + 1 - back)
+        if self.lower_order_final and index + 1 >= self.order:
+            order = max(1, min(order, step.interval.total - index))
+        return [step.evaluation, *reversed(step.history)][back : back + order]

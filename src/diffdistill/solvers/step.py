@@ -5,13 +5,16 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 import torch
 from torch import Tensor
 
 from diffdistill.denoiser import per_sample
 from diffdistill.solvers.levels import Level, log, plain, shared
+
+if TYPE_CHECKING:
+    from diffdistill.solvers.flow import ProbabilityFlow
 
 AFS = bool | Literal["gaussian"]
 """Analytical first step: none, for data of unit variance, or for data of the Gaussian that the run starts with."""
@@ -60,11 +63,6 @@ class Interval:
     total: int = 1
     to_zero: bool = False
     sigma_after: Tensor | None = None
-
-    @property
-    def ends(self) -> tuple[Level, Level]:
-        """`sigma` and `sigma_next` for formulas: numbers where all samples share them."""
-        return plain(self.sigma), plain(self.sigma_next)
 
     def split(self, sigma_mid: Tensor) -> tuple[Interval, Interval]:
         """The two halves that meet at `sigma_mid: [B]`, as steps of a schedule with twice as many."""
@@ -122,8 +120,52 @@ class Correction:
     scale_first: Tensor | None = None
 
 
+AS_PUBLISHED = Correction()
+"""The correction of a step that was given none: every field is neutral."""
+
 History = tuple[Evaluation, ...]
 """Past evaluations, the newest last."""
+
+
+@dataclass(frozen=True, eq=False)
+class Step:
+    """All that a solver needs for one step; see `Solver.step` for the arguments.
+
+    Attributes:
+        x: the state at `interval.sigma`, `[B, ...]`.
+        given: the evaluation at `x`, or None before it was made.
+    """
+
+    flow: ProbabilityFlow
+    x: Tensor
+    interval: Interval
+    history: History = ()
+    given: Evaluation | None = None
+    correction: Correction = AS_PUBLISHED
+    noise: Tensor | None = None
+
+    @property
+    def evaluation(self) -> Evaluation:
+        """The denoiser's answer at `x`, which an update can rely on."""
+        assert self.given is not None, "the step has not been evaluated yet"
+        return self.given
+
+    @property
+    def sigma(self) -> Level:
+        """The level that the step starts at: a number where all samples share it."""
+        return plain(self.interval.sigma)
+
+    @property
+    def sigma_next(self) -> Level:
+        """The level that the step ends at: a number where all samples share it."""
+        return plain(self.interval.sigma_next)
+
+    @property
+    def fresh(self) -> Tensor:
+        """The noise of a stochastic step; a `ValueError` if there is none."""
+        if self.noise is None:
+            raise ValueError("this solver is stochastic: pass noise, standard normal in the shape of x")
+        return self.noise
 
 
 def factor(value: Level, like: Tensor) -> Level:

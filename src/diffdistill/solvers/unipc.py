@@ -9,10 +9,9 @@ from torch import Tensor
 
 from diffdistill.registry import choose
 from diffdistill.solvers.exponential import LinearPart, choose_form
-from diffdistill.solvers.flow import ProbabilityFlow
 from diffdistill.solvers.levels import Level, expm1, plain
 from diffdistill.solvers.multistep import Multistep
-from diffdistill.solvers.step import AFS, Correction, Evaluation, History, Interval
+from diffdistill.solvers.step import AFS, Evaluation, Step
 
 # B(h) of Section 3.1. It matters where a lone rho is set to 1/2; where several rho solve Eq. 5 it cancels. Their
 # Vandermonde matrix is inverted by hand below, with the right side c_k = k! psi_{k+1}.
@@ -50,29 +49,19 @@ class UniPC(Multistep):
         self.form = choose_form(prediction)
         self.keeping: Literal["denoised", "eps"] = "denoised" if prediction == "x0" else "eps"
 
-    def correct(self, evaluation: Evaluation, interval: Interval, history: History) -> Evaluation:
-        if not history:
-            return evaluation
-        previous = history[-1]
-        past = self.newest(previous, history[:-1], self.order_at(interval, history, back=1))
-        linear = self.form.linear(plain(previous.sigma), plain(evaluation.sigma))
+    def correct(self, step: Step) -> Evaluation:
+        if not step.history:
+            return step.evaluation
+        past = self.past(step, back=1)
+        linear = self.form.linear(plain(past[0].sigma), plain(step.evaluation.sigma))
         weights = self._corrector_weights(linear, self._ratios(linear, past))
-        outputs = [self.form.output(e) for e in (*past, evaluation)]
-        return evaluation.moved(linear.advance(previous.x, weights, outputs), self.keeping)
+        outputs = [self.form.output(e) for e in (*past, step.evaluation)]
+        return step.evaluation.moved(linear.advance(past[0].x, weights, outputs), self.keeping)
 
-    def update(
-        self,
-        flow: ProbabilityFlow,
-        evaluation: Evaluation,
-        interval: Interval,
-        history: History,
-        correction: Correction | None,
-    ) -> Tensor:
-        scale = None if correction is None else correction.scale_dir
-        past = self.newest(evaluation, history, self.order_at(interval, history))
-        linear = self.form.linear(*interval.ends)
+    def update(self, step: Step) -> Tensor:
+        past, linear = self.past(step), self.form.linear(step.sigma, step.sigma_next)
         weights = self._predictor_weights(linear, self._ratios(linear, past))
-        return linear.advance(evaluation.x, weights, [self.form.output(e) for e in past], scale)
+        return linear.advance(step.x, weights, [self.form.output(e) for e in past], step.correction.scale_dir)
 
     @staticmethod
     def _ratios(linear: LinearPart, past: list[Evaluation]) -> list[Level]:

@@ -114,7 +114,7 @@ def prepare(cell: Cell, models: Models) -> Prepared:
         ValueError: files that do not fit each other, or settings out of range.
     """
     model = models.load(cell.model)
-    training = {cell.model: trained(getattr(model, "config", {}).get("provenance"))}
+    training = {cell.model: trained((model.config or {}).get("provenance"))}
     # w = 0 guides nothing: a model that does not take w as an input needs no second evaluation for it.
     w = None if cell.w == 0 and model.w_range is None else cell.w
     solver, schedule = cell.solver, cell.schedule
@@ -123,20 +123,20 @@ def prepare(cell: Cell, models: Models) -> Prepared:
         training[cell.predictor] = trained(load_predictor(cell.predictor).provenance)
     elif model.distilled is not None:
         schedule = None  # a student brings its own levels
-    scheme = plan(model, w=w, solver=solver, schedule=schedule, num_steps=cell.num_steps, start=cell.start)
-    return Prepared(scheme, {name: record for name, record in training.items() if record})
+    planned = plan(model, w=w, solver=solver, schedule=schedule, num_steps=cell.num_steps, start=cell.start)
+    return Prepared(planned, {name: record for name, record in training.items() if record})
 
 
-def count_evaluations(table: Table, cell: Cell, scheme: Plan) -> int:
+def count_evaluations(table: Table, cell: Cell, planned: Plan) -> int:
     """Network evaluations of one sample of a cell.
 
     Raises:
         ValueError: a column of evaluations is not what the run takes.
     """
-    nfe = count_nfe(scheme)
+    nfe = count_nfe(planned)
     if table.column == "nfe" and nfe != cell.column:
         raise ValueError(
-            f"row {cell.row!r}: a run of {scheme.num_steps} steps takes {nfe} evaluations, "
+            f"row {cell.row!r}: a run of {planned.num_steps} steps takes {nfe} evaluations, "
             f"not the {cell.column:g} of its column"
         )
     return nfe
@@ -151,7 +151,7 @@ def trained(provenance: Any) -> dict[str, Any]:
 
 
 @dataclass(frozen=True, eq=False)
-class Laboratory:
+class CellEvaluator:
     """What the cells of a table are measured with.
 
     Attributes:
@@ -178,7 +178,7 @@ class Laboratory:
         """
         prepared = prepare(cell, self.models)
         nfe = count_evaluations(table, cell, prepared.plan)
-        scheme = replace(prepared.plan, denoiser=accelerated(prepared.plan.denoiser, **self.switches))
+        planned = replace(prepared.plan, denoiser=accelerated(prepared.plan.denoiser, **self.switches))
         drawn: list[Tensor] = []
 
         def watch(start: int, x: Tensor) -> None:
@@ -186,7 +186,7 @@ class Laboratory:
                 drawn.append(x.float().clamp(-1, 1).cpu())
             on_images(len(x))
 
-        sampler = Sampler(scheme, table.num_samples, seed=table.seed, on_images=watch)
+        sampler = Sampler(planned, table.num_samples, seed=table.seed, on_images=watch)
         collected = collect(
             sampler,
             self.features,

@@ -73,8 +73,8 @@ def side_by_side(outcome: Outcome, folder: Path, device: torch.device, *, column
     for w in table.columns:
         images: list[Tensor] = []
         for cell in (cell for cell in table.cells() if cell.column == w):
-            scheme = prepare(cell, models).plan
-            images += generate(scheme, range(columns), spread_labels(columns, scheme.denoiser.num_classes))
+            planned = prepare(cell, models).plan
+            images += generate(planned, range(columns), spread_labels(columns, planned.denoiser.num_classes))
         paths.append(folder / f"samples_w{w:g}.png")
         names = [row.name for row in table.rows]
         save_grid(torch.cat(images), paths[-1], columns=columns, scale=4, row_captions=names)

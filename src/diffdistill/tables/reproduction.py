@@ -16,7 +16,7 @@ from diffdistill.files.atomic import write_text
 from diffdistill.files.hashes import sha256
 from diffdistill.metrics.extractors import make_features
 from diffdistill.metrics.sources import reference_from
-from diffdistill.tables.cells import Clock, Laboratory, Models, Result, count_evaluations, prepare
+from diffdistill.tables.cells import CellEvaluator, Clock, Models, Result, count_evaluations, prepare
 from diffdistill.tables.tables import Cell, Need, Table, located
 
 
@@ -137,13 +137,13 @@ def reproduce(
     if todo:
         features = make_features(table.features)
         reference = reference_from(table.reference, features, table.measures, device=device)
-        laboratory = Laboratory(features, reference, models, batch_size, save_samples, switches or {})
+        evaluator = CellEvaluator(features, reference, models, batch_size, save_samples, switches or {})
         total, mine = len(todo) * table.num_samples, distributed.rank() == 0
         with tqdm(total=total, desc=table.name, unit="image", disable=None if mine else True) as bar:
             update = _scaled(bar)
             for cell in todo:
                 bar.set_postfix_str(f"{cell.row}, {table.column} {cell.column:g}")
-                result = laboratory.measure(table, cell, folder / "cells", digests[cell.slug], update)
+                result = evaluator.measure(table, cell, folder / "cells", digests[cell.slug], update)
                 if mine:
                     result.write(folder / "cells" / f"{cell.slug}.json")
                 results[cell.slug] = result

@@ -151,7 +151,7 @@ class Table:
         schedule: of the rows that name none.
         source: of published values, where the row does not say.
         files: how to get files: `path: {url, sha256}`, or `path: URL`.
-        command: what makes the table, where it is not scripts/reproduce.py.
+        command: what makes the table, where it is not diffdistill reproduce.
     """
 
     name: str
@@ -175,7 +175,7 @@ class Table:
     @property
     def made_by(self) -> str:
         """The command that makes the table."""
-        return self.command or f"python scripts/reproduce.py table={self.name}"
+        return self.command or f"diffdistill reproduce table={self.name}"
 
     @classmethod
     def from_dict(cls, name: str, config: Mapping[str, Any]) -> Table:
@@ -297,7 +297,7 @@ def _statistics(model: str, start: float | Mapping[str, Any]) -> Need:
     name = (start.get("statistics") if isinstance(start, Mapping) else None) or statistics_of(model)
     if name in shipped_gaussians():
         return Need(f"{STATISTICS}{name}", "they come with the package")
-    return Need(name, f"python scripts/gaussian_stats.py model={model} beside=true")
+    return Need(name, f"diffdistill gaussian-stats model={model} beside=true")
 
 
 def _steps_for(nfe: int, solver: Mapping[str, Any]) -> tuple[int | None, str | None]:

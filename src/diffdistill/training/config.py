@@ -44,7 +44,8 @@ class TrainerConfig:
         ema_half_life: half-life of the average of the weights, in samples, or None for no average
             (EDM's training_loop.py counts the same in thousands of images).
         ema_rampup: the half-life is at most this fraction of the samples seen so far; None for no such limit.
-        precision: "fp32", or "bf16" by autocast.
+        precision: "fp32", "bf16" by autocast, or "auto": bf16 on a GPU that has it, and on a CPU that has instructions
+            for it where it is faster, which is timed at the first update. What a run began with it keeps.
         channels_last: keep images and weights in the channels-last layout.
         compile: compile the modules of the objective with torch.compile.
         recompute: gradient checkpointing: keep no activations inside the blocks of the network, compute them again.
@@ -76,7 +77,7 @@ class TrainerConfig:
     clip: float | None = None
     ema_half_life: float | None = None
     ema_rampup: float | None = 0.05
-    precision: Literal["fp32", "bf16"] = "fp32"
+    precision: Literal["auto", "fp32", "bf16"] = "auto"
     channels_last: bool = False
     compile: bool = False
     recompute: bool = False
@@ -157,7 +158,7 @@ SWITCHES = ("channels_last", "compile", "recompute")
 CHOICES = {
     "optimizer": ("adam", "adamw", "sgd", "adam8bit", "adamw8bit"),
     "decay": ("constant", "linear", "cosine", "step"),
-    "precision": ("fp32", "bf16"),
+    "precision": ("auto", "fp32", "bf16"),
     "parallel": ("ddp", "fsdp"),
 }
 DECAYS = {

@@ -7,10 +7,10 @@ from collections.abc import Callable, Mapping
 import torch
 from torch import Tensor
 
-from diffdistill.denoiser import NULL_LABEL, Denoiser, per_sample
-from diffdistill.training.noise_levels import NoiseLevels
+from diffdistill.denoiser import NULL_LABEL, Denoiser
+from diffdistill.training.noise_levels import NoiseLevels, add_noise
 from diffdistill.training.objective import Loss, Objective
-from diffdistill.training.randomness import normal_like, rand
+from diffdistill.training.randomness import rand
 from diffdistill.training.weighting import weighted_error
 
 
@@ -47,6 +47,5 @@ class Denoising(Objective):
         if y is not None and self.label_dropout > 0:
             dropped = rand((len(x),), generator) < self.label_dropout
             y = y.masked_fill(dropped, NULL_LABEL)
-        noisy = x + per_sample(sigma, x) * normal_like(x, generator)
-        denoised = self.trained(noisy, sigma, y)
+        denoised = self.trained(add_noise(x, sigma, generator), sigma, y)
         return Loss(weighted_error(denoised, x, self.weighting(sigma)), {})

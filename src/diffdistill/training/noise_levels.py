@@ -1,4 +1,4 @@
-"""Distributions of the noise levels of training: `draw(batch, generator) -> sigma [batch]` in float64."""
+"""Noise levels of training: distributions `draw(batch, generator) -> sigma [batch]`, float64; and noise of a level."""
 
 from __future__ import annotations
 
@@ -9,10 +9,16 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from diffdistill.denoiser import per_sample
 from diffdistill.registry import construct
-from diffdistill.training.randomness import rand, randint, randn
+from diffdistill.training.randomness import normal_like, rand, randint, randn
 
 NoiseLevels = Callable[[int, torch.Generator], Tensor]
+
+
+def add_noise(x: Tensor, sigma: Tensor, generator: torch.Generator) -> Tensor:
+    """`x + sigma n` with `n ~ N(0, I)`: data `x` `[B, ...]` at the noise levels `sigma` `[B]`."""
+    return x + per_sample(sigma, x) * normal_like(x, generator)
 
 
 def make_noise_levels(name: str, **options: Any) -> NoiseLevels:

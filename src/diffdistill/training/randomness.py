@@ -32,13 +32,13 @@ class BatchGenerator(torch.Generator):
 
     def __init__(self, device: torch.device | str, start: int, count: int, total: int) -> None:
         self.start, self.count, self.total = start, count, total
-        self.whole = self if count == total else torch.Generator(device)
+        self.shared = self if count == total else torch.Generator(device)
 
     def reseed(self, *words: int | str) -> BatchGenerator:
         """Start the streams that belong to a key; returns self."""
         self.manual_seed(seed_from(*words, self.start))
-        if self.whole is not self:
-            self.whole.manual_seed(seed_from(*words, 0))
+        if self.shared is not self:
+            self.shared.manual_seed(seed_from(*words, 0))
         return self
 
     def rows(self, count: int) -> tuple[torch.Generator, int, slice]:
@@ -49,7 +49,7 @@ class BatchGenerator(torch.Generator):
         """
         if count != self.count:
             raise ValueError(f"draws have one row per sample: {self.count} rows in this part of the batch, not {count}")
-        return self.whole, self.total, slice(self.start, self.start + count)
+        return self.shared, self.total, slice(self.start, self.start + count)
 
 
 def _rows(count: int, generator: torch.Generator) -> tuple[torch.Generator, int, slice]:

@@ -65,7 +65,7 @@ def local(tensor: Tensor) -> Tensor:
     return tensor.to_local() if is_split(tensor) else tensor  # pyright: ignore[reportAttributeAccessIssue]
 
 
-def whole(tensor: Tensor) -> Tensor:
+def full_tensor(tensor: Tensor) -> Tensor:
     """A split tensor put together, which all processes must call; any other as it is."""
     return tensor.full_tensor() if is_split(tensor) else tensor  # pyright: ignore[reportAttributeAccessIssue]
 
@@ -168,7 +168,7 @@ def gather_into(target: nn.Module, source: nn.Module) -> nn.Module:
     """Give `target` the weights of the split `source`. All processes must call it, and each gets them."""
     own = target.state_dict()
     for name, tensor in source.state_dict().items():
-        own[name].copy_(whole(tensor))
+        own[name].copy_(full_tensor(tensor))
     return target
 
 

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
+import math
 import os
 import re
 import signal
 import subprocess
 import threading
+import time
 from collections.abc import Sequence
 from types import FrameType, TracebackType
 
@@ -14,6 +17,9 @@ from diffdistill.distributed import rank
 
 REQUEUE = signal.SIGUSR2
 """What Slurm sends before the time limit of a job of submitit, whose handler puts the job back into the queue."""
+
+PATIENCE_SECONDS = 2.0
+"""After a request to stop, an update that takes longer than this is given up where it can be made again."""
 
 
 class Interrupted(SystemExit):
@@ -31,10 +37,16 @@ class StopRequest:
     made room for another job. A signal that comes too late to be answered by `Interrupted` acts as usual when the
     context ends, so that none is lost between two stages of a run. Outside the main thread, where Python handles no
     signals, nothing changes.
+
+    Attributes:
+        signum: the signal, or None.
+        waits_for: what must end first, for the line on stderr that answers a signal; empty for no line.
     """
 
     def __init__(self) -> None:
         self.signum: int | None = None
+        self.waits_for = ""
+        self._asked_at = math.inf
         self._previous: dict[int, object] = {}
 
     def __enter__(self) -> StopRequest:
@@ -44,8 +56,19 @@ class StopRequest:
                 self._previous[signum] = signal.signal(signum, self._request)
         return self
 
+    @property
+    def overdue(self) -> bool:
+        """Whether some seconds have passed since the request: whoever asked should not wait for a slow update."""
+        return time.monotonic() > self._asked_at + PATIENCE_SECONDS
+
     def _request(self, signum: int, frame: FrameType | None) -> None:
-        self.signum = signum
+        if self.signum is None and self.waits_for and rank() == 0:
+            line = (
+                f"\n{signal.Signals(signum).name}: waiting for {self.waits_for}; once more ends it at once, unsaved\n"
+            )
+            with contextlib.suppress(OSError):
+                os.write(2, line.encode())  # print could be at work already
+        self.signum, self._asked_at = signum, min(self._asked_at, time.monotonic())
         self._restore((signal.SIGTERM, signal.SIGINT))  # SIGUSR2 follows SIGTERM when a job is preempted
 
     def _restore(self, signums: Sequence[int]) -> None:

@@ -7,14 +7,17 @@ import logging
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping
-from typing import Any
+from functools import partial
+from itertools import chain
+from typing import Any, NoReturn
 
 import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
 from diffdistill import distributed
-from diffdistill.devices import device_of, tuned_convolutions
+from diffdistill.devices import channels_last, device_of, tuned_convolutions
+from diffdistill.errors import one_line
 from diffdistill.pictures import plot_curves, save_grid
 from diffdistill.training import sharding
 from diffdistill.training.average import WeightAverage
@@ -22,13 +25,21 @@ from diffdistill.training.batches import Batches, DataError, MapData, split
 from diffdistill.training.checkpoints import CheckpointError
 from diffdistill.training.config import TrainerConfig
 from diffdistill.training.journal import Journal, NonFiniteLossError
-from diffdistill.training.objective import Objective
+from diffdistill.training.objective import Loss, Objective
 from diffdistill.training.optimizers import make_optimizer
+from diffdistill.training.precision import Precision, choose_precision
 from diffdistill.training.randomness import BatchGenerator, seed_from
 from diffdistill.training.run import Run
 from diffdistill.training.signals import Interrupted, StopRequest
 
 logger = logging.getLogger(__name__)
+
+AGREE_SECONDS = 1.0
+"""Several processes compare about this often whether one of them was asked to stop."""
+
+
+class _GivenUpError(Exception):
+    """An update that was left before it changed anything, since someone waits for the run to stop."""
 
 
 class Trainer:
@@ -68,7 +79,7 @@ class Trainer:
         self.device = device_of(config.device)
         self.objective = objective.to(self.device)
         if config.channels_last:
-            self.objective.to(memory_format=torch.channels_last)  # pyright: ignore[reportCallIssue]
+            channels_last(self.objective)
         splits = distributed.world_size() > 1 and config.parallel == "fsdp"
         if splits and type(objective.trained).forward is nn.Module.forward:
             kind = type(objective.trained).__name__
@@ -91,8 +102,9 @@ class Trainer:
         self._batches, self._generators = self._share_of_batch(data)
         self._started, self._seconds_before = time.monotonic(), 0.0
         self._saved_at = self._started
-        if config.compile:
-            objective.compile_networks()
+        self._stop = StopRequest()
+        self._started_at, self._agree_every = 0, 1
+        self.precision = config.precision
 
     def _split(self, averaged: nn.Module | None) -> nn.Module:
         """Split the model and its average over the processes; a whole copy on the CPU, to hold the result."""
@@ -135,22 +147,38 @@ class Trainer:
             Interrupted: SIGTERM or SIGINT; a checkpoint was written.
         """
         forked = torch.random.fork_rng(devices=_cuda_index(self.device))
-        with self.run.held(), StopRequest() as stop, forked, tuned_convolutions():
+        with self.run.held(), StopRequest() as self._stop, forked, tuned_convolutions():
             self._resume()
             if self.update < self.config.updates:
-                self._loop(stop)
+                self._loop()
         self.objective.eval()
         model = self.model if self._result is None else sharding.gather_into(self._result, self.model)
         return model.eval()
 
-    def _loop(self, stop: StopRequest) -> None:
+    def _loop(self) -> None:
         config = self.config
         self._started = self._saved_at = time.monotonic()
+        self._started_at = self.update
         self.objective.train()
+        batches = self._read_batches()
+        if config.precision == "auto":
+            first = next(batches)
+            self.precision = self.run.decided(
+                "precision", lambda: choose_precision(self.device, partial(self._try, first))
+            )
+            batches = chain([first], batches)
+        if config.compile:
+            self.objective.compile_networks()
         hidden = None if distributed.rank() == 0 else True
         with tqdm(total=config.updates, initial=self.update, desc=self.name or None, disable=hidden) as bar:
-            for batch in self._read_batches():
-                self._step(batch)
+            for batch in batches:
+                self._stop.waits_for = f"update {self.update + 1} to end"
+                try:
+                    self._step(batch)
+                except _GivenUpError:
+                    self.optimizer.zero_grad(set_to_none=True)
+                    self.save()
+                    self._end(bar, self._stop.signum or 0)
                 self.update += 1
                 bar.update()
                 done = self.update == config.updates
@@ -158,14 +186,17 @@ class Trainer:
                     self._write_log(bar)
                 if done or (config.sample_every and self.update % config.sample_every == 0):
                     self._write_pictures()
-                stopped = self._stopped(stop)
+                stopped = self._stopped()
                 if done or stopped or self._checkpoint_due():
                     self.save()
                 if stopped:
-                    bar.close()
-                    if distributed.rank() == 0:
-                        print(f"stopped at update {self.update}; run it again to continue", file=sys.stderr)
-                    raise Interrupted(stopped)
+                    self._end(bar, stopped)
+
+    def _end(self, bar: Any, signum: int) -> NoReturn:
+        bar.close()
+        if distributed.rank() == 0:
+            print(f"stopped at update {self.update}; run it again to continue", file=sys.stderr)
+        raise Interrupted(signum)
 
     def _log_due(self) -> bool:
         """Whether a line of the log follows the update that was done last."""
@@ -180,20 +211,53 @@ class Trainer:
     def _step(self, batch: Mapping[str, Tensor]) -> None:
         """One update: the optimiser steps that the objective makes of one batch."""
         config, k = self.config, self.update
-        self._seed_network(seed_from(config.seed, "network", k, self._generators[0].start))
         for group in self.optimizer.param_groups:
             group["lr"] = config.learning_rate_at(k)
+        streams, changed = self._streams(batch), False
+        while self._optimizer_step(streams, changed):
+            changed = True
+        if self.average is not None:
+            self.average.update(config.ema_decay_at(k))
+
+    def _streams(self, batch: Mapping[str, Tensor]) -> list[Iterator[Loss]]:
+        """The losses of each part of a batch, and all generators where the update begins."""
+        config, k = self.config, self.update
         self.objective.progress = k / config.updates
+        self._seed_network(seed_from(config.seed, "network", k, self._generators[0].start))
         if config.channels_last:
             batch = {n: t.contiguous(memory_format=torch.channels_last) if t.ndim == 4 else t for n, t in batch.items()}
-        streams = [
+        return [
             iter(self.objective.losses(part, generator.reseed(config.seed, "batch", k)))
             for part, generator in zip(split(batch, config.accumulation), self._generators, strict=True)
         ]
-        while self._optimizer_step(streams):
-            pass
-        if self.average is not None:
-            self.average.update(config.ema_decay_at(k))
+
+    def _try(self, batch: Mapping[str, Tensor], precision: Precision) -> None:
+        """The first loss of an update and its gradient, for the time that they take: the state stays as it is."""
+        buffers = {name: tensor.clone() for name, tensor in self.objective.named_buffers()}
+        state = copy.deepcopy(self.objective.extra_state())
+        try:
+            loss = self._next_loss(self._streams(batch)[0], precision)
+            if loss is not None:
+                loss.value.backward()
+        finally:
+            self.optimizer.zero_grad(set_to_none=True)
+            for name, tensor in self.objective.named_buffers():
+                tensor.copy_(buffers[name])
+            self.objective.load_extra_state(state)
+
+    def _next_loss(self, stream: Iterator[Loss], precision: str) -> Loss | None:
+        with torch.autocast(self.device.type, torch.bfloat16, enabled=precision == "bf16"):
+            return next(stream, None)
+
+    def _give_up_if_asked(self) -> None:
+        """Leave an update that is still to change something, where it can be made again, once it takes too long."""
+        if self._stop.overdue and distributed.world_size() == 1 and self._repeatable():
+            raise _GivenUpError
+
+    def _repeatable(self) -> bool:
+        """Whether losses change nothing that a checkpoint holds: neither buffers nor a state of the objective."""
+        trained = self.objective.trained
+        return not self.objective.extra_state() and len(trained.state_dict()) == len(list(trained.parameters()))
 
     def _seed_network(self, seed: int) -> None:
         """Seed what dropout draws from; `torch.manual_seed` takes longer, since it looks at every device."""
@@ -201,18 +265,21 @@ class Trainer:
         if self.device.type == "cuda":
             torch.cuda.default_generators[self.device.index].manual_seed(seed)
 
-    def _optimizer_step(self, streams: list[Iterator[Any]]) -> bool:
+    def _optimizer_step(self, streams: list[Iterator[Loss]], changed: bool) -> bool:
         """Accumulate the next loss of every part and step; False once the objective has no more."""
         logs: list[dict[str, Tensor]] = []
         for i, stream in enumerate(streams):
-            with torch.autocast(self.device.type, torch.bfloat16, enabled=self.config.precision == "bf16"):
-                loss = next(stream, None)
+            loss = self._next_loss(stream, self.precision)
             if loss is None:
                 continue
+            if not changed:
+                self._give_up_if_asked()
             last = i == len(streams) - 1
             sharding.reduce_gradients(self.objective.trained, last)
             with self.gradients.during_backward(last):
                 (loss.value if len(streams) == 1 else loss.value / len(streams)).backward()
+            if not changed:
+                self._give_up_if_asked()
             logs.append({"loss": loss.value.detach(), **{n: v.detach() for n, v in loss.logs.items()}})
         if not logs:
             return False
@@ -221,7 +288,7 @@ class Trainer:
         self.gradients.finish()
         if self.config.clip is not None:
             norm = nn.utils.clip_grad_norm_(self.parameters, self.config.clip)
-            logs[0]["grad_norm"] = sharding.whole(norm)
+            logs[0]["grad_norm"] = sharding.full_tensor(norm)
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
         self.journal.add(self.update + 1, logs)
@@ -240,6 +307,7 @@ class Trainer:
             "seconds": round(seconds, 3),
         }
         self.run.log(record)
+        self._agree_every = self._updates_in(AGREE_SECONDS)
         bar.set_postfix(loss=f"{means['loss']:.4g}")
         if bar.disable and distributed.rank() == 0:
             logger.info(
@@ -273,11 +341,24 @@ class Trainer:
             plot_curves(self.run.metrics(), self.run.path / "curves.png")
         distributed.barrier()
 
-    def _stopped(self, stop: StopRequest) -> int:
-        """The signal that asks to stop, or 0. Several processes agree on it when they log."""
+    def _stopped(self) -> int:
+        """The signal that asks to stop, or 0. Several processes agree on it now and then."""
+        signum = self._stop.signum or 0
         if distributed.world_size() == 1:
-            return stop.signum or 0
-        return distributed.largest(stop.signum or 0) if self._log_due() else 0
+            return signum
+        return distributed.largest(signum) if self._agree_due() else 0
+
+    def _agree_due(self) -> bool:
+        """Whether several processes compare what they were told: about once a second, and when they log."""
+        return self.update % self._agree_every == 0 or self._log_due()
+
+    def _updates_in(self, seconds: float) -> int:
+        """About how many updates are made in so many seconds, at most those between two lines of the log."""
+        if distributed.world_size() == 1:
+            return 1
+        made = self.update - self._started_at
+        rate = made / max(time.monotonic() - self._started, 1e-6)
+        return distributed.from_main(max(1, min(self.config.log_every, int(seconds * rate))))
 
     def _checkpoint_due(self) -> bool:
         config = self.config
@@ -288,7 +369,7 @@ class Trainer:
         due = time.monotonic() - self._saved_at > 60 * config.checkpoint_minutes
         if distributed.world_size() == 1:
             return due
-        return bool(distributed.from_main(int(due))) if self._log_due() else False
+        return bool(distributed.from_main(int(due))) if self._agree_due() else False
 
     def _seconds(self) -> float:
         return self._seconds_before + time.monotonic() - self._started
@@ -330,7 +411,7 @@ class Trainer:
             self.journal.load(state["journal"])
             self._seconds_before = state["seconds"]
         except (KeyError, RuntimeError, ValueError) as error:
-            reason = " ".join(str(error).split())[:300]
+            reason = one_line(error)
             raise CheckpointError(f"the checkpoint {checkpoint.path} is not one of this model: {reason}") from error
         self.update = checkpoint.update
         self.run.rewind(self.update)

@@ -32,7 +32,7 @@ from tests.interop.diffusers.builders import (
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[3] / "scripts"))
 import cache_latents
-import common
+from common.configs import compose, plain
 
 FLOW = diffusers.FlowMatchEulerDiscreteScheduler
 NULL = {"encoder_hidden_states": torch.zeros(5, 10), "pooled_projections": torch.zeros(6)}
@@ -123,7 +123,7 @@ def test_a_pipeline_of_dit(tmp_path):
     fast = ["batch_size=4", "shard_size=6", "device=cpu", "dtype=float32"]
     shapes = ["data=shapes", "data.resolution=16", "data.size=9"]
     where = [f"model={tmp_path / 'dit'}", f"out={tmp_path / 'latents'}"]
-    cache_latents.cache(common.plain(common.compose("cache_latents", [*where, *shapes, *fast])))
+    cache_latents.cache(plain(compose("cache_latents", [*where, *shapes, *fast])))
     data, images = load_data("latents", path=tmp_path / "latents"), load_data("shapes", resolution=16, size=9)
     assert data.num_classes == images.num_classes and data.shape == loaded.data_shape and len(data) == 9
     for i in (0, 8):

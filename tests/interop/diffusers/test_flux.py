@@ -132,8 +132,8 @@ def test_students_of_few_steps_run_in_the_stock_pipeline(num_steps, stage_one, s
     noise, cond = torch.randn(2, 4, 6, 8), prompts(2)
     ours = {}
     for scale in (1.0, 3.0, 8.0):
-        scheme = plan(student, w=scale - 1)
-        ours[scale] = pack(sample(scheme.denoiser, noise, solver=scheme.solver, sigmas=scheme.sigmas, cond=cond))
+        planned = plan(student, w=scale - 1)
+        ours[scale] = pack(sample(planned.denoiser, noise, solver=planned.solver, sigmas=planned.sigmas, cond=cond))
         close(drawn(stock, noise, cond, num_inference_steps=num_steps, guidance_scale=scale), ours[scale])
     assert (ours[1.0] - ours[8.0]).abs().max() > 1e-3  # so that w is in what was compared
     card = (tmp_path / "out/README.md").read_text()

@@ -201,9 +201,9 @@ def test_bad_input(teacher, tmp_path, monkeypatch):
 
 def test_both_stages_take_adapters_from_their_config(teacher, tmp_path):
     sys.path.insert(0, str(Path(__file__).resolve().parents[3] / "scripts"))
-    import common
     import distill_guidance
     import distill_steps
+    from common.configs import compose
     from diffdistill.data.latents import write_index, write_shard
 
     (tmp_path / "latents").mkdir()
@@ -212,9 +212,9 @@ def test_both_stages_take_adapters_from_their_config(teacher, tmp_path):
     fast = ["trainer.updates=2", "trainer.batch_size=4", "trainer.accumulation=1", "trainer.device=cpu"]
     shared = ["lora={rank:2}", f"data.path={tmp_path / 'latents'}", "trainer.precision=fp32", *fast]
     stage1 = ["experiment=meng2023/laion512_text_stage1", f"teacher={tmp_path / 'teacher.safetensors'}"]
-    one = distill_guidance.distill(common.compose("distill_guidance", [*stage1, f"out={tmp_path / 'one'}", *shared]))
+    one = distill_guidance.distill(compose("distill_guidance", [*stage1, f"out={tmp_path / 'one'}", *shared]))
     stage2 = ["experiment=meng2023/laion512_text_stage2", f"teacher={one}", "start_steps=2", "stages=null"]
-    paths = distill_steps.distill(common.compose("distill_steps", [*stage2, f"out={tmp_path / 'two'}", *shared]))
+    paths = distill_steps.distill(compose("distill_steps", [*stage2, f"out={tmp_path / 'two'}", *shared]))
     student = load_denoiser(paths[1])
     assert student.model.lora.rank == 2
     frozen = [p for name, p in student.named_parameters() if name.endswith("conv_in.weight")]

@@ -22,8 +22,8 @@ from tests.interop.diffusers.builders import LETTERS, SD_BETAS, diffusers, trans
 from tests.interop.test_adm import filled
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[3] / "scripts"))
-import common
 import convert
+from common.configs import compose
 
 WIDTH = 64
 HINTS = {"num_heads": 2, "image_size": 8}
@@ -265,7 +265,7 @@ def test_models_of_other_images_are_named_so_and_no_pipeline_of_text_is_written_
 
 
 def converted(*overrides):
-    convert.convert(common.compose("convert", [str(override) for override in overrides]))
+    convert.convert(compose("convert", [str(override) for override in overrides]))
 
 
 def test_convert_writes_a_file_or_with_a_tokenizer_a_whole_pipeline(models, tmp_path, capsys):

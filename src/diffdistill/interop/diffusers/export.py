@@ -21,7 +21,7 @@ from diffdistill.interop.diffusers.levels import flow_shift, sigma_table, stock
 from diffdistill.interop.diffusers.networks import FluxTransformer, UNet2DCondition
 from diffdistill.interop.diffusers.parts import RECORD, Parts
 from diffdistill.models.network import NetworkDenoiser
-from diffdistill.models.preconditioning import Flow
+from diffdistill.models.preconditioning import RectifiedFlow
 from diffdistill.registry import choose
 from diffdistill.solvers.schedules import trailing
 
@@ -143,7 +143,7 @@ def stock_scheduler(student: NetworkDenoiser, teacher_scheduler: Any) -> Any:
         ValueError: the student is for the stochastic sampler, or for other noise levels.
     """
     distilled, teacher_scheduler = student.distilled, stock(teacher_scheduler)
-    flow = isinstance(student.preconditioning, Flow)
+    flow = isinstance(student.preconditioning, RectifiedFlow)
     if distilled is not None and distilled.sampler != "deterministic":
         own = "run this student with student_scheduler, or " if distilled.sampler == "stochastic" else ""
         raise ValueError(

@@ -11,10 +11,11 @@ from typing import Any
 import torch
 
 from diffdistill.discrete_time import make_table
-from diffdistill.interop.containers.checkpoints import Checkpoint
+from diffdistill.errors import one_line
+from diffdistill.interop.containers.checkpoints import ForeignCheckpoint
 from diffdistill.interop.containers.records import ForeignFileError
 from diffdistill.interop.containers.tensors import TensorRecord
-from diffdistill.interop.formats.building import ALWAYS_LABELLED, Found, build_strictly, load_strictly, sizes_of
+from diffdistill.interop.formats.building import ALWAYS_LABELLED, ForeignModel, build_strictly, load_strictly, sizes_of
 from diffdistill.interop.formats.unets import Architecture, Hints, infer
 from diffdistill.models.classifier import EncoderUNet, NoisyClassifier
 from diffdistill.models.preconditioning import make_preconditioning
@@ -32,7 +33,7 @@ _SIGMAS = (0.002, 80.0)
 """Range of the consistency models (Song et al. 2023, Section 6.1)."""
 
 
-def read_adm(checkpoint: Checkpoint, path: Path, hints: Hints | None = None) -> Found:
+def read_adm(checkpoint: ForeignCheckpoint, path: Path, hints: Hints | None = None) -> ForeignModel:
     """Read a flat state dict of ADM, of one of its classifiers, or of the code of consistency models.
 
     Consistency models and the EDM teachers beside them have the same parameters: `hints.family`, or else the first word
@@ -58,8 +59,8 @@ def read_adm(checkpoint: Checkpoint, path: Path, hints: Hints | None = None) -> 
 
 
 def _read_diffusion(
-    architecture: Architecture, records: Mapping[str, Any], checkpoint: Checkpoint, hints: Hints
-) -> Found:
+    architecture: Architecture, records: Mapping[str, Any], checkpoint: ForeignCheckpoint, hints: Hints
+) -> ForeignModel:
     channels = architecture.img_channels
     if architecture.out_channels not in (channels, 2 * channels) or channels == 6:
         raise ForeignFileError(
@@ -76,12 +77,12 @@ def _read_diffusion(
     denoiser = build_strictly(config, _prefixed(records), checkpoint)
     variance = " and the variance" if architecture.out_channels > channels else ""
     text = f"ADM, predicting the noise{variance}, {sizes_of(config)}, noise levels {table}"
-    return Found("adm", denoiser, text + ALWAYS_LABELLED * bool(architecture.label_dim))
+    return ForeignModel("adm", denoiser, text + ALWAYS_LABELLED * bool(architecture.label_dim))
 
 
 def _read_consistency(
-    architecture: Architecture, records: Mapping[str, Any], checkpoint: Checkpoint, path: Path, hints: Hints
-) -> Found:
+    architecture: Architecture, records: Mapping[str, Any], checkpoint: ForeignCheckpoint, path: Path, hints: Hints
+) -> ForeignModel:
     beginning = re.split("[^a-z]", path.name.lower())[0]
     family = hints.family or {"edm": "edm", "cd": "consistency", "ct": "consistency"}.get(beginning)
     if family is None:
@@ -101,10 +102,10 @@ def _read_consistency(
     denoiser = build_strictly(config, _prefixed(_linear_attention(records)), checkpoint)
     what = "consistency model" if family == "consistency" else "EDM model in the layout of consistency models"
     text = f"{what}, {sizes_of(config)}" + ALWAYS_LABELLED * bool(architecture.label_dim)
-    return Found("consistency" if family == "consistency" else "edm", denoiser, text)
+    return ForeignModel("consistency" if family == "consistency" else "edm", denoiser, text)
 
 
-def _read_classifier(records: Mapping[str, Any], checkpoint: Checkpoint, hints: Hints) -> Found:
+def _read_classifier(records: Mapping[str, Any], checkpoint: ForeignCheckpoint, hints: Hints) -> ForeignModel:
     architecture = infer(records, decoder=False)
     positions = records["out.2.positional_embedding"].size
     side = math.isqrt(positions[1] - 1) if len(positions) == 2 and positions[1] > 1 else 0
@@ -123,14 +124,14 @@ def _read_classifier(records: Mapping[str, Any], checkpoint: Checkpoint, hints: 
             raise ForeignFileError("the classifier has another architecture than its parameters' names say")
         network = EncoderUNet(**options)
     except (TypeError, RuntimeError) as error:
-        raise ForeignFileError(f"the classifier cannot be built: {str(error).partition(chr(10))[0]}") from None
+        raise ForeignFileError(f"the classifier cannot be built: {one_line(error)}") from None
     load_strictly(network, records, checkpoint)
     table = hints.noise_levels or "linear"
     classifier = NoisyClassifier(
         network, make_preconditioning("eps", table=table), num_classes=architecture.out_channels
     ).eval()
     text = f"ADM classifier of {architecture.out_channels} classes, {size}x{size}, noise levels {table}"
-    return Found("classifier", None, text, other=classifier)
+    return ForeignModel("classifier", None, text, other=classifier)
 
 
 def _config(architecture: Architecture, hints: Hints, sigma_min: float, sigma_max: float) -> dict[str, Any]:

@@ -10,7 +10,8 @@ import torch
 from torch import Tensor, nn
 
 from diffdistill.denoiser import Denoiser
-from diffdistill.interop.containers.checkpoints import Checkpoint
+from diffdistill.errors import one_line
+from diffdistill.interop.containers.checkpoints import ForeignCheckpoint
 from diffdistill.interop.containers.records import MAX_TENSORS, ForeignFileError, Record, shown
 from diffdistill.interop.containers.tensors import ArrayRecord, TensorRecord
 from diffdistill.models.building import build_denoiser
@@ -24,7 +25,7 @@ _MAX_BLOCKS = 512
 
 
 @dataclass(frozen=True)
-class Found:
+class ForeignModel:
     """What a foreign file turned out to be.
 
     Attributes:
@@ -76,7 +77,7 @@ def module_state(record: Record) -> dict[str, TensorRecord | ArrayRecord]:
     return state
 
 
-def whole(value: Any, name: str, *, low: int = 0, high: int = _MAX_CHANNELS) -> int:
+def bounded_int(value: Any, name: str, *, low: int = 0, high: int = _MAX_CHANNELS) -> int:
     """A whole number of an architecture, within bounds.
 
     Raises:
@@ -87,7 +88,7 @@ def whole(value: Any, name: str, *, low: int = 0, high: int = _MAX_CHANNELS) -> 
     return value
 
 
-def real(value: Any, name: str, *, positive: bool = False) -> float:
+def finite_float(value: Any, name: str, *, positive: bool = False) -> float:
     """A finite number.
 
     Raises:
@@ -104,7 +105,9 @@ def check_size(levels: int, blocks: int) -> None:
         raise ForeignFileError(f"an architecture of {levels} levels with {blocks} blocks each is refused")
 
 
-def build_strictly(config: Mapping[str, Any], records: Mapping[str, Any], checkpoint: Checkpoint) -> NetworkDenoiser:
+def build_strictly(
+    config: Mapping[str, Any], records: Mapping[str, Any], checkpoint: ForeignCheckpoint
+) -> NetworkDenoiser:
     """Build the denoiser of `config` and copy `records` into it, in float32.
 
     Raises:
@@ -118,7 +121,7 @@ def build_strictly(config: Mapping[str, Any], records: Mapping[str, Any], checkp
 def build_part(
     make: Callable[[], Any],
     records: Mapping[str, Any],
-    checkpoint: Checkpoint,
+    checkpoint: ForeignCheckpoint,
     *,
     part: str = "file",
     skeleton: Callable[[], Any] | None = None,
@@ -146,7 +149,7 @@ def build_part(
     except ForeignFileError:
         raise
     except (ValueError, TypeError, ArithmeticError, RuntimeError, LookupError) as error:
-        raise ForeignFileError(str(error).partition("\n")[0]) from None
+        raise ForeignFileError(one_line(error)) from None
     return module.eval()
 
 
@@ -156,7 +159,7 @@ def sizes_of(config: Mapping[str, Any]) -> str:
     return f"{'x'.join(str(n) for n in config['data_shape'])}, {labels}"
 
 
-def within(state: Mapping[str, Any], prefix: str) -> dict[str, Any]:
+def with_prefix(state: Mapping[str, Any], prefix: str) -> dict[str, Any]:
     """The entries whose names begin with `prefix`, without it."""
     return {name.removeprefix(prefix): record for name, record in state.items() if name.startswith(prefix)}
 
@@ -170,7 +173,7 @@ def size_of(records: Mapping[str, Any], name: str, axis: int, part: str = "netwo
     record = records.get(name)
     if not isinstance(record, TensorRecord) or len(record.size) <= axis:
         raise ForeignFileError(f"the {part} misses {name}")
-    return whole(record.size[axis], name, low=1)
+    return bounded_int(record.size[axis], name, low=1)
 
 
 def count_of(records: Mapping[str, Any], beginning: str) -> int:
@@ -179,7 +182,9 @@ def count_of(records: Mapping[str, Any], beginning: str) -> int:
     Raises:
         ForeignFileError: there are none, or too many.
     """
-    return whole(len({name.partition(".")[0] for name in within(records, beginning)}), beginning, low=1, high=512)
+    return bounded_int(
+        len({name.partition(".")[0] for name in with_prefix(records, beginning)}), beginning, low=1, high=512
+    )
 
 
 def _shape(record: Any) -> tuple[int, ...]:
@@ -188,7 +193,7 @@ def _shape(record: Any) -> tuple[int, ...]:
     return record.size if isinstance(record, TensorRecord) else record.shape
 
 
-def load_strictly(module: nn.Module, records: Mapping[str, Any], checkpoint: Checkpoint) -> None:
+def load_strictly(module: nn.Module, records: Mapping[str, Any], checkpoint: ForeignCheckpoint) -> None:
     """Copy `records` into a module that is small, or whose size was checked.
 
     Raises:
@@ -198,4 +203,4 @@ def load_strictly(module: nn.Module, records: Mapping[str, Any], checkpoint: Che
     try:
         load_state(module, state, source="the file")
     except (ValueError, RuntimeError) as error:
-        raise ForeignFileError(str(error).partition("\n")[0]) from None
+        raise ForeignFileError(one_line(error)) from None

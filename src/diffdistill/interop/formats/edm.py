@@ -5,18 +5,18 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-from diffdistill.interop.containers.checkpoints import Checkpoint
+from diffdistill.interop.containers.checkpoints import ForeignCheckpoint
 from diffdistill.interop.containers.records import ForeignFileError, Record
 from diffdistill.interop.formats.building import (
     ALWAYS_LABELLED,
-    Found,
+    ForeignModel,
+    bounded_int,
     build_strictly,
     check_size,
+    finite_float,
     load_strictly,
     module_state,
-    real,
     sizes_of,
-    whole,
 )
 from diffdistill.solvers.amed import AMEDPredictor
 
@@ -39,7 +39,7 @@ def find_module(root: Any) -> Record | None:
     return root if isinstance(root, Record) else None
 
 
-def read_edm(checkpoint: Checkpoint) -> Found:
+def read_edm(checkpoint: ForeignCheckpoint) -> ForeignModel:
     """Read a denoiser of the EDM release, or a predictor of AMED.
 
     Iddpm models keep the rounding of sigma to the nearest trained level, as published: `preconditioning.noise_level`
@@ -65,9 +65,9 @@ def read_edm(checkpoint: Checkpoint) -> Found:
         kind = network.kind if isinstance(network, Record) else type(network).__name__
         raise ForeignFileError(f"the network in {record.kind} is a {kind[:80]}: choose one of {', '.join(NETWORKS)}")
     state = record.state
-    channels = whole(state.get("img_channels"), "img_channels", low=1)
-    resolution = whole(state.get("img_resolution"), "img_resolution", low=1)
-    num_classes = whole(state.get("label_dim"), "label_dim")
+    channels = bounded_int(state.get("img_channels"), "img_channels", low=1)
+    resolution = bounded_int(state.get("img_resolution"), "img_resolution", low=1)
+    num_classes = bounded_int(state.get("label_dim"), "label_dim")
     preconditioning, (sigma_min, sigma_max) = PRECONDITIONINGS[record.kind](state)
     records = module_state(record)
     records.pop("u", None)  # iDDPM's noise levels, which follow from its other settings
@@ -87,7 +87,7 @@ def read_edm(checkpoint: Checkpoint) -> Found:
     )
     if num_classes and not network.state["_init_kwargs"].get("label_dropout"):
         description += ALWAYS_LABELLED
-    return Found("edm", denoiser, description)
+    return ForeignModel("edm", denoiser, description)
 
 
 def _options(network: Record) -> dict[str, Any]:
@@ -98,16 +98,16 @@ def _options(network: Record) -> dict[str, Any]:
     options: dict[str, Any] = {}
     for name, value in given.items():
         if name in _WHOLE:
-            options[name] = whole(value, name)
+            options[name] = bounded_int(value, name)
         elif name in _LISTS:
             if not isinstance(value, (list, tuple)) or len(value) > 16:
                 raise ForeignFileError(f"{name} of {network.kind} is not a short list")
             low = 0 if name == "attn_resolutions" else 1
-            options[name] = [whole(item, name, low=low) for item in value]
+            options[name] = [bounded_int(item, name, low=low) for item in value]
         elif name in _TEXTS and isinstance(value, str):
             options[name] = value
         elif name == "dropout":
-            options[name] = real(value, name)
+            options[name] = finite_float(value, name)
         elif name not in _IGNORED:
             raise ForeignFileError(f"{network.kind} has an unknown option {str(name)[:40]!r}")
     check_size(len(options.get("channel_mult", [1] * 4)), options.get("num_blocks", 4))
@@ -116,20 +116,20 @@ def _options(network: Record) -> dict[str, Any]:
 
 def _edm(state: dict[Any, Any]) -> tuple[dict[str, Any], tuple[float, float]]:
     low, high = state.get("sigma_min"), state.get("sigma_max")
-    low = _SIGMAS[0] if low == 0 else real(low, "sigma_min", positive=True)
-    high = _SIGMAS[1] if high == float("inf") else real(high, "sigma_max", positive=True)
-    sigma_data = real(state.get("sigma_data"), "sigma_data", positive=True)
+    low = _SIGMAS[0] if low == 0 else finite_float(low, "sigma_min", positive=True)
+    high = _SIGMAS[1] if high == float("inf") else finite_float(high, "sigma_max", positive=True)
+    sigma_data = finite_float(state.get("sigma_data"), "sigma_data", positive=True)
     return {"name": "edm", "sigma_data": sigma_data}, (low, high)
 
 
 def _range(state: dict[Any, Any]) -> tuple[float, float]:
-    low = real(state.get("sigma_min"), "sigma_min", positive=True)
-    return low, real(state.get("sigma_max"), "sigma_max", positive=True)
+    low = finite_float(state.get("sigma_min"), "sigma_min", positive=True)
+    return low, finite_float(state.get("sigma_max"), "sigma_max", positive=True)
 
 
 def _vp(state: dict[Any, Any]) -> tuple[dict[str, Any], tuple[float, float]]:
-    options = {name: real(state.get(name), name, positive=True) for name in ("beta_d", "beta_min")}
-    return {"name": "vp", **options, "steps": whole(state.get("M"), "M", low=2)}, _range(state)
+    options = {name: finite_float(state.get(name), name, positive=True) for name in ("beta_d", "beta_min")}
+    return {"name": "vp", **options, "steps": bounded_int(state.get("M"), "M", low=2)}, _range(state)
 
 
 def _ve(state: dict[Any, Any]) -> tuple[dict[str, Any], tuple[float, float]]:
@@ -137,8 +137,11 @@ def _ve(state: dict[Any, Any]) -> tuple[dict[str, Any], tuple[float, float]]:
 
 
 def _iddpm(state: dict[Any, Any]) -> tuple[dict[str, Any], tuple[float, float]]:
-    options = {"c1": real(state.get("C_1"), "C_1", positive=True), "c2": real(state.get("C_2"), "C_2", positive=True)}
-    steps = whole(state.get("M"), "M", low=2)
+    options = {
+        "c1": finite_float(state.get("C_1"), "C_1", positive=True),
+        "c2": finite_float(state.get("C_2"), "C_2", positive=True),
+    }
+    steps = bounded_int(state.get("M"), "M", low=2)
     return {"name": "iddpm", **options, "steps": steps, "noise_level": "nearest"}, _range(state)
 
 
@@ -155,8 +158,8 @@ _PREDICTOR_SETTINGS = (
 )
 
 
-def _read_predictor(record: Record, checkpoint: Checkpoint) -> Found:
-    bounds = {name: real(record.state.get(name), name) for name in ("scale_dir", "scale_time")}
+def _read_predictor(record: Record, checkpoint: ForeignCheckpoint) -> ForeignModel:
+    bounds = {name: finite_float(record.state.get(name), name) for name in ("scale_dir", "scale_time")}
     try:
         predictor = AMEDPredictor(**bounds)
     except ValueError as error:
@@ -170,4 +173,4 @@ def _read_predictor(record: Record, checkpoint: Checkpoint) -> Found:
         f"AMED predictor for {plain.get('dataset_name')}: {plain.get('sampler_stu')} with {plain.get('num_steps')} "
         f"points, taught by {plain.get('sampler_tea')}"
     )
-    return Found("amed-predictor", None, description, other=predictor.eval(), settings={**plain, **bounds})
+    return ForeignModel("amed-predictor", None, description, other=predictor.eval(), settings={**plain, **bounds})

@@ -7,10 +7,10 @@ from typing import Any
 
 import torch
 
-from diffdistill.interop.containers.checkpoints import Checkpoint
+from diffdistill.interop.containers.checkpoints import ForeignCheckpoint
 from diffdistill.interop.containers.records import ForeignFileError
 from diffdistill.interop.containers.tensors import TensorRecord
-from diffdistill.interop.formats.building import Found, build_strictly, real, sizes_of
+from diffdistill.interop.formats.building import ForeignModel, build_strictly, finite_float, sizes_of
 from diffdistill.interop.formats.stable import read_stable_diffusion
 from diffdistill.interop.formats.unets import Architecture, Hints, infer
 
@@ -18,12 +18,12 @@ UNET = "model.diffusion_model."
 CLASS_TABLE = "cond_stage_model.embedding.weight"
 
 
-def holds_latent_diffusion(checkpoint: Checkpoint) -> bool:
+def holds_latent_diffusion(checkpoint: ForeignCheckpoint) -> bool:
     """Whether a checkpoint is one of latent diffusion or Stable Diffusion."""
     return any(str(name).startswith(UNET) for name in checkpoint.state)
 
 
-def read_ldm(checkpoint: Checkpoint, hints: Hints | None = None) -> Found:
+def read_ldm(checkpoint: ForeignCheckpoint, hints: Hints | None = None) -> ForeignModel:
     """Read the U-Net of a latent diffusion model; the weights' moving average where the file has one.
 
     One that is conditioned on text is Stable Diffusion, of which the other parts are read too. For the others, latents
@@ -72,7 +72,7 @@ def read_ldm(checkpoint: Checkpoint, hints: Hints | None = None) -> Found:
         f"latent diffusion, U-Net on latents of {sizes_of(config)}, {'averaged' if averaged else 'last'} weights, "
         f"sigma {levels[0]:.3g} to {levels[-1]:.3g}"
     )
-    return Found("ldm", denoiser, text, settings={"scale_factor": config["provenance"]["scale_factor"]})
+    return ForeignModel("ldm", denoiser, text, settings={"scale_factor": config["provenance"]["scale_factor"]})
 
 
 def _published(architecture: Architecture) -> Hints:
@@ -92,7 +92,7 @@ def _averaged(records: Mapping[str, Any], state: Mapping[str, Any]) -> tuple[dic
     return {name: state[average] for name, average in names.items()}, True
 
 
-def _betas(checkpoint: Checkpoint, state: Mapping[str, Any]) -> torch.Tensor:
+def _betas(checkpoint: ForeignCheckpoint, state: Mapping[str, Any]) -> torch.Tensor:
     """The betas that the file carries, float64."""
     record = state.get("betas")
     if not isinstance(record, TensorRecord) or len(record.size) != 1 or not 2 <= record.numel <= 10_000:
@@ -112,8 +112,10 @@ def _noise_levels(betas: torch.Tensor) -> list[float]:
     return sigmas.tolist()
 
 
-def _scale(checkpoint: Checkpoint, state: Mapping[str, Any]) -> float:
+def _scale(checkpoint: ForeignCheckpoint, state: Mapping[str, Any]) -> float:
     record = state.get("scale_factor")
     if not isinstance(record, TensorRecord) or record.numel != 1:
         return 1.0
-    return real(float(checkpoint.tensors({"scale_factor": record})["scale_factor"]), "scale_factor", positive=True)
+    return finite_float(
+        float(checkpoint.tensors({"scale_factor": record})["scale_factor"]), "scale_factor", positive=True
+    )

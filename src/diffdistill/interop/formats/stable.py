@@ -12,12 +12,12 @@ from typing import Any
 
 import torch
 
-from diffdistill.interop.containers.checkpoints import Checkpoint
+from diffdistill.interop.containers.checkpoints import ForeignCheckpoint
 from diffdistill.interop.containers.records import ForeignFileError
 from diffdistill.interop.diffusers.extra import diffusers
 from diffdistill.interop.diffusers.parts import from_network
 from diffdistill.interop.formats import stable_names
-from diffdistill.interop.formats.building import Found, build_part, count_of, size_of, within
+from diffdistill.interop.formats.building import ForeignModel, build_part, count_of, size_of, with_prefix
 from diffdistill.interop.formats.stable_text import empty_prompt, text_encoders
 from diffdistill.interop.formats.unets import Architecture, Hints
 
@@ -47,12 +47,12 @@ class Version:
 
 
 def read_stable_diffusion(
-    checkpoint: Checkpoint,
+    checkpoint: ForeignCheckpoint,
     records: Mapping[str, Any],
     architecture: Architecture,
     betas: list[float] | None,
     hints: Hints | None = None,
-) -> Found:
+) -> ForeignModel:
     """Read Stable Diffusion 1, 2 or XL, also their inpainting models.
 
     Args:
@@ -89,7 +89,7 @@ def read_stable_diffusion(
         + (f"the {', '.join(held[:-1])}{' and ' * (len(held) > 1)}{held[-1]}" if held else "no other parts")
     )
     denoiser = from_network(unet, parts["scheduler"], null=_null(architecture, unet, texts))
-    return Found("stable-diffusion", denoiser, description, settings=parts)
+    return ForeignModel("stable-diffusion", denoiser, description, settings=parts)
 
 
 def _version(state: Mapping[str, Any], architecture: Architecture, prediction: str | None) -> Version:
@@ -175,7 +175,7 @@ def _published_betas(betas: list[float]) -> bool:
 
 
 def _unet(
-    checkpoint: Checkpoint,
+    checkpoint: ForeignCheckpoint,
     records: Mapping[str, Any],
     architecture: Architecture,
     hints: Hints,
@@ -205,8 +205,8 @@ def _unet(
     return build_part(lambda: diffusers().UNet2DConditionModel(**options), mapped, checkpoint, part="U-Net")
 
 
-def _autoencoder(checkpoint: Checkpoint, state: Mapping[str, Any], hints: Hints, scaling: float) -> Any:
-    records = within(state, AUTOENCODER)
+def _autoencoder(checkpoint: ForeignCheckpoint, state: Mapping[str, Any], hints: Hints, scaling: float) -> Any:
+    records = with_prefix(state, AUTOENCODER)
     if not records:
         return None
     levels, blocks = count_of(records, "encoder.down."), count_of(records, "encoder.down.0.block.")

@@ -6,15 +6,16 @@ import os
 from pathlib import Path
 from typing import Any
 
+from diffdistill.errors import one_line
 from diffdistill.files.atomic import new_folder
 from diffdistill.interop.diffusers.extra import diffusers
-from diffdistill.interop.formats.building import Found
+from diffdistill.interop.formats.building import ForeignModel
 
 TASKS = {4: "", 9: "Inpaint"}
 """Stock pipelines by the input channels of their U-Net: latents alone, or with a mask and what lies around it."""
 
 
-def write_pipeline(found: Found, tokenizer: str | os.PathLike[str], folder: str | os.PathLike[str]) -> Path:
+def write_pipeline(found: ForeignModel, tokenizer: str | os.PathLike[str], folder: str | os.PathLike[str]) -> Path:
     """Write Stable Diffusion as a folder of diffusers, with a tokenizer from elsewhere.
 
     Args:
@@ -61,7 +62,7 @@ def _tokenizer(source: str | os.PathLike[str], encoder: Any) -> Any:
             str(source), local_files_only=True, model_max_length=length, **padding
         )
     except (OSError, ValueError, TypeError) as error:
-        raise ValueError(f"no tokenizer of CLIP at {str(source)!r}: {' '.join(str(error).split())[:200]}") from None
+        raise ValueError(f"no tokenizer of CLIP at {str(source)!r}: {one_line(error)}") from None
     if len(made) != vocabulary:
         raise ValueError(f"the tokenizer has {len(made)} tokens, but the text encoder {vocabulary}")
     return made

@@ -8,10 +8,10 @@ from typing import Any
 
 import torch
 
-from diffdistill.interop.containers.checkpoints import Checkpoint
+from diffdistill.interop.containers.checkpoints import ForeignCheckpoint
 from diffdistill.interop.diffusers.extra import diffusers
 from diffdistill.interop.formats import stable_names
-from diffdistill.interop.formats.building import build_part, count_of, size_of, whole, within
+from diffdistill.interop.formats.building import bounded_int, build_part, count_of, size_of, with_prefix
 
 CLIP = "cond_stage_model.transformer."
 OPEN_CLIP = "cond_stage_model.model."
@@ -34,7 +34,7 @@ class Style:
     projected: bool = False
 
 
-def text_encoders(checkpoint: Checkpoint, state: Mapping[str, Any], *, xl: bool) -> dict[str, Any]:
+def text_encoders(checkpoint: ForeignCheckpoint, state: Mapping[str, Any], *, xl: bool) -> dict[str, Any]:
     """The text encoders by the names that pipelines give them, None for one that the file does not hold.
 
     Stable Diffusion 2 takes the features before the last layer, normalised, so that its last layer is left out. XL
@@ -50,27 +50,27 @@ def text_encoders(checkpoint: Checkpoint, state: Mapping[str, Any], *, xl: bool)
         ForeignFileError: one is damaged.
     """
     if xl:
-        first, second = within(state, FIRST_OF_XL), within(state, SECOND_OF_XL)
+        first, second = with_prefix(state, FIRST_OF_XL), with_prefix(state, SECOND_OF_XL)
         style = Style("gelu", pads_with_end=False, projected=True)
         return {
             "text_encoder": _clip(checkpoint, first),
             "text_encoder_2": _encoder(checkpoint, stable_names.open_clip(second), style) if second else None,
         }
-    first, second = within(state, CLIP), within(state, OPEN_CLIP)
+    first, second = with_prefix(state, CLIP), with_prefix(state, OPEN_CLIP)
     if first or not second:
         return {"text_encoder": _clip(checkpoint, first)}
-    last = whole(count_of(second, "transformer.resblocks.") - 1, "layers of the text encoder", low=1)
+    last = bounded_int(count_of(second, "transformer.resblocks.") - 1, "layers of the text encoder", low=1)
     records = stable_names.open_clip(second, ("text_projection", f"transformer.resblocks.{last}."))
     return {"text_encoder": _encoder(checkpoint, records, Style("gelu", pads_with_end=False))}
 
 
-def _clip(checkpoint: Checkpoint, records: Mapping[str, Any]) -> Any:
+def _clip(checkpoint: ForeignCheckpoint, records: Mapping[str, Any]) -> Any:
     if not records:
         return None
     return _encoder(checkpoint, stable_names.clip(records), Style("quick_gelu", pads_with_end=True))
 
 
-def _encoder(checkpoint: Checkpoint, records: Mapping[str, Any], style: Style) -> Any:
+def _encoder(checkpoint: ForeignCheckpoint, records: Mapping[str, Any], style: Style) -> Any:
     part = "text encoder"
     width = size_of(records, "embeddings.token_embedding.weight", 1, part)
     vocabulary = size_of(records, "embeddings.token_embedding.weight", 0, part)

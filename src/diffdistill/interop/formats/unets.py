@@ -9,7 +9,7 @@ from typing import Any
 
 from diffdistill.interop.containers.records import ForeignFileError
 from diffdistill.interop.containers.tensors import TensorRecord
-from diffdistill.interop.formats.building import check_size, size_of, within
+from diffdistill.interop.formats.building import check_size, size_of, with_prefix
 
 VECTOR = "label_emb.0.0.weight"
 _STAGE = re.compile(r"(input_blocks|output_blocks)\.(\d{1,4})\.(\d)\.")
@@ -239,7 +239,7 @@ def _has_attention(records: Mapping[str, Any], stage: int) -> bool:
 
 def _depth(records: Mapping[str, Any], place: str) -> int:
     """Transformer blocks of a block's attention."""
-    return len({name.partition(".")[0] for name in within(records, f"{place}.1.transformer_blocks.")})
+    return len({name.partition(".")[0] for name in with_prefix(records, f"{place}.1.transformer_blocks.")})
 
 
 def _ratio(width: int, base: int) -> float:

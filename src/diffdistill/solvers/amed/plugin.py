@@ -12,8 +12,7 @@ from diffdistill.denoiser import per_sample
 from diffdistill.solvers.amed.predictors import FunctionPredictor, Predictor
 from diffdistill.solvers.amed.steps import LearnedSteps
 from diffdistill.solvers.base import Solver
-from diffdistill.solvers.flow import ProbabilityFlow
-from diffdistill.solvers.step import AFS, Correction, Evaluation, History, Interval
+from diffdistill.solvers.step import AFS, AS_PUBLISHED, Correction, Evaluation, History, Interval, Step
 
 
 class AMEDPlugin(Solver):
@@ -53,31 +52,21 @@ class AMEDPlugin(Solver):
         self.predictor = predictor if isinstance(predictor, Predictor) else FunctionPredictor(predictor)
         self.features = self.predictor.features
 
-    def step(
-        self,
-        flow: ProbabilityFlow,
-        x: Tensor,
-        interval: Interval,
-        history: History = (),
-        *,
-        evaluation: Evaluation | None = None,
-        correction: Correction | None = None,
-        noise: Tensor | None = None,
-    ) -> tuple[Tensor, History]:
-        """Take a step of the inner solver as `correction`, by default the predictor's, says; see `Solver.step`."""
-        if evaluation is None:
-            evaluation = self.inner.evaluate(flow, x, interval)
-        if interval.to_zero:
-            return evaluation.denoised, ()
-        if correction is None:
-            correction = self.predict(evaluation, interval)
+    def take(self, step: Step) -> tuple[Tensor, History]:
+        """Take a step of the inner solver as the correction, by default the predictor's, says."""
+        step = replace(step, given=step.given or self.inner.evaluate(replace(step, correction=AS_PUBLISHED)))
+        if step.interval.to_zero:
+            return step.evaluation.denoised, ()
+        if step.correction is AS_PUBLISHED:
+            step = replace(step, correction=self.predict(step.evaluation, step.interval))
         if self.inner.stages == 2:
-            return self.inner.step(flow, x, interval, history, evaluation=evaluation, correction=correction)
-        first, second = interval.split(midpoint(interval, correction))
-        x, history = self.inner.step(
-            flow, x, first, history, evaluation=evaluation, correction=Correction(scale_dir=correction.scale_first)
-        )
-        return self.inner.step(flow, x, second, history, correction=replace(correction, r=None, scale_first=None))
+            return self.inner.take(step)
+        correction = step.correction
+        first, second = step.interval.split(midpoint(step.interval, correction))
+        to_mid = Correction(scale_dir=correction.scale_first)
+        x, history = self.inner.take(replace(step, interval=first, correction=to_mid))
+        from_mid = replace(correction, r=None, scale_first=None)
+        return self.inner.take(replace(step, x=x, interval=second, history=history, given=None, correction=from_mid))
 
     def predict(self, evaluation: Evaluation, interval: Interval) -> Correction:
         """The predictor's correction for the step that starts at `evaluation`.
@@ -93,20 +82,13 @@ class AMEDPlugin(Solver):
             )
         return self.predictor.correction(evaluation.features, interval)
 
-    def update(
-        self,
-        flow: ProbabilityFlow,
-        evaluation: Evaluation,
-        interval: Interval,
-        history: History,
-        correction: Correction | None,
-    ) -> Tensor:
-        return self.step(flow, evaluation.x, interval, history, evaluation=evaluation, correction=correction)[0]
+    def update(self, step: Step) -> Tensor:
+        return self.take(step)[0]
 
 
-def midpoint(interval: Interval, correction: Correction | None) -> Tensor:
+def midpoint(interval: Interval, correction: Correction) -> Tensor:
     """`sigma_next**r * sigma**(1 - r)`, with r = 1/2 unless it is given (Zhou et al. 2024, Eq. 9)."""
-    r = 0.5 if correction is None or correction.r is None else correction.r
+    r = 0.5 if correction.r is None else correction.r
     return interval.sigma_next**r * interval.sigma ** (1 - r)
 
 
@@ -119,23 +101,16 @@ class MeanDirection(Solver):
 
     stages = 2
 
-    def update(
-        self,
-        flow: ProbabilityFlow,
-        evaluation: Evaluation,
-        interval: Interval,
-        history: History,
-        correction: Correction | None,
-    ) -> Tensor:
-        x, sigma, sigma_mid = evaluation.x, interval.sigma, midpoint(interval, correction)
-        correction = correction or Correction()
-        to_mid, whole = sigma_mid - sigma, interval.sigma_next - sigma
+    def update(self, step: Step) -> Tensor:
+        x, interval, correction = step.x, step.interval, step.correction
+        sigma_mid = midpoint(interval, correction)
+        to_mid, whole = sigma_mid - interval.sigma, interval.sigma_next - interval.sigma
         if correction.scale_first is not None:
             to_mid = to_mid * correction.scale_first
         if correction.scale_dir is not None:
             whole = whole * correction.scale_dir
-        x_mid = torch.addcmul(x, per_sample(to_mid, x), evaluation.eps)
-        eps_mid = flow(x_mid, sigma_mid, scale_time=correction.scale_time).eps
+        x_mid = torch.addcmul(x, per_sample(to_mid, x), step.evaluation.eps)
+        eps_mid = step.flow(x_mid, sigma_mid, scale_time=correction.scale_time).eps
         return torch.addcmul(x, per_sample(whole, x), eps_mid)
 
 

@@ -8,8 +8,7 @@ from torch import Tensor
 
 from diffdistill.solvers.amed.predictors import Predictor
 from diffdistill.solvers.base import Solver
-from diffdistill.solvers.flow import ProbabilityFlow
-from diffdistill.solvers.step import Correction, Evaluation, History, Interval
+from diffdistill.solvers.step import AS_PUBLISHED, History, Step
 
 
 class LearnedSteps(Solver):
@@ -45,28 +44,11 @@ class LearnedSteps(Solver):
         self.memory = inner_solver.memory
         self.predictor = predictor
 
-    def step(
-        self,
-        flow: ProbabilityFlow,
-        x: Tensor,
-        interval: Interval,
-        history: History = (),
-        *,
-        evaluation: Evaluation | None = None,
-        correction: Correction | None = None,
-        noise: Tensor | None = None,
-    ) -> tuple[Tensor, History]:
-        """Take a step of the inner solver as `correction`, by default the predictor's, says; see `Solver.step`."""
-        if correction is None and not interval.to_zero:
-            correction = replace(self.predictor.correction(None, interval), r=None)
-        return self.inner.step(flow, x, interval, history, evaluation=evaluation, correction=correction)
+    def take(self, step: Step) -> tuple[Tensor, History]:
+        """Take a step of the inner solver as the correction, by default the predictor's, says."""
+        if step.correction is AS_PUBLISHED and not step.interval.to_zero:
+            step = replace(step, correction=replace(self.predictor.correction(None, step.interval), r=None))
+        return self.inner.take(step)
 
-    def update(
-        self,
-        flow: ProbabilityFlow,
-        evaluation: Evaluation,
-        interval: Interval,
-        history: History,
-        correction: Correction | None,
-    ) -> Tensor:
-        return self.step(flow, evaluation.x, interval, history, evaluation=evaluation, correction=correction)[0]
+    def update(self, step: Step) -> Tensor:
+        return self.take(step)[0]

@@ -16,7 +16,9 @@ from torch import Tensor
 from tqdm import tqdm
 
 from diffdistill.files.atomic import write_text
-from diffdistill.solver_comparison.candidates import Candidate, Grid, learned_candidate, title
+from diffdistill.files.hashes import sha256
+from diffdistill.learned.storage import PREDICTOR
+from diffdistill.solver_comparison.candidates import Candidate, Grid, learned_candidate, predictor_name
 from diffdistill.solver_comparison.problem import Problem
 
 
@@ -118,15 +120,16 @@ def entries(
             for started in (False, True) if grid.starts else (False,):
                 yield f"{label}_{count}{'_start' if started else ''}", partial(choose, label, count, started)
     for name in predictors:
-        yield f"learned_{title(name)}", partial(learned_candidate, name, problem.denoiser)
+        row = f"learned_{predictor_name(name)}_{sha256(PREDICTOR.find(name))[:8]}"
+        yield row, partial(learned_candidate, name, problem.denoiser)
 
 
 def compare(
-    taking_part: Iterable[Entry], problem: Problem, folder: Path, frechet: Callable[[Tensor], float] | None = None
+    candidates: Iterable[Entry], problem: Problem, folder: Path, frechet: Callable[[Tensor], float] | None = None
 ) -> list[Row]:
     """Measure every entry, in the order of evaluations. A row is a file of `folder`; those there are not made again."""
     rows = []
-    for name, choose in tqdm(list(taking_part), desc="solvers", disable=None):
+    for name, choose in tqdm(list(candidates), desc="solvers", disable=None):
         path = folder / f"{name}.json"
         if not path.exists():
             candidate = choose()

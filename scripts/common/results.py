@@ -1,0 +1,45 @@
+"""How a run begins and ends: data that fit the teacher, and a model that says what made it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from hydra.core.hydra_config import HydraConfig
+from omegaconf import DictConfig
+
+from common.configs import plain
+from common.typed import typed_command
+from diffdistill.data import ImageData
+from diffdistill.denoiser import Denoiser
+from diffdistill.distributed import rank
+from diffdistill.models import save_denoiser
+from diffdistill.training import Run
+
+
+def check_data(data: ImageData, teacher: Denoiser) -> None:
+    """Refuse images that are not the teacher's."""
+    if tuple(data.shape) != tuple(teacher.data_shape) or data.num_classes < teacher.num_classes:
+        raise ValueError(
+            f"the data has images {list(data.shape)} of {data.num_classes} classes, "
+            f"but the teacher takes {list(teacher.data_shape)} of {teacher.num_classes}"
+        )
+
+
+def provenance(config: DictConfig, run: Run) -> dict[str, Any]:
+    """What made a model: the command, its settings, and the last line of the metrics."""
+    overrides = HydraConfig.get().overrides.task if HydraConfig.initialized() else []
+    metrics = run.metrics()
+    return {
+        "command": " ".join([typed_command(), *overrides]),
+        "settings": plain(config),
+        "metrics": metrics[-1] if metrics else {},
+    }
+
+
+def finish(model: Any, run: Run, config: DictConfig, *, save: Callable[..., None] = save_denoiser) -> str:
+    """Save the result of a run, mark the run as finished, and return the path of the model."""
+    if rank() == 0:
+        save(model, run.path / "model.safetensors", provenance=provenance(config, run))
+    run.finish(["model.safetensors"])
+    return str(run.path / "model.safetensors")
