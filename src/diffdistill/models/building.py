@@ -25,6 +25,9 @@ from diffdistill.registry import check_options, construct
 W_CHANNELS = 64
 """Width of the embedding of a guidance weight, and its parameters, for networks that do not state their own."""
 W_PARAMETERS = ("map_w.weight",)
+S_CHANNELS = 64
+"""Width of the embedding of the end of a step, of flow maps."""
+S_PARAMETER = "map_s.weight"
 
 NETWORKS: dict[str, Callable[..., nn.Module] | str] = {
     "song_unet": SongUNet,
@@ -212,6 +215,36 @@ def guidance_student(
     student = build_denoiser(config, network=network)
     missing, unexpected = student.load_state_dict(teacher.state_dict(), strict=False)
     if missing != [f"model.{name}" for name in getattr(student.model, "w_parameters", W_PARAMETERS)] or unexpected:
+        raise ValueError(f"the teacher's weights do not fit its config: missing {missing}, unexpected {unexpected}")
+    reference = next(teacher.parameters())
+    return student.to(device=reference.device, dtype=reference.dtype)
+
+
+def flow_map_student(teacher: NetworkDenoiser, *, s_channels: int = S_CHANNELS) -> NetworkDenoiser:
+    """A copy of `teacher` that also takes `s`, the level that a step ends at, and ignores it until it is trained.
+
+    At first it equals the teacher for every s.
+
+    Args:
+        teacher: the model of stage 1, or any other that was not distilled to a number of steps.
+        s_channels: width of the embedding of s.
+
+    Raises:
+        ValueError: the teacher has no config, takes s already, or has a network that cannot take it.
+    """
+    if teacher.flow_map:
+        raise ValueError("this denoiser takes the end of a step already: train it as it is")
+    config = config_of(teacher)
+    try:
+        network = {**config["network"], "s_channels": s_channels}
+        student = build_denoiser({**config, "network": network, "distilled": None, "provenance": None})
+    except TypeError:
+        raise ValueError(
+            f"a network {config['network']['name']!r} takes no end of a step s: choose a method that needs none, such "
+            "as halving, trajectory or consistency"
+        ) from None
+    missing, unexpected = student.load_state_dict(teacher.state_dict(), strict=False)
+    if missing != [f"model.{S_PARAMETER}"] or unexpected:
         raise ValueError(f"the teacher's weights do not fit its config: missing {missing}, unexpected {unexpected}")
     reference = next(teacher.parameters())
     return student.to(device=reference.device, dtype=reference.dtype)

@@ -38,7 +38,8 @@ class TrainerConfig:
             with bitsandbytes).
         betas, eps, weight_decay: of the optimiser.
         warmup: updates over which the learning rate rises linearly from 0.
-        decay: how it then falls to 0 at the end of the run: "constant" (not at all), "linear" or "cosine".
+        decay: how it then falls: "constant" (not at all), "linear" or "cosine" to 0 at the end of the run, or "step" to a
+            tenth in the middle of it.
         clip: largest norm of the gradient, or None.
         ema_half_life: half-life of the average of the weights, in samples, or None for no average
             (EDM's training_loop.py counts the same in thousands of images).
@@ -72,7 +73,7 @@ class TrainerConfig:
     eps: float = 1e-8
     weight_decay: float = 0.0
     warmup: int = 0
-    decay: Literal["constant", "linear", "cosine"] = "constant"
+    decay: Literal["constant", "linear", "cosine", "step"] = "constant"
     clip: float | None = None
     ema_half_life: float | None = None
     ema_rampup: float | None = 0.05
@@ -156,7 +157,7 @@ class TrainerConfig:
 SWITCHES = ("channels_last", "compile", "recompute")
 CHOICES = {
     "optimizer": ("adam", "adamw", "sgd", "adam8bit", "adamw8bit"),
-    "decay": ("constant", "linear", "cosine"),
+    "decay": ("constant", "linear", "cosine", "step"),
     "precision": ("auto", "fp32", "bf16"),
     "parallel": ("ddp", "fsdp"),
 }
@@ -164,4 +165,5 @@ DECAYS = {
     "constant": lambda progress: 1.0,
     "linear": lambda progress: 1.0 - progress,
     "cosine": lambda progress: 0.5 * (1.0 + math.cos(math.pi * progress)),
+    "step": lambda progress: 1.0 if progress < 0.5 else 0.1,
 }

@@ -222,6 +222,7 @@ class Trainer:
     def _streams(self, batch: Mapping[str, Tensor]) -> list[Iterator[Loss]]:
         """The losses of each part of a batch, and all generators where the update begins."""
         config, k = self.config, self.update
+        self.objective.progress = k / config.updates
         self._seed_network(seed_from(config.seed, "network", k, self._generators[0].start))
         if config.channels_last:
             batch = {n: t.contiguous(memory_format=torch.channels_last) if t.ndim == 4 else t for n, t in batch.items()}
