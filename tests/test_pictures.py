@@ -3,7 +3,8 @@ import pytest
 import torch
 from PIL import Image
 
-from diffdistill.pictures import GAP, name_lines, plot_curves, save_figure, save_grid
+from diffdistill.pictures import GAP, save_grid
+from diffdistill.reports.plots import name_lines, plot_curves, save_figure
 
 
 def test_a_grid_places_images_row_by_row(tmp_path):
