@@ -69,7 +69,7 @@ class Panel:
         xlabel, ylabel, title: texts.
         xticks: where the x axis is labelled; None leaves that to matplotlib.
         xscale, yscale: "linear" or "log".
-        ylim: ends of the y axis, None where they follow the lines.
+        ylim: ends of the y axis; None fits them to the lines.
     """
 
     lines: Sequence[Line]
@@ -79,7 +79,7 @@ class Panel:
     xticks: Sequence[float] | None = None
     xscale: Literal["linear", "log"] = "linear"
     yscale: Literal["linear", "log"] = "linear"
-    ylim: tuple[float | None, float | None] = (None, None)
+    ylim: tuple[float, float] | None = None
 
 
 def plot_panels(
@@ -101,7 +101,9 @@ def plot_panels(
                     markersize=6 if line.bold else 4,
                 )
             axes.set(title=panel.title, xlabel=panel.xlabel, ylabel=panel.ylabel)
-            axes.set(xscale=panel.xscale, yscale=panel.yscale, ylim=panel.ylim)
+            axes.set(xscale=panel.xscale, yscale=panel.yscale)
+            if panel.ylim is not None:  # else the axes go on fitting to their lines
+                axes.set_ylim(panel.ylim)
             if panel.xticks is not None:
                 axes.set_xticks(list(panel.xticks), [f"{tick:g}" for tick in panel.xticks])
         for axes in figure.axes:  # once all have their scales
