@@ -94,10 +94,10 @@ class Autoencoder(nn.Module):
         """Images `[B, C, H, W]` in [-1, 1] to latents `[B, *latent_shape]`; nothing is drawn from a generator."""
         return (self.encoder(images) - self.shift) * self.scale
 
-    @torch.no_grad()
     def decode(self, latents: Tensor) -> Tensor:
-        """Latents `[B, *latent_shape]` to images `[B, C, H, W]`, about in [-1, 1]."""
-        return self.decoder(latents / self.scale + self.shift)
+        """Latents `[B, *latent_shape]` to images `[B, C, H, W]`, about in [-1, 1]; differentiable in the latents."""
+        with torch.set_grad_enabled(torch.is_grad_enabled() and latents.requires_grad):
+            return self.decoder(latents / self.scale + self.shift)
 
     @torch.no_grad()
     def fit_scale(self, images: Tensor, *, batch_size: int = 250) -> None:

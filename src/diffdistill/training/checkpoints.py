@@ -124,12 +124,12 @@ class Checkpoints:
         updates = self._updates()
         return self._path(updates[-1], self._record(updates[-1])) if updates else None
 
-    def prune(self, keep: int, newest: int = -1) -> None:
+    def prune(self, keep: int, newest: int | None = None) -> None:
         """Remove all but the last checkpoints up to `newest` (later ones are damaged), and what crashes left behind.
 
         Process 0 alone calls it.
         """
-        updates = [update for update in self._updates() if update <= newest]
+        updates = [update for update in self._updates() if newest is None or update <= newest]
         kept: set[str] = set()
         for update in updates[max(len(updates) - keep, 0) :]:
             kept |= {self._record_path(update).name, *_files(self._record(update), self._path(update, {}).name)}
