@@ -18,7 +18,8 @@ from tqdm import tqdm
 from diffdistill import distributed
 from diffdistill.devices import channels_last, device_of, tuned_convolutions
 from diffdistill.errors import one_line
-from diffdistill.pictures import plot_curves, save_grid
+from diffdistill.pictures import save_grid
+from diffdistill.reports.plots import plot_curves
 from diffdistill.training import sharding
 from diffdistill.training.average import WeightAverage
 from diffdistill.training.batches import Batches, DataError, MapData, split
