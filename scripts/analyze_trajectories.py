@@ -47,7 +47,7 @@ def main(config: DictConfig) -> None:
     narrow = settings["mixture"]
     if not narrow["components"] >= 1 or not narrow["std"] > 0:
         raise ValueError(f"mixture takes at least one component and a positive std, not {narrow}")
-    run = Run(settings["out"], settings, harmless=("device",))
+    run = Run(settings["out"], settings, harmless=("device", "plugins"))
     device = device_of(settings["device"])
     model = load_denoiser(settings["model"], device=device)
     images = load_data(**settings["data"]).tensors()["x"][: settings["mixture"]["components"]]

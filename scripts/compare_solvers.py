@@ -72,7 +72,7 @@ def main(config: DictConfig) -> None:
     for sigma in settings["start"]["sigmas"]:
         start_for(model, {"sigma": sigma, "statistics": settings["start"]["statistics"]})
     real = gaussian_of(features, data.tensors()["x"])
-    run = Run(settings["out"], settings, harmless=("device", "learned", "out"))
+    run = Run(settings["out"], settings, harmless=("device", "learned", "plugins", "out"))
     problem = problem_of(settings, model, run)
 
     def frechet(x: torch.Tensor) -> float:

@@ -43,7 +43,7 @@ def main(config: DictConfig) -> None:
         raise ValueError(f"samples of this model are latents {list(model.data_shape)}, not pictures: give save=npz")
     labels = chosen_labels(settings["labels"], settings["num_samples"], model)
     seeds = range(settings["seed"], settings["seed"] + settings["num_samples"])
-    run = Run(settings["out"], settings, harmless=("device", "save", "compile", "cuda_graph"))
+    run = Run(settings["out"], settings, harmless=("device", "plugins", "save", "compile", "cuda_graph"))
     samples = draw_to(run.path / "parts", planned, seeds, labels, batch_size=settings["batch_size"])
     if rank() == 0:
         for write in writers:

@@ -26,9 +26,9 @@ CASES = {
     "no such form of override": ("sample", ["num_samples"], ["num_samples"]),
     "missing setting": ("make_reference", ["out=OUT"], ["features"]),
     # the trainer
-    "updates": ("train_teacher", ["trainer.updates=-3"], ["updates", "-3", "positive"]),
+    "updates": ("train_teacher", ["trainer.updates=-3"], ["updates", "-3", "at least 1"]),
     "unknown setting of the trainer": ("train_teacher", ["+trainer.lr=1"], ["'lr'", "learning_rate"]),
-    "batch_size": ("train_teacher", ["trainer.batch_size=0"], ["batch_size", "0", "positive integer"]),
+    "batch_size": ("train_teacher", ["trainer.batch_size=0"], ["batch_size", "0", "integer of at least 1"]),
     "batch that does not divide": (
         "train_teacher",
         ["trainer.batch_size=10", "trainer.accumulation=4"],
@@ -219,7 +219,7 @@ CASES = {
     "parts": ("evaluate", ["samples=GREY", "splits=1.5"], ["splits", "1.5", "integer"]),
     "a folder for a reference": ("make_reference", ["features=pixels", "out=EMPTY"], ["is a folder", "result.npz"]),
     "a file for a table": ("reproduce", ["table=digits_students", "out=TEXT"], ["text.safetensors"]),
-    "columns of a table": ("reproduce", ["table=digits_students", "table.columns=[a]"], ["columns", "'a'", "numbers"]),
+    "columns of a table": ("reproduce", ["table=digits_students", "table.columns=[a]"], ["columns", "'a'", "number"]),
     "samples of a table": ("reproduce", ["table=digits_students", "table.num_samples=0"], ["num_samples", "0"]),
     "parts of a table": ("reproduce", ["table=digits_students", "table.num_samples=2"], ["splits=5", "num_samples=2"]),
     "rows of a table": ("reproduce", ["table=digits_students", "table.rows=[3]"], ["mapping", "not 3"]),

@@ -29,9 +29,9 @@ def test_the_average_has_a_half_life_in_samples_that_ramps_up():
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"updates": 0}, "updates must be a positive integer, but is 0"),
-        ({"batch_size": 2.5}, "batch_size must be a positive integer, but is 2.5"),
-        ({"batch_size": True}, "batch_size must be a positive integer, but is True"),
+        ({"updates": 0}, "updates must be an integer of at least 1, but is 0"),
+        ({"batch_size": 2.5}, "batch_size must be an integer of at least 1, but is 2.5"),
+        ({"batch_size": True}, "batch_size must be an integer of at least 1, but is True"),
         ({"accumulation": 5}, "batch_size=12 does not divide into accumulation=5 parts"),
         ({"learning_rate": "fast"}, "learning_rate must be a positive number, but is 'fast'"),
         ({"learning_rate": float("nan")}, "learning_rate must be a positive number, but is nan"),
@@ -42,7 +42,7 @@ def test_the_average_has_a_half_life_in_samples_that_ramps_up():
         ({"clip": -1}, "clip must be a positive number or null, but is -1"),
         ({"warmup": -1}, "warmup must be an integer of at least 0, but is -1"),
         ({"compile": "yes"}, "compile must be true or false, but is 'yes'"),
-        ({"lr": 1.0}, "the trainer has no setting 'lr': it has updates, batch_size, .*"),
+        ({"lr": 1.0}, "the trainer has no setting 'lr': it takes updates, batch_size, .*"),
     ],
 )
 def test_bad_settings_are_named_in_one_line(changes, message):
