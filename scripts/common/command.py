@@ -22,6 +22,7 @@ from common.checks import check_settings
 from common.configs import CONFIGS, given_by, let_given_win, plain
 from common.errors import errors_in_one_line
 from common.jobs import errors_in_the_log
+from common.notes import notes_on_stderr
 from common.plugins import import_plugins
 from common.typed import VARIABLE, as_typed, typed_command
 from common.usage import check_preset, usage
@@ -45,8 +46,9 @@ def command(
     def decorate(main: Callable[[DictConfig], Any]) -> Callable[[], None]:
         @wraps(main)
         def task(config: DictConfig) -> None:
-            ends = errors_in_the_log if "SUBMITIT_EXECUTOR" in os.environ else errors_in_one_line
-            with ends(), processes(), quiet_unless_first(), short_warnings():
+            submitted = "SUBMITIT_EXECUTOR" in os.environ  # whose log shows notes too
+            ends, notes = (errors_in_the_log, nullcontext) if submitted else (errors_in_one_line, notes_on_stderr)
+            with ends(), processes(), notes(), quiet_unless_first(), short_warnings():
                 let_given_win(config, given_by(HydraConfig.get().overrides.task))
                 settings = plain(config)
                 import_plugins(settings.get("plugins", []))

@@ -36,7 +36,6 @@ HARMLESS = frozenset(
         "device",
         "parallel",
         "recompute",
-        "plugins",
     }
 )
 """Settings that may change between a run and its continuation: they do not change what is computed."""
@@ -55,7 +54,8 @@ class TrainerConfig:
             with bitsandbytes).
         betas, eps, weight_decay: of the optimiser.
         warmup: updates over which the learning rate rises linearly from 0.
-        decay: how it then falls to 0 at the end of the run: "constant" (not at all), "linear" or "cosine".
+        decay: how it then falls: "constant" (not at all), "linear" or "cosine" to 0 at the end of the run, or "step" to a
+            tenth in the middle of it.
         clip: largest norm of the gradient, or None.
         ema_half_life: half-life of the average of the weights, in samples, or None for no average
             (EDM's training_loop.py counts the same in thousands of images).
@@ -89,7 +89,7 @@ class TrainerConfig:
     eps: Positive = 1e-8
     weight_decay: NonNegative = 0.0
     warmup: Natural = 0
-    decay: Literal["constant", "linear", "cosine"] = "constant"
+    decay: Literal["constant", "linear", "cosine", "step"] = "constant"
     clip: Positive | None = None
     ema_half_life: Positive | None = None
     ema_rampup: Positive | None = 0.05
@@ -146,4 +146,5 @@ DECAYS = {
     "constant": lambda progress: 1.0,
     "linear": lambda progress: 1.0 - progress,
     "cosine": lambda progress: 0.5 * (1.0 + math.cos(math.pi * progress)),
+    "step": lambda progress: 1.0 if progress < 0.5 else 0.1,
 }

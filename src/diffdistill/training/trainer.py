@@ -17,6 +17,7 @@ from tqdm import tqdm
 
 from diffdistill import distributed
 from diffdistill.devices import channels_last, device_of, tuned_convolutions
+from diffdistill.errors import one_line
 from diffdistill.pictures import plot_curves, save_grid
 from diffdistill.training import sharding
 from diffdistill.training.average import WeightAverage
@@ -221,6 +222,7 @@ class Trainer:
     def _streams(self, batch: Mapping[str, Tensor]) -> list[Iterator[Loss]]:
         """The losses of each part of a batch, and all generators where the update begins."""
         config, k = self.config, self.update
+        self.objective.progress = k / config.updates
         self._seed_network(seed_from(config.seed, "network", k, self._generators[0].start))
         if config.channels_last:
             batch = {n: t.contiguous(memory_format=torch.channels_last) if t.ndim == 4 else t for n, t in batch.items()}
@@ -409,7 +411,7 @@ class Trainer:
             self.journal.load(state["journal"])
             self._seconds_before = state["seconds"]
         except (KeyError, RuntimeError, ValueError) as error:
-            reason = " ".join(str(error).split())[:300]
+            reason = one_line(error)
             raise CheckpointError(f"the checkpoint {checkpoint.path} is not one of this model: {reason}") from error
         self.update = checkpoint.update
         self.run.rewind(self.update)
