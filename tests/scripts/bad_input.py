@@ -36,7 +36,7 @@ CASES = {
     ),
     "learning rate": ("train_teacher", ["trainer.learning_rate=fast"], ["'fast'", "positive number"]),
     "optimiser": ("train_teacher", ["trainer.optimizer=adma"], ["'adma'", "adam, adamw, sgd"]),
-    "decay": ("train_teacher", ["trainer.decay=step"], ["'step'", "cosine"]),
+    "decay": ("train_teacher", ["trainer.decay=stairs"], ["'stairs'", "cosine"]),
     "precision": ("train_teacher", ["trainer.precision=fp16"], ["'fp16'", "fp32, bf16"]),
     "clip": ("train_teacher", ["trainer.clip=-1"], ["clip", "-1", "positive"]),
     "channels_last": ("train_teacher", ["trainer.channels_last=maybe"], ["'maybe'", "true or false"]),

@@ -36,7 +36,7 @@ def test_the_average_has_a_half_life_in_samples_that_ramps_up():
         ({"learning_rate": "fast"}, "learning_rate must be a positive number, but is 'fast'"),
         ({"learning_rate": float("nan")}, "learning_rate must be a positive number, but is nan"),
         ({"optimizer": "adma"}, "optimizer must be one of adam, adamw, sgd, adam8bit, adamw8bit, but is 'adma'"),
-        ({"decay": "step"}, "decay must be one of constant, linear, cosine, but is 'step'"),
+        ({"decay": "stairs"}, "decay must be one of constant, linear, cosine, step, but is 'stairs'"),
         ({"precision": "fp16"}, "precision must be one of auto, fp32, bf16, but is 'fp16'"),
         ({"betas": [0.9, 1.0]}, r"betas must be two numbers in \[0, 1\), but is \(0.9, 1.0\)"),
         ({"clip": -1}, "clip must be a positive number or null, but is -1"),
