@@ -8,6 +8,7 @@ from typing import Any
 from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig
 
+from common.arguments import as_given
 from common.configs import plain
 from common.typed import typed_command
 from diffdistill.data import ImageData
@@ -31,7 +32,7 @@ def provenance(config: DictConfig, run: Run) -> dict[str, Any]:
     overrides = HydraConfig.get().overrides.task if HydraConfig.initialized() else []
     metrics = run.metrics()
     return {
-        "command": " ".join([typed_command(), *overrides]),
+        "command": " ".join([typed_command(), *map(as_given, overrides)]),
         "settings": plain(config),
         "metrics": metrics[-1] if metrics else {},
     }
