@@ -289,7 +289,11 @@ def on_gpu(module):
 def test_no_solver_waits_for_the_gpu_or_copies(name):
     sigmas = make_schedule("polynomial", num_steps=3, sigma_min=0.02, sigma_max=80.0).tolist()
     with FakeTensorMode(allow_non_fake_inputs=True), torch.no_grad():
-        denoiser, predictor, table = on_gpu(Small()), on_gpu(AMEDPredictor(0.1, 0.2, initial="published")), on_gpu(LearnedTable(4))
+        denoiser, predictor, table = (
+            on_gpu(Small()),
+            on_gpu(AMEDPredictor(0.1, 0.2, initial="published")),
+            on_gpu(LearnedTable(4)),
+        )
         x, labels = torch.empty(3, 2, 8, 8, device="cuda"), torch.zeros(3, dtype=torch.long, device="cuda")
         solvers = [LearnedSteps(make_solver("ipndm"), table)]
         if name == "plugin":

@@ -21,7 +21,7 @@ class Candidate:
 
     Attributes:
         label: of the solver.
-        solver, sigmas, start: as for `sample`.
+        solver, sigmas, start, thresholding: as for `sample`.
         schedule: of the noise levels, in words.
         parameters: learned numbers.
         training_seconds: that learning took.
@@ -31,6 +31,7 @@ class Candidate:
     solver: Solver
     sigmas: Tensor
     start: GaussianStart | None = None
+    thresholding: str | None = None
     schedule: str = "own"
     parameters: int = 0
     training_seconds: float | None = None
@@ -44,6 +45,7 @@ class Candidate:
             sigmas=self.sigmas,
             cond=cond,
             start=self.start,
+            thresholding=self.thresholding,
             return_trajectory=True,
         )
         return run.x[-1], run.nfe
@@ -103,7 +105,7 @@ class Grid:
                     num_steps = num_steps_for(solver, evaluations, to_zero=schedule.get("sigma_min") == 0)
                     if num_steps is not None:
                         sigmas, begin = self._levels(name, num_steps, start, problem)
-                        found.append(Candidate(label, solver, sigmas, begin, name + suffix))
+                        found.append(Candidate(label, solver, sigmas, begin, schedule=name + suffix))
         return found
 
     @cache  # noqa: B019 (a grid lives as long as the comparison)
@@ -142,6 +144,7 @@ def learned_candidate(predictor: str, denoiser: Any) -> Candidate:
         learned.solver,
         learned.sigmas,
         learned.gaussian_start(),
+        learned.thresholding,
         schedule="learned",
         parameters=sum(p.numel() for p in learned.solver.predictor.parameters()),
         training_seconds=learned.provenance.get("metrics", {}).get("seconds"),

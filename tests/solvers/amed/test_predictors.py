@@ -49,7 +49,11 @@ def test_forward_pass_and_parameter_names_are_the_published_ones():
 
 
 def test_autocast_leaves_the_predictor_alone():
-    predictor, features, sigma = AMEDPredictor(initial="published"), torch.randn(3, 5, 8, 8), torch.tensor([40.0, 3.0, 0.2])
+    predictor, features, sigma = (
+        AMEDPredictor(initial="published"),
+        torch.randn(3, 5, 8, 8),
+        torch.tensor([40.0, 3.0, 0.2]),
+    )
     with torch.autocast("cpu", torch.bfloat16):
         half = predictor(features, sigma, sigma / 2)
     assert torch.equal(half.r, predictor(features, sigma, sigma / 2).r)
