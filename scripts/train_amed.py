@@ -22,6 +22,7 @@ from diffdistill.models import guided
 from diffdistill.tables.reproduction import Files
 from diffdistill.tables.tables import Need
 from diffdistill.training import NonFiniteLossError, Run, Trainer, TrainerConfig
+from diffdistill.training.inputs import inputs_of
 
 
 def train(config: DictConfig) -> None:
@@ -29,7 +30,7 @@ def train(config: DictConfig) -> None:
     model, source = settings["model"], settings["source"]
     if source and not Path(model).exists():
         raise FileNotFoundError(f"{model} is not there: get it from {source}, or say model=PATH")
-    run = Run(settings["out"], settings)
+    run = Run(settings["out"], settings, inputs=inputs_of(settings))
     if run.finished:
         print(f"the predictor is {run.path / 'predictor.safetensors'}")
         return

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import importlib
 import inspect
-from collections.abc import Callable, Mapping, Sequence
+import re
+from collections.abc import Callable, Mapping, MutableMapping, Sequence
 from types import NoneType, UnionType
 from typing import Any, SupportsFloat, TypeVar, Union, get_args, get_origin, get_type_hints
 
@@ -33,6 +34,26 @@ def resolve(entry: T | str) -> T:
         return entry
     module, _, name = entry.partition(":")
     return getattr(importlib.import_module(module), name)
+
+
+def enter(kind: str, name: str, table: MutableMapping[str, Any], entry: Any) -> None:
+    """Put an entry of a user into a table, under a new name; a reload, or a cell run again, replaces its own.
+
+    Raises:
+        ValueError: the name is no word, or is taken.
+    """
+    if not isinstance(name, str) or not re.fullmatch(r"[A-Za-z][\w-]*", name):
+        raise ValueError(f"the name of a {kind} is a word of letters, digits, _ and -, not {name!r}")
+    known = table.get(name)
+    if known is not None and _place(known) != _place(entry):
+        raise ValueError(f"the {kind} name {name!r} is taken: choose another; these are: {', '.join(sorted(table))}")
+    table[name] = entry
+
+
+def _place(entry: Any) -> tuple[str, str] | None:
+    """Where a class or function is defined; None for anything else, such as an import path."""
+    found = getattr(entry, "__module__", None), getattr(entry, "__qualname__", None)
+    return found if all(found) else None  # pyright: ignore[reportReturnType]
 
 
 def choose(kind: str, name: str, table: Mapping[str, T]) -> T:
@@ -66,13 +87,22 @@ def check_options(what: str, make: Callable[..., Any], options: Mapping[str, Any
     """
     parameters = inspect.signature(make).parameters
     valid = [p.name for p in parameters.values() if p.kind in (p.KEYWORD_ONLY, p.POSITIONAL_OR_KEYWORD)][positional:]
-    hints = get_type_hints(make.__init__ if isinstance(make, type) else make)
+    takes_any = any(p.kind is p.VAR_KEYWORD for p in parameters.values())
+    hints = _hints(make.__init__ if isinstance(make, type) else make)
     for option, value in options.items():
-        if option not in valid:
+        if option not in valid and not takes_any:
             raise TypeError(f"{what} has no option {option!r}: it takes {', '.join(valid) or 'none'}")
         words = _mismatch(value, hints.get(option, Any))
         if words:
             raise ValueError(f"{what}: {option} must be {words}, but is {value!r}")
+
+
+def _hints(function: Callable[..., Any]) -> dict[str, Any]:
+    """The annotations of a function; none where they name what is imported for type checkers alone."""
+    try:
+        return get_type_hints(function)
+    except NameError:
+        return {}
 
 
 def _mismatch(value: Any, hint: Any) -> str:

@@ -9,6 +9,8 @@ from diffdistill.models.guidance import ClassifierFreeGuidance, GuidanceConditio
 from diffdistill.models.loading import fingerprint, load_denoiser, save_denoiser
 from diffdistill.models.mixture import GaussianMixture
 from diffdistill.models.network import NetworkDenoiser
+from diffdistill.models.own.registration import register_network
+from diffdistill.models.own.wrapping import wrap
 from diffdistill.models.preconditioning import PRECONDITIONINGS, Preconditioning, make_preconditioning
 from diffdistill.models.song_unet import SongUNet
 
@@ -36,7 +38,9 @@ __all__ = [
     "load_autoencoder",
     "load_denoiser",
     "make_preconditioning",
+    "register_network",
     "save_autoencoder",
     "save_denoiser",
     "with_guidance_input",
+    "wrap",
 ]

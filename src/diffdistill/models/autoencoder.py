@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from diffdistill.errors import one_line
 from diffdistill.models.layers import Conv2d, GroupNorm, Init
 from diffdistill.models.storage import DAMAGES, MODEL, load_state, shipped_models, write_model
 
@@ -153,7 +154,7 @@ def load_autoencoder(name_or_path: str | os.PathLike[str]) -> Autoencoder:
     try:
         autoencoder = build_autoencoder(config["autoencoder"])
     except DAMAGES as error:
-        raise ValueError(f"the config in {file} builds no autoencoder: {' '.join(str(error).split())[:300]}") from None
+        raise ValueError(f"the config in {file} builds no autoencoder: {one_line(error)}") from None
     if "network" in config:
         prefix = "autoencoder."
         state = {name.removeprefix(prefix): value for name, value in state.items() if name.startswith(prefix)}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import inspect
 import json
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -14,10 +15,12 @@ from diffdistill.models.adm_unet import OpenAIUNet
 from diffdistill.models.autoencoder import Autoencoder, build_autoencoder, freeze
 from diffdistill.models.dhariwal_unet import DhariwalUNet
 from diffdistill.models.network import NetworkDenoiser
+from diffdistill.models.own.adapter import OwnNetwork
+from diffdistill.models.own.registration import REGISTERED, UNREGISTERED
 from diffdistill.models.preconditioning import make_preconditioning
 from diffdistill.models.song_unet import SongUNet
 from diffdistill.models.storage import MODEL
-from diffdistill.registry import construct
+from diffdistill.registry import check_options, construct
 
 W_CHANNELS = 64
 """Width of the embedding of a guidance weight, and its parameters, for networks that do not state their own."""
@@ -32,7 +35,7 @@ NETWORKS: dict[str, Callable[..., nn.Module] | str] = {
 """How to build a network, by name: a class or function, or its import path."""
 
 _REQUIRED = ("network", "preconditioning", "data_shape", "sigma_min", "sigma_max")
-_OPTIONAL = ("format", "num_classes", "w_range", "distilled", "autoencoder", "latents", "provenance")
+_OPTIONAL = ("format", "num_classes", "w_range", "distilled", "autoencoder", "latents", "adapter", "provenance")
 
 
 def build_denoiser(
@@ -47,8 +50,8 @@ def build_denoiser(
             `preconditioning`: `name`, one of `PRECONDITIONINGS`, and its options;
             `data_shape`, `sigma_min`, `sigma_max`; and optionally `num_classes` (0), `w_range`, `distilled`
             (`sigmas` and `sampler`), `autoencoder` (options of `Autoencoder`, for a denoiser of its latents),
-            `latents` (true for a denoiser of latents whose autoencoder is elsewhere), `provenance` (anything that
-            JSON holds).
+            `latents` (true for a denoiser of latents whose autoencoder is elsewhere), `adapter` (for a registered
+            network, options of `OwnNetwork`), `provenance` (anything that JSON holds).
         network: a network that was built as the config says, to take in place of a fresh one.
         autoencoder: what made the latents that are denoised; it becomes part of the denoiser and of its file, frozen.
 
@@ -64,11 +67,7 @@ def build_denoiser(
     if autoencoder is None and "autoencoder" in config:
         autoencoder = build_autoencoder(config["autoencoder"])
     if network is None:
-        name, options = config["network"]["name"], _options(config["network"])
-        try:
-            network = construct("network", name, NETWORKS, **options)
-        except (RuntimeError, ArithmeticError) as error:
-            raise ValueError(f"no network {name!r} can be built with {options}: {error}") from None
+        network = _build_network(config)
     denoiser = NetworkDenoiser(
         network,
         make_preconditioning(preconditioning["name"], **_options(preconditioning)),
@@ -83,6 +82,26 @@ def build_denoiser(
     denoiser.config = config
     denoiser.latents = bool(config.get("latents"))
     return denoiser
+
+
+def _build_network(config: Mapping[str, Any]) -> nn.Module:
+    name, options = config["network"]["name"], _options(config["network"])
+    if name == UNREGISTERED:
+        raise ValueError(
+            f"the network {options.get('kind')!r} {options.get('reason')}: build it, and give the file to "
+            "diffdistill.wrap(net, weights=FILE)"
+        )
+    try:
+        network = construct("network", name, NETWORKS, **options)
+    except (RuntimeError, ArithmeticError) as error:
+        raise ValueError(f"no network {name!r} can be built with {options}: {error}") from None
+    if name not in REGISTERED:
+        if config.get("adapter") is not None:
+            raise ValueError(f"the network {name!r} is called as it is: leave out the entry 'adapter' of the config")
+        return network
+    call = REGISTERED[name].call
+    check_options("an adapter", OwnNetwork, config["adapter"], positional=1)
+    return OwnNetwork(network, num_classes=config["num_classes"], call=call, **config["adapter"])
 
 
 def _options(part: dict[str, Any]) -> dict[str, Any]:
@@ -114,10 +133,28 @@ def resolved_config(config: Mapping[str, Any]) -> dict[str, Any]:
     if resolved.get("autoencoder") is None:
         resolved.pop("autoencoder", None)  # so that a denoiser of images has the fingerprint that it always had
     resolved.setdefault("provenance", None)
-    resolved["network"].setdefault("img_channels", resolved["data_shape"][0])
-    resolved["network"].setdefault("img_resolution", resolved["data_shape"][-1])
-    resolved["network"].setdefault("label_dim", resolved["num_classes"])
+    name = resolved["network"]["name"]
+    if name in REGISTERED:
+        resolved["adapter"] = _adapter(name, resolved)
+    known = inspect.signature(REGISTERED[name].make).parameters if name in REGISTERED else None
+    shape = resolved["data_shape"]
+    sizes = {"img_channels": shape[0], "img_resolution": shape[-1], "label_dim": resolved["num_classes"]}
+    for option, value in sizes.items() if name != UNREGISTERED else ():
+        if known is None or option in known:
+            resolved["network"].setdefault(option, value)
     return resolved
+
+
+def _adapter(name: str, config: Mapping[str, Any]) -> dict[str, Any]:
+    """How a registered network is called: what the config says, else what its registration does."""
+    given, defaults = config.get("adapter") or {}, dict(REGISTERED[name].defaults)
+    time = defaults.pop("time", "index")
+    if time == "unit":
+        preconditioning = make_preconditioning(**config["preconditioning"])
+        table = getattr(preconditioning, "table", None)
+        defaults["time_scale"] = 1 / (getattr(preconditioning, "time_scale", 1.0) if table is None else len(table))
+    defaults["integer_time"] = time == "integer"
+    return {**defaults, **given}
 
 
 def _plain(value: Any) -> Any:
@@ -145,7 +182,8 @@ def with_guidance_input(
     if len(w_range) != 2 or not w_range[0] <= w_range[1]:
         raise ValueError(f"w_range must be (least, greatest), but is {tuple(w_range)}")
     config = copy.deepcopy(dict(config))
-    config["network"] = {**config["network"], "w_channels": w_channels}
+    part = "adapter" if config.get("adapter") is not None else "network"
+    config[part] = {**config[part], "w_channels": w_channels}
     return {**config, "w_range": [float(w) for w in w_range], "provenance": None}
 
 
@@ -166,7 +204,12 @@ def guidance_student(
         ValueError: the teacher has no config, or takes a guidance weight already.
     """
     width = getattr(teacher.model, "default_w_channels", W_CHANNELS) if w_channels is None else w_channels
-    student = build_denoiser(with_guidance_input(config_of(teacher), w_range, w_channels=width))
+    config, network = with_guidance_input(config_of(teacher), w_range, w_channels=width), None
+    if isinstance(teacher.model, OwnNetwork):
+        network = copy.deepcopy(teacher.model)
+        features = network.take_guidance(width, teacher.data_shape)
+        config["adapter"]["w_features"] = features
+    student = build_denoiser(config, network=network)
     missing, unexpected = student.load_state_dict(teacher.state_dict(), strict=False)
     if missing != [f"model.{name}" for name in getattr(student.model, "w_parameters", W_PARAMETERS)] or unexpected:
         raise ValueError(f"the teacher's weights do not fit its config: missing {missing}, unexpected {unexpected}")
@@ -176,7 +219,7 @@ def guidance_student(
 
 def config_of(denoiser: Denoiser) -> dict[str, Any]:
     """The config of a denoiser as it is now."""
-    config = getattr(denoiser, "config", None)
+    config = denoiser.config
     if config is None:
         raise ValueError(f"this {type(denoiser).__name__} has no config: build it with build_denoiser")
     distilled = denoiser.distilled

@@ -212,6 +212,26 @@ class RectifiedFlow(Preconditioning):
         return self.time_scale * sigma / (1 + sigma)
 
 
+class Denoised(Preconditioning):
+    """Networks that are denoisers themselves: given x and sigma, they answer x0."""
+
+    def __init__(self, *, sigma_data: float = 0.5) -> None:
+        super().__init__()
+        self.sigma_data = sigma_data
+
+    def c_skip(self, sigma: Tensor) -> Tensor:
+        return torch.zeros_like(sigma)
+
+    def c_out(self, sigma: Tensor) -> Tensor:
+        return torch.ones_like(sigma)
+
+    def c_in(self, sigma: Tensor) -> Tensor:
+        return torch.ones_like(sigma)
+
+    def c_noise(self, sigma: Tensor) -> Tensor:
+        return sigma
+
+
 PRECONDITIONINGS: dict[str, Callable[..., Preconditioning]] = {
     "edm": EDM,
     "vp": VP,
@@ -221,6 +241,7 @@ PRECONDITIONINGS: dict[str, Callable[..., Preconditioning]] = {
     "v": VPrediction,
     "x0": X0Prediction,
     "flow": RectifiedFlow,
+    "denoised": Denoised,
 }
 
 

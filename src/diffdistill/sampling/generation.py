@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -52,11 +51,11 @@ def count_nfe(plan: Plan) -> int:
     return run.nfe
 
 
-def makes_pictures(denoiser: Any) -> bool:
+def makes_pictures(denoiser: Denoiser) -> bool:
     """Whether samples are pictures: of 1 or 3 channels, and not latents whose autoencoder is elsewhere."""
-    codec = getattr(denoiser, "codec", None)
+    codec = denoiser.codec
     channels = image_shape(denoiser.data_shape, codec)[0]
-    return channels in (1, 3) and (codec is not None or not getattr(denoiser, "latents", False))
+    return channels in (1, 3) and (codec is not None or not denoiser.latents)
 
 
 def preview(
