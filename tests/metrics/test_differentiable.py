@@ -58,13 +58,19 @@ def test_classifiers_have_a_gradient(name, shape):
     assert slope.flatten(1).norm(dim=1).min() > 0
 
 
-def test_latents_are_decoded_first():
-    class Doubling:
-        def decode(self, x):
-            return 2 * x
+class Doubled(GaussianMixture):
+    """A mixture of latents, whose images are twice as bright."""
 
-    model = GaussianMixture([1.0], torch.zeros(1, 3, 16, 16), [0.3])
-    model.codec = Doubling()
+    @property
+    def codec(self):
+        return self
+
+    def decode(self, x):
+        return 2 * x
+
+
+def test_latents_are_decoded_first():
+    model = Doubled([1.0], torch.zeros(1, 3, 16, 16), [0.3])
     x = torch.randn(2, 3, 16, 16)
     ours, _ = feature_distance(model, name="pixels_8x8").pair(x, x)
     torch.testing.assert_close(ours, torch.nn.functional.avg_pool2d(2 * x, 2).flatten(1))
