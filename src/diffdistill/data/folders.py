@@ -203,6 +203,17 @@ def load_samples(*, path: str | Path) -> ImageData:
     return TensorData(x, y, num_classes=int(y.max()) + 1 if len(y) else 0)
 
 
+def grey(folder: Path) -> bool:
+    """Whether the first image of a folder is grey."""
+    from PIL import Image
+
+    first = next((p for p in sorted(folder.rglob("*")) if _is_image(p.name)), None)
+    if first is None:
+        return False
+    with Image.open(first) as image:
+        return image.mode in ("L", "1", "I;16")
+
+
 def _is_image(name: str) -> bool:
     return name.lower().endswith(IMAGE_SUFFIXES)
 

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from diffdistill.data import ImageData, TensorData, ZipData, load_data
 from diffdistill.data.base import from_uint8
-from diffdistill.data.folders import IMAGE_SUFFIXES, ImageFolder
+from diffdistill.data.folders import ImageFolder, grey
 from diffdistill.denoiser import image_shape, spread_labels
 from diffdistill.files.archives import open_npz
 from diffdistill.metrics.collect import Keep, collect
@@ -135,7 +135,7 @@ def open_images(source: str | os.PathLike[str] | dict[str, object], *, resolutio
         return load_data(**source)  # type: ignore[arg-type]
     path = Path(source)
     if path.is_dir():
-        return ImageFolder(path, resolution=resolution, channels=_channels(path))
+        return ImageFolder(path, resolution=resolution, channels=1 if grey(path) else 3)
     if path.suffix == ".zip":
         return ZipData(path, resolution=resolution)
     if path.suffix == ".npz":
@@ -143,17 +143,6 @@ def open_images(source: str | os.PathLike[str] | dict[str, object], *, resolutio
     if not path.exists():
         raise FileNotFoundError(f"no images at {str(path)!r}")
     raise ValueError(f"cannot read images from {str(path)!r}: expected a folder, a .zip or an .npz")
-
-
-def _channels(folder: Path) -> int:
-    """1 if the first image of a folder is grey, else 3."""
-    from PIL import Image
-
-    first = next((p for p in sorted(folder.rglob("*")) if p.suffix.lower() in IMAGE_SUFFIXES), None)
-    if first is None:
-        return 3
-    with Image.open(first) as image:
-        return 1 if image.mode in ("L", "1", "I;16") else 3
 
 
 def read_npz(path: Path) -> ImageData:

@@ -116,7 +116,7 @@ def halve_steps(
             teacher.to("cpu")
             del student, objective, model
             gc.collect()
-        teacher = load_denoiser(paths[num_steps])
+        teacher = load_denoiser(paths[num_steps], like=teacher)
     if not run.finished:
         run.finish()
     return paths
