@@ -22,6 +22,7 @@ from diffdistill.models import guidance_student
 from diffdistill.sampling.generation import preview
 from diffdistill.sampling.plans import schedule_for
 from diffdistill.training import Run, Trainer, TrainerConfig
+from diffdistill.training.inputs import inputs_of
 from diffdistill.training.noise_levels import make_noise_levels
 from diffdistill.training.weighting import make_weighting
 
@@ -37,7 +38,7 @@ def noise_levels(settings: dict[str, Any], teacher: Any) -> Any:
 def distill(config: DictConfig) -> str:
     """Run stage 1 and return the path of the student."""
     settings = plain(config)
-    run = Run(settings["out"], settings)
+    run = Run(settings["out"], settings, inputs=inputs_of(settings))
     if run.finished:
         return str(run.path / "model.safetensors")
     data, teacher, w = load_data(**settings["data"]), load_denoiser(settings["teacher"]), settings["w"]

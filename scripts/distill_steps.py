@@ -24,6 +24,7 @@ from diffdistill.progressive.stage2 import encoder_grid
 from diffdistill.sampling.generation import preview
 from diffdistill.sampling.plans import schedule_for
 from diffdistill.training import Run
+from diffdistill.training.inputs import inputs_of
 from diffdistill.training.weighting import make_weighting
 
 
@@ -48,7 +49,7 @@ def distill(config: DictConfig) -> dict[int, Path]:
         teacher,
         data,
         halving,
-        Run(settings["out"], settings),
+        Run(settings["out"], settings, inputs=inputs_of(settings)),
         on_samples=None if encoder else preview(teacher, **settings["preview"]),
         provenance=lambda stage: provenance(config, stage),
     )

@@ -25,6 +25,7 @@ from diffdistill.sampling.plans import plan, statistics_of
 from diffdistill.sampling.samples import chosen_labels, draw_to
 from diffdistill.solvers import GaussianStatistics, save_gaussian, shipped_gaussians
 from diffdistill.training import Run
+from diffdistill.training.inputs import inputs_of
 
 
 @command("gaussian_stats")
@@ -33,7 +34,7 @@ def main(config: DictConfig) -> None:
     path = Path(statistics_of(settings["model"]))
     if settings["beside"] and str(path) in shipped_gaussians():
         raise ValueError(f"statistics of {path} come with the package: leave out beside")
-    run = Run(settings["out"], settings, harmless=("device", "beside"))
+    run = Run(settings["out"], settings, inputs=inputs_of(settings), harmless=("device", "out", "beside"))
     if settings["samples"] is None:
         data = load_data(**settings["data"])
         x, y = data.tensors().values()
@@ -42,7 +43,7 @@ def main(config: DictConfig) -> None:
         model, count = load_denoiser(settings["model"], device=device_of(settings["device"])), settings["samples"]
         options = {name: settings[name] for name in ("solver", "schedule", "num_steps")}
         labels = chosen_labels(None, count, model)
-        drawn = draw_to(run.path / "parts", plan(model, **options), range(count), labels)
+        drawn = draw_to(run.path / "parts", plan(model, **options), range(count), labels, key=run.digest)
         x, y, classes = drawn.x, drawn.y, model.num_classes
     num_classes = classes if settings["per_class"] else 0
     statistics = GaussianStatistics.fit(x, y, num_classes=num_classes, form=settings["form"], rank=settings["rank"])

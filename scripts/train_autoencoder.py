@@ -16,6 +16,7 @@ from common.results import finish
 from diffdistill.data import load_data
 from diffdistill.models import build_autoencoder, save_autoencoder
 from diffdistill.training import Run, Trainer, TrainerConfig
+from diffdistill.training.inputs import inputs_of
 from diffdistill.training.reconstruction import Reconstruction
 
 SCALE_IMAGES = 5000
@@ -24,7 +25,7 @@ SCALE_IMAGES = 5000
 def train(config: DictConfig) -> str:
     """Train an autoencoder and return its path."""
     settings = plain(config)
-    run = Run(settings["out"], settings)
+    run = Run(settings["out"], settings, inputs=inputs_of(settings))
     if run.finished:
         return str(run.path / "model.safetensors")
     data = load_data(**settings["data"])

@@ -17,6 +17,7 @@ from diffdistill.models import build_denoiser, load_autoencoder
 from diffdistill.sampling.generation import preview
 from diffdistill.training import Run, Trainer, TrainerConfig
 from diffdistill.training.denoising import Denoising
+from diffdistill.training.inputs import inputs_of
 from diffdistill.training.noise_levels import make_noise_levels
 from diffdistill.training.weighting import make_weighting
 
@@ -24,7 +25,7 @@ from diffdistill.training.weighting import make_weighting
 def train(config: DictConfig) -> str:
     """Train a teacher and return its path."""
     settings = plain(config)
-    run = Run(settings["out"], settings)
+    run = Run(settings["out"], settings, inputs=inputs_of(settings))
     if run.finished:
         return str(run.path / "model.safetensors")
     data = load_data(**settings["data"])

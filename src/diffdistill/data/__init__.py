@@ -5,11 +5,13 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any, TypeVar
 
+from diffdistill.data.archives import ZipData, load_zip
 from diffdistill.data.base import ImageData, MirroredData, TensorData
 from diffdistill.data.cifar10 import CIFAR10, load_cifar10
 from diffdistill.data.digits import Digits
-from diffdistill.data.folders import ImageFolder, ZipData, load_images, load_samples, load_zip
-from diffdistill.data.given import Data, as_data, check_data
+from diffdistill.data.emoji import Emoji
+from diffdistill.data.folders import ImageFolder, load_images, load_samples
+from diffdistill.data.given import Data, as_data, check_data, say_what_was_found
 from diffdistill.data.latents import LatentData
 from diffdistill.data.shapes import SHAPES, Shapes
 from diffdistill.registry import construct, enter
@@ -17,6 +19,7 @@ from diffdistill.registry import construct, enter
 DATA_SETS: dict[str, Callable[..., Any]] = {
     "cifar10": load_cifar10,
     "digits": Digits,
+    "emoji": Emoji,
     "images": load_images,
     "latents": LatentData,
     "samples": load_samples,
@@ -45,21 +48,25 @@ def register_data(name: str) -> Callable[[D], D]:
 
 
 def load_data(name: str, **options: Any) -> Data:
-    """Load a data set by name; `DATA_SETS` lists them.
+    """Load a data set by name; `DATA_SETS` lists them. What was found in a folder or an archive is said in the log.
 
     Raises:
         ValueError: an unknown name, an option out of range, or images of the wrong size.
         TypeError: an option that the data set does not have.
         FileNotFoundError: a folder or file that is not there.
     """
-    return as_data(construct("data set", name, DATA_SETS, **options))
+    data = as_data(construct("data set", name, DATA_SETS, **options))
+    say_what_was_found(data)
+    return data
 
 
 __all__ = [
     "CIFAR10",
     "DATA_SETS",
     "SHAPES",
+    "Data",
     "Digits",
+    "Emoji",
     "ImageData",
     "ImageFolder",
     "LatentData",
@@ -71,4 +78,5 @@ __all__ = [
     "check_data",
     "load_data",
     "register_data",
+    "say_what_was_found",
 ]

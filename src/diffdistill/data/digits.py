@@ -8,10 +8,7 @@ from typing import Literal
 import numpy as np
 import torch
 
-from diffdistill.data.base import TensorData, check_split
-
-HELD_OUT_PERIOD = 5
-"""Every fifth image of each class is held out."""
+from diffdistill.data.base import TensorData, check_split, held_out
 
 
 class Digits(TensorData):
@@ -32,11 +29,3 @@ class Digits(TensorData):
             images, labels = images[keep], labels[keep]
         x = torch.from_numpy(images).float()[:, None] / 8 - 1
         super().__init__(x, torch.from_numpy(labels), num_classes=10)
-
-
-def held_out(labels: np.ndarray) -> np.ndarray:
-    """Boolean `[N]`: the last of every `HELD_OUT_PERIOD` consecutive images of the same class."""
-    test = np.zeros(len(labels), dtype=bool)
-    for label in np.unique(labels):
-        test[np.flatnonzero(labels == label)[HELD_OUT_PERIOD - 1 :: HELD_OUT_PERIOD]] = True
-    return test

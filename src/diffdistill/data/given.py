@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -10,8 +11,9 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
+from diffdistill.data.archives import ZipData
 from diffdistill.data.base import ImageData
-from diffdistill.data.folders import ImageFolder, ZipData, grey, load_samples
+from diffdistill.data.folders import ImageFolder, load_samples
 from diffdistill.data.latents import INDEX, LatentData
 from diffdistill.denoiser import NULL_LABEL, Denoiser
 
@@ -19,12 +21,14 @@ FORMS = "a tensor [N, ...], a pair of samples and labels, a dict of tensors, a m
 
 
 class Data(Protocol):
-    """What training takes: a map-style data set of dicts of tensors that knows its shape.
+    """What training and measures take: a map-style data set of dicts of tensors that knows its shape.
 
     Attributes:
         shape: of one sample.
         num_classes: number of class labels, 0 for none.
         autoencoder: for latents, the file of what turns them into images, if it is known.
+        found: what was found where the set was looked for, in one line, or None.
+        names: of the samples, where they have any.
     """
 
     @property
@@ -33,18 +37,41 @@ class Data(Protocol):
     def num_classes(self) -> int: ...
     @property
     def autoencoder(self) -> Path | None: ...
+    @property
+    def found(self) -> str | None: ...
+    @property
+    def names(self) -> Sequence[str] | None: ...
     def __len__(self) -> int: ...
-    def __getitem__(self, index: int, /) -> Mapping[str, Tensor]: ...
+    def __getitem__(self, index: int, /) -> dict[str, Tensor]: ...
+    def stack(self, indices: Sequence[int]) -> dict[str, Tensor]: ...
 
 
-class GivenTensors:
+class _Given:
+    """What is not known of data that are given as they are."""
+
+    autoencoder = found = names = None
+
+    def __getitem__(self, index: int) -> dict[str, Tensor]:
+        raise NotImplementedError(f"{type(self).__name__} defines no __getitem__")
+
+    def stack(self, indices: Sequence[int]) -> dict[str, Tensor]:
+        """Some of the set, `{name: [n, ...]}`."""
+        items = [self[i] for i in indices]
+        return {name: torch.stack([item[name] for item in items]) for name in items[0]}
+
+
+def say_what_was_found(data: Data) -> None:
+    """Write in the log, in one line, what a set was made of and what was skipped."""
+    if data.found is not None:
+        logging.getLogger("diffdistill").info("%s", data.found)
+
+
+class GivenTensors(_Given):
     """Tensors that hold all samples: `x` `[N, ...]`, and conditions `y` `[N]` or `y.NAME` `[N, ...]`.
 
     Raises:
         ValueError: no `x`, no floats, or tensors of different lengths.
     """
-
-    autoencoder = None
 
     def __init__(self, tensors: Mapping[str, Tensor]) -> None:
         if "x" not in tensors:
@@ -70,7 +97,7 @@ class GivenTensors:
         return self._tensors
 
 
-class GivenItems:
+class GivenItems(_Given):
     """A map-style data set of tensors, of pairs of a tensor and a label, or of dicts with `x`.
 
     Args:
@@ -81,8 +108,6 @@ class GivenItems:
     Raises:
         ValueError: items of another kind.
     """
-
-    autoencoder = None
 
     def __init__(self, items: Any, num_classes: int | None = None) -> None:
         self._items = items
@@ -151,7 +176,9 @@ def as_data(given: Any, *, shape: Sequence[int] | None = None) -> Data:
     if isinstance(given, (ImageData, GivenTensors, GivenItems)):
         return given
     if isinstance(given, (str, os.PathLike)):
-        return open_data(Path(given), shape=shape)
+        opened = open_data(Path(given), shape=shape)
+        say_what_was_found(opened)
+        return opened
     if isinstance(given, Tensor):
         return GivenTensors({"x": given})
     if isinstance(given, tuple) and len(given) == 2 and all(isinstance(part, Tensor) for part in given):
@@ -171,7 +198,7 @@ def open_data(path: Path, *, shape: Sequence[int] | None = None) -> Data:
         wanted = shape is not None and len(shape) == 3 and shape[0] in (1, 3) and shape[1] == shape[2]
         if shape is not None and wanted:
             return ImageFolder(path, channels=shape[0], resolution=shape[1])
-        return ImageFolder(path, channels=1 if grey(path) else 3)
+        return ImageFolder(path, channels=None)
     if path.suffix == ".zip":
         return ZipData(path)
     if path.suffix == ".npz":

@@ -44,6 +44,12 @@ def _apart(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     return apart
 
 
+def shipped_files(folder: str) -> dict[str, Path]:
+    """The files of a folder of the package's assets, by name."""
+    place = Path(str(resources.files("diffdistill"))) / "assets" / folder
+    return {path.stem: path for path in sorted(place.glob("*.safetensors"))}
+
+
 @dataclass(frozen=True)
 class FileKind:
     """What a file holds, and where those lie that come with the package.
@@ -92,8 +98,7 @@ class FileKind:
 
     def shipped(self) -> dict[str, Path]:
         """The files that come with the package, by name."""
-        folder = Path(str(resources.files("diffdistill"))) / "assets" / self.folder
-        return {path.stem: path for path in sorted(folder.glob("*.safetensors"))}
+        return shipped_files(self.folder)
 
     def find(self, name_or_path: str | os.PathLike[str]) -> Path:
         """The file of a shipped name, or at a path.

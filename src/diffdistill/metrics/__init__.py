@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from diffdistill.metrics.classifier import DigitClassifier, load_classifier
+from diffdistill.metrics.classifier import Classifier, load_classifier
 from diffdistill.metrics.collect import Collected, Keep, collect
 from diffdistill.metrics.extractors import FEATURES, make_features
 from diffdistill.metrics.features import Features, extract, gaussian_of
@@ -23,8 +23,8 @@ from diffdistill.metrics.sources import Sampler, StoredImages, open_images
 __all__ = [
     "FEATURES",
     "MEASURES",
+    "Classifier",
     "Collected",
-    "DigitClassifier",
     "Estimate",
     "FeatureStatistics",
     "Features",

@@ -5,7 +5,15 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-from diffdistill.metrics.features import Blocks, DigitPixels, DigitsClassifierFeatures, Features, Pixels
+from diffdistill.metrics.features import (
+    Blocks,
+    DigitPixels,
+    DigitsClassifierFeatures,
+    EmojiClassifierFeatures,
+    EmojiPixels,
+    Features,
+    Pixels,
+)
 from diffdistill.metrics.networks import DINOv2, Inception
 from diffdistill.registry import construct
 
@@ -14,6 +22,8 @@ FEATURES: dict[str, Callable[..., Features]] = {
     "pixels_8x8": Blocks,
     "digit_pixels": DigitPixels,
     "digits_classifier": DigitsClassifierFeatures,
+    "emoji_classifier": EmojiClassifierFeatures,
+    "emoji_pixels": EmojiPixels,
     "inception": Inception,
     "dinov2": DINOv2,
 }

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import adaptive_avg_pool2d
 
-from diffdistill.metrics.classifier import load_classifier
+from diffdistill.metrics.classifier import Subject, load_classifier
 from diffdistill.metrics.frechet import FeatureStatistics, Gaussian
 from diffdistill.models.loading import fingerprint
 
@@ -57,14 +57,14 @@ class Blocks(Features):
         return adaptive_avg_pool2d(x, 8).flatten(1), None
 
 
-class DigitsClassifierFeatures(Features):
-    """The last hidden layer of the shipped digit classifier: 64 features of 8x8 digits."""
+class ClassifierFeatures(Features):
+    """The last hidden layer of a shipped classifier."""
 
-    name = "digits_classifier"
-    num_classes = 10
+    subject: Subject
 
     def __init__(self) -> None:
-        self._model = load_classifier()
+        self._model = load_classifier(subject=self.subject)
+        self.num_classes = self._model.task.num_classes
 
     @property
     def weights(self) -> str | None:
@@ -76,13 +76,39 @@ class DigitsClassifierFeatures(Features):
         return features, model.head(features)
 
 
-class DigitPixels(DigitsClassifierFeatures):
-    """The pixels of 8x8 digits as features, with the logits of the shipped classifier."""
-
-    name = "digit_pixels"
+class ClassifiedPixels(ClassifierFeatures):
+    """The pixels as features, with the logits of a shipped classifier."""
 
     def both(self, x: Tensor) -> tuple[Tensor, Tensor | None]:
         return x.flatten(1), super().both(x)[1]
+
+
+class DigitsClassifierFeatures(ClassifierFeatures):
+    """64 features of 8x8 digits."""
+
+    name = "digits_classifier"
+    subject = "digits"
+
+
+class DigitPixels(ClassifiedPixels):
+    """The 64 pixels of 8x8 digits."""
+
+    name = "digit_pixels"
+    subject = "digits"
+
+
+class EmojiClassifierFeatures(ClassifierFeatures):
+    """96 features of 16x16 emoji."""
+
+    name = "emoji_classifier"
+    subject = "emoji"
+
+
+class EmojiPixels(ClassifiedPixels):
+    """The 768 values of 16x16 emoji."""
+
+    name = "emoji_pixels"
+    subject = "emoji"
 
 
 def to_bytes(x: Tensor) -> Tensor:

@@ -13,6 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from diffdistill.errors import one_line
 from diffdistill.files.hashes import sha256
 from diffdistill.metrics.features import Features, to_bytes
 from diffdistill.models.loading import fingerprint
@@ -117,6 +118,7 @@ def load_pretrained(kind: Any, name: str) -> Any:
     try:
         loaded = kind.from_pretrained(name)
     except (OSError, ValueError) as error:
-        reason = str(error).strip().splitlines()[0]
-        raise FileNotFoundError(f"{kind.__name__} {name!r} is not there and cannot be fetched: {reason}") from None
+        raise FileNotFoundError(
+            f"{kind.__name__} {name!r} is not there and cannot be fetched: {one_line(error)}"
+        ) from None
     return loaded.eval().requires_grad_(False) if isinstance(loaded, torch.nn.Module) else loaded

@@ -219,7 +219,7 @@ def guidance_student(
 
 def config_of(denoiser: Denoiser) -> dict[str, Any]:
     """The config of a denoiser as it is now."""
-    config = getattr(denoiser, "config", None)
+    config = denoiser.config
     if config is None:
         raise ValueError(f"this {type(denoiser).__name__} has no config: build it with build_denoiser")
     distilled = denoiser.distilled

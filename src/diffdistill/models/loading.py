@@ -16,6 +16,7 @@ from torch import nn
 
 from diffdistill.denoiser import Denoiser
 from diffdistill.devices import channels_last
+from diffdistill.errors import one_line
 from diffdistill.models.building import NETWORKS, build_denoiser, config_of, resolved_config
 from diffdistill.models.network import NetworkDenoiser
 from diffdistill.models.own.adapter import OwnNetwork
@@ -57,28 +58,31 @@ def load_denoiser(
     Raises:
         ValueError: there is no such model, or the file is truncated, of another format or another architecture.
     """
-    shipped = shipped_models()
-    name = os.fspath(name_or_path)
+    name, (key, path) = os.fspath(name_or_path), find_model(name_or_path)
+    # Channels last, because convolutions are faster so, on CPU as on GPU.
+    denoiser = (_read_like(path, like) or resolve(READERS[key])(path)).to(device).eval()
+    denoiser.source = name if name in shipped_models() else str(path)
+    channels_last(denoiser)
+    return denoiser
+
+
+def find_model(name_or_path: str | os.PathLike[str]) -> tuple[str, Path]:
+    """How a model is read, an entry of `READERS`, and from which file; arguments and errors as of `load_denoiser`."""
+    shipped, name = shipped_models(), os.fspath(name_or_path)
     path = shipped.get(name, Path(name))
     if path.is_dir():
         key = next((key for key in READERS if (path / key).is_file()), None)
         if key is None:
             raise ValueError(f"the folder {path} holds no model: expected one of {', '.join(_keys(folder=True))} in it")
-        path = path / key
-    elif path.is_file():
-        key = path.suffix
-        if key not in READERS:
-            raise ValueError(f"cannot read {path}: models end in {', '.join(_keys(folder=False))}")
-    else:
+        return key, path / key
+    if not path.is_file():
         raise ValueError(
             f"unknown model {name!r}: choose one of {', '.join(sorted(shipped)) or '(none shipped)'}, or give the path "
             "of a file or folder"
         )
-    # Channels last, because convolutions are faster so, on CPU as on GPU.
-    denoiser = (_read_like(path, like) or resolve(READERS[key])(path)).to(device).eval()
-    denoiser.source = name if name in shipped else str(path)
-    channels_last(denoiser)
-    return denoiser
+    if path.suffix not in READERS:
+        raise ValueError(f"cannot read {path}: models end in {', '.join(_keys(folder=False))}")
+    return path.suffix, path
 
 
 def _read_like(path: Path, like: Denoiser | None) -> NetworkDenoiser | None:
@@ -110,7 +114,7 @@ def read_safetensors(path: Path) -> NetworkDenoiser:
     try:
         denoiser = build_denoiser(config)
     except DAMAGES as error:
-        raise ValueError(f"the config in {path} builds no model: {' '.join(str(error).split())[:300]}") from None
+        raise ValueError(f"the config in {path} builds no model: {one_line(error)}") from None
     load_state(denoiser, state, source=str(path))
     return denoiser
 
@@ -151,7 +155,7 @@ def fingerprint(denoiser: nn.Module) -> str:
     It is computed once, and again when a tensor was replaced or written to.
     """
     digest = hashlib.sha256()
-    if isinstance(denoiser, Denoiser) and getattr(denoiser, "config", None) is not None:
+    if isinstance(denoiser, Denoiser) and denoiser.config is not None:
         config = {key: value for key, value in config_of(denoiser).items() if key != "provenance"}
         digest.update(json.dumps(config, sort_keys=True).encode())
     state = sorted(denoiser.state_dict().items())

@@ -68,12 +68,15 @@ class NetworkDenoiser(Denoiser):
         self.sigma_data = getattr(preconditioning, "sigma_data", Denoiser.sigma_data)
         self.w_range = None if w_range is None else (float(w_range[0]), float(w_range[1]))
         self.distilled = distilled
-        self.config: dict[str, Any] | None = None
         self.register_buffer("classes", torch.arange(num_classes), persistent=False)
 
     @property
     def bottleneck(self) -> nn.Module | None:
         return getattr(self.model, "bottleneck", None)
+
+    @property
+    def table(self) -> Tensor | None:
+        return getattr(self.preconditioning, "table", None)
 
     @property
     def codec(self) -> Codec | None:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -46,15 +45,15 @@ def count_nfe(plan: Plan) -> int:
     return run.nfe
 
 
-def makes_pictures(denoiser: Any) -> bool:
+def makes_pictures(denoiser: Denoiser) -> bool:
     """Whether samples are pictures: of 1 or 3 channels, and not latents whose autoencoder is elsewhere."""
-    shape = image_shape(denoiser.data_shape, getattr(denoiser, "codec", None))
+    shape = image_shape(denoiser.data_shape, denoiser.codec)
     return len(shape) == 3 and shape[0] in (1, 3) and not _undecoded(denoiser)
 
 
-def _undecoded(denoiser: Any) -> bool:
+def _undecoded(denoiser: Denoiser) -> bool:
     """Whether samples are latents whose autoencoder is elsewhere."""
-    return getattr(denoiser, "codec", None) is None and getattr(denoiser, "latents", False)
+    return denoiser.codec is None and denoiser.latents
 
 
 def preview(

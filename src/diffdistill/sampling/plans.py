@@ -26,6 +26,7 @@ from diffdistill.solvers import (
     seeded_noise,
     shipped_gaussians,
 )
+from diffdistill.training.inputs import inputs_of
 
 WARM_UP_SAMPLES = 256
 """Trajectories from which GITS chooses a schedule (Chen et al. 2024, Section 4)."""
@@ -60,7 +61,7 @@ class Plan:
 
     def pictures(self, x: Tensor) -> Tensor:
         """What was sampled, `[B, ...]`, as images: the latents of a latent model are decoded."""
-        codec = getattr(self.denoiser, "codec", None)
+        codec = self.denoiser.codec
         return x if codec is None else codec.decode(x)
 
 
@@ -84,9 +85,8 @@ def schedule_for(denoiser: Denoiser, options: Mapping[str, Any]) -> Tensor:
     given: dict[str, Any] = {"sigma_min": denoiser.sigma_min, "sigma_max": denoiser.sigma_max}
     if options["name"] == "flow":
         given = {}
-    table = getattr(getattr(denoiser, "preconditioning", None), "table", None)
-    if options["name"] in ("trailing", "discrete") and table is not None:
-        given["table"] = table.cpu()
+    if options["name"] in ("trailing", "discrete") and denoiser.table is not None:
+        given["table"] = denoiser.table.cpu()
     return make_schedule(**{**given, **options})
 
 
@@ -208,6 +208,14 @@ def statistics_of(model: str) -> str:
     """The statistics of the data of a model, by its name or file: those shipped, or `NAME.statistics.safetensors`."""
     path = Path(model, "model") if Path(model).is_dir() else Path(model)
     return model if model in shipped_gaussians() else str(path.with_name(f"{path.stem}.statistics.safetensors"))
+
+
+def sampling_inputs(settings: Mapping[str, Any]) -> dict[str, list[Path]]:
+    """The files that sampling reads, as `Run` takes them: those named, and the statistics beside a model."""
+    found, start = inputs_of(settings), settings.get("start")
+    if start is not None and "start.statistics" not in found:
+        found |= inputs_of({"statistics": statistics_of(settings["model"])})
+    return found
 
 
 def _gits(denoiser: Denoiser, options: Mapping[str, Any], start: GaussianStart | None) -> tuple[Tensor, int]:

@@ -16,6 +16,8 @@ from torch import Tensor
 from tqdm import tqdm
 
 from diffdistill.files.atomic import write_text
+from diffdistill.files.hashes import sha256
+from diffdistill.learned.storage import PREDICTOR
 from diffdistill.solver_comparison.candidates import Candidate, Grid, learned_candidate, predictor_name
 from diffdistill.solver_comparison.problem import Problem
 
@@ -118,7 +120,8 @@ def entries(
             for started in (False, True) if grid.starts else (False,):
                 yield f"{label}_{count}{'_start' if started else ''}", partial(choose, label, count, started)
     for name in predictors:
-        yield f"learned_{predictor_name(name)}", partial(learned_candidate, name, problem.denoiser)
+        row = f"learned_{predictor_name(name)}_{sha256(PREDICTOR.find(name))[:8]}"
+        yield row, partial(learned_candidate, name, problem.denoiser)
 
 
 def compare(

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from diffdistill.denoiser import per_sample
+from diffdistill.denoiser import as_denoiser, per_sample
 from diffdistill.solvers.levels import Level, on_batch, plain
 from diffdistill.solvers.step import Evaluation, factor
 
@@ -38,12 +38,11 @@ class ProbabilityFlow:
         features: Callable[[], Tensor | None] | None = None,
         gaussian: Callable[[Tensor, Tensor, Any], Tensor] | None = None,
     ) -> None:
-        self.denoiser = denoiser
+        self.denoiser = as_denoiser(denoiser)
         self.cond = cond
         self.thresholding = thresholding
         self.features = features
         self.gaussian = gaussian
-        self.cost: int = getattr(denoiser, "cost", 1)
         self.nfe = 0
 
     def __call__(self, x: Tensor, sigma: Level, *, scale_time: Tensor | None = None) -> Evaluation:
@@ -56,7 +55,7 @@ class ProbabilityFlow:
         """
         sigma = on_batch(sigma, x)
         given = sigma if scale_time is None else sigma * scale_time
-        self.nfe += self.cost
+        self.nfe += self.denoiser.cost
         denoised = self.denoiser(x, given, self.cond)
         if denoised.shape != x.shape:  # which would broadcast
             raise ValueError(f"the denoiser answers {list(denoised.shape)} for x of the shape {list(x.shape)}")

@@ -20,6 +20,7 @@ from typing import Any
 import torch
 
 from diffdistill.distributed import barrier, from_main, gather, rank, world_size
+from diffdistill.errors import one_line
 from diffdistill.files.atomic import replacing, write_text
 from diffdistill.files.hashes import sha256
 from diffdistill.training import sharding
@@ -123,12 +124,12 @@ class Checkpoints:
         updates = self._updates()
         return self._path(updates[-1], self._record(updates[-1])) if updates else None
 
-    def prune(self, keep: int, newest: int = -1) -> None:
+    def prune(self, keep: int, newest: int | None = None) -> None:
         """Remove all but the last checkpoints up to `newest` (later ones are damaged), and what crashes left behind.
 
         Process 0 alone calls it.
         """
-        updates = [update for update in self._updates() if update <= newest]
+        updates = [update for update in self._updates() if newest is None or update <= newest]
         kept: set[str] = set()
         for update in updates[max(len(updates) - keep, 0) :]:
             kept |= {self._record_path(update).name, *_files(self._record(update), self._path(update, {}).name)}
@@ -215,8 +216,3 @@ def _verify(path: Path, expected: Mapping[str, Any]) -> None:
         raise CheckpointError(f"the checkpoint {path} is damaged: it has {size} bytes instead of {expected['bytes']}")
     if sha256(path) != expected["sha256"]:
         raise CheckpointError(f"the checkpoint {path} is damaged: its hash is not the one recorded")
-
-
-def one_line(error: BaseException) -> str:
-    """The first line of an error's message."""
-    return str(error).strip().split("\n")[0] or type(error).__name__

@@ -17,6 +17,7 @@ from tqdm import tqdm
 
 from diffdistill import distributed
 from diffdistill.devices import channels_last, device_of, tuned_convolutions
+from diffdistill.errors import one_line
 from diffdistill.training import sharding
 from diffdistill.training.average import WeightAverage
 from diffdistill.training.batches import Batches, DataError, MapData, split
@@ -410,7 +411,7 @@ class Trainer:
             self.journal.load(state["journal"])
             self._seconds_before = state["seconds"]
         except (KeyError, RuntimeError, ValueError) as error:
-            reason = " ".join(str(error).split())[:300]
+            reason = one_line(error)
             raise CheckpointError(f"the checkpoint {checkpoint.path} is not one of this model: {reason}") from error
         self.update = checkpoint.update
         self.run.rewind(self.update)

@@ -12,7 +12,7 @@ from diffdistill.devices import device_of
 
 @contextmanager
 def borrowed(module: nn.Module) -> Iterator[None]:
-    """Afterwards device, layout, mode and `requires_grad` of a module are those of before. Weights are not looked at."""
+    """Afterwards device, layout, mode and `requires_grad` of a module are as before. Weights are not looked at."""
     device = device_of(module)
     modes = [(part, part.training) for part in module.modules()]
     parameters = [(p, p.requires_grad, p.stride()) for p in module.parameters()]

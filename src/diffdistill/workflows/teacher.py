@@ -39,8 +39,8 @@ def train_teacher(
     """Train a denoiser by denoising, with label dropout so that it can be guided (Karras et al. 2022; Ho et al. 2020).
 
     Args:
-        model: from `diffdistill.wrap` or `build_denoiser`, with the weights to begin with; it is not changed. Or a config
-            of `build_denoiser`, whose shape and classes are those of the data.
+        model: from `diffdistill.wrap` or `build_denoiser`, with the weights to begin with; it is not changed. Or a
+            config of `build_denoiser`, whose shape and classes are those of the data.
         data: as of `diffdistill.data.as_data`, or options of `load_data`.
         out: folder of the run; the same call continues an interrupted run there. None keeps no files.
         trainer: settings of `TrainerConfig`, in place of those of `runs.TRAINER`.

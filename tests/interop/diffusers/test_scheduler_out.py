@@ -99,7 +99,7 @@ def test_any_solver_runs_in_a_stock_pipeline(name, schedule, teacher):
 
 PREDICTORS = {
     "fixed": lambda: TabulatedPredictor(r=[0.3, 0.6, 0.5], scale_dir=[1.01, 0.99, 1.0], scale_time=[1.1, 0.95, 1.0]),
-    "learned": lambda: AMEDPredictor(scale_dir=0.01, scale_time=0.2),
+    "learned": lambda: AMEDPredictor(scale_dir=0.01, scale_time=0.2, initial="published"),
 }
 
 
