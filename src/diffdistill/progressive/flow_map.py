@@ -67,6 +67,11 @@ class FlowMapDistillation(StepRegression):
             raise ValueError(f"anchors + to_zero must be at most 1, but are {anchors} + {to_zero}")
         self.warmup, self.normalise = check_share("warmup", warmup), normalise
 
+    @property
+    def forward_mode(self) -> bool:
+        """Whether derivatives in forward mode are taken."""
+        return self.form != "shortcut"
+
     def draw(self, count: int, generator: torch.Generator) -> Hop:
         sigma = self.noise_levels(count, generator)
         kind, place = (rand((count,), generator, dtype=torch.float64) for _ in range(2))

@@ -9,7 +9,7 @@ from torch import Tensor
 from diffdistill.denoiser import per_sample
 from diffdistill.solvers.euler import Euler
 from diffdistill.solvers.flow import ProbabilityFlow
-from diffdistill.solvers.step import Correction, Evaluation, History, Interval
+from diffdistill.solvers.step import AFS, Correction, Evaluation, History, Interval
 
 
 class FlowMap(Euler):
@@ -21,12 +21,13 @@ class FlowMap(Euler):
 
     Args:
         gamma: share of the noise that is drawn anew, from 0 (deterministic) to 1.
+        afs: analytical first step.
     """
 
     takes_correction = False
 
-    def __init__(self, *, gamma: float = 0.0) -> None:
-        super().__init__()
+    def __init__(self, *, gamma: float = 0.0, afs: AFS = False) -> None:
+        super().__init__(afs=afs)
         if not 0 <= gamma <= 1:
             raise ValueError(f"gamma must lie between 0 and 1, but is {gamma}")
         self.gamma = gamma
@@ -55,4 +56,6 @@ class FlowMap(Euler):
     def evaluate(
         self, flow: ProbabilityFlow, x: Tensor, interval: Interval, correction: Correction | None = None
     ) -> Evaluation:
+        if self.afs and interval.index == 0:
+            return super().evaluate(flow, x, interval)
         return flow(x, interval.sigma, s=interval.sigma_next)
