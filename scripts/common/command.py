@@ -20,6 +20,7 @@ from common.checks import check_settings, is_integer
 from common.configs import CONFIGS, defaults_of, plain
 from common.errors import errors_in_one_line
 from common.jobs import errors_in_the_log
+from common.notes import notes_on_stderr
 from common.typed import VARIABLE, as_typed, typed_command
 from common.usage import check_preset, usage
 from diffdistill.distributed import processes, rank
@@ -41,8 +42,9 @@ def command(
     def decorate(main: Callable[[DictConfig], Any]) -> Callable[[], None]:
         @wraps(main)
         def task(config: DictConfig) -> None:
-            ends = errors_in_the_log if "SUBMITIT_EXECUTOR" in os.environ else errors_in_one_line
-            with ends(), processes(), quiet_unless_first(), short_warnings():
+            submitted = "SUBMITIT_EXECUTOR" in os.environ  # whose log shows notes too
+            ends, notes = (errors_in_the_log, nullcontext) if submitted else (errors_in_one_line, notes_on_stderr)
+            with ends(), processes(), notes(), quiet_unless_first(), short_warnings():
                 check_settings(plain(config), defaults_of(config_name))
                 seed = OmegaConf.select(config, "trainer.seed", default=0)
                 torch.manual_seed(seed if is_integer(seed) else 0)  # for the first weights; the trainer refuses others

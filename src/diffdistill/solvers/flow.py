@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -89,12 +90,14 @@ class ProbabilityFlow:
         return denoised if self.thresholding is None else self.thresholding(denoised)
 
 
-def dynamic_thresholding(denoised: Tensor, *, quantile: float = 0.995, least: float = 1.0) -> Tensor:
-    """Clip each sample to the given quantile of its absolute values, at least `least`, and divide it by that.
+def dynamic_thresholding(
+    denoised: Tensor, *, quantile: float = 0.995, least: float = 1.0, most: float = math.inf
+) -> Tensor:
+    """Clip each sample to the given quantile of its absolute values, within `least` and `most`, and divide it by that.
 
     Source: Saharia et al. 2022 (Imagen), Section 2.3.
     """
     magnitude = denoised.abs().flatten(1)
     magnitude = magnitude.to(torch.promote_types(magnitude.dtype, torch.float32))  # quantile takes no half precision
-    bound = per_sample(torch.quantile(magnitude, quantile, dim=1).clamp(min=least), denoised)
+    bound = per_sample(torch.quantile(magnitude, quantile, dim=1).clamp(least, most), denoised)
     return denoised.clamp(-bound, bound) / bound
