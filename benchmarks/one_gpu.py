@@ -30,6 +30,7 @@ import published_networks
 from diffdistill import load_denoiser
 from diffdistill.denoiser import spread_labels
 from diffdistill.devices import device_of
+from diffdistill.errors import one_line
 from diffdistill.metrics.extractors import make_features
 from diffdistill.metrics.features import gaussian_of
 from diffdistill.metrics.frechet import frechet_distance
@@ -145,7 +146,7 @@ def main(given: list[str] | None = None) -> None:
             for line in part(device):
                 say(line)
         except Exception as error:  # out of memory, or what this GPU cannot do: the other parts go on
-            reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+            reason = one_line(error)
             say(f"part {number} failed: {type(error).__name__}: {reason}")
         gc.collect()
         if device.type == "cuda":

@@ -25,6 +25,7 @@ from diffdistill.models import GaussianMixture, guided
 from diffdistill.solver_comparison.trajectories import TrajectoryShape, analyze, plot_shapes
 from diffdistill.solvers import Trajectory, make_schedule, make_solver, sample, seeded_noise
 from diffdistill.training import Run
+from diffdistill.training.inputs import inputs_of
 
 
 def shape_of(denoiser: Denoiser, settings: dict[str, Any], device: torch.device) -> TrajectoryShape:
@@ -47,7 +48,7 @@ def main(config: DictConfig) -> None:
     narrow = settings["mixture"]
     if not narrow["components"] >= 1 or not narrow["std"] > 0:
         raise ValueError(f"mixture takes at least one component and a positive std, not {narrow}")
-    run = Run(settings["out"], settings, harmless=("device",))
+    run = Run(settings["out"], settings, inputs=inputs_of(settings), harmless=("device", "out"))
     device = device_of(settings["device"])
     model = load_denoiser(settings["model"], device=device)
     images = load_data(**settings["data"]).tensors()["x"][: settings["mixture"]["components"]]

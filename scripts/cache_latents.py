@@ -20,7 +20,9 @@ from common.configs import plain
 from diffdistill.data import load_data
 from diffdistill.data.latents import cache_images
 from diffdistill.devices import device_of
+from diffdistill.files.contents import content_of
 from diffdistill.models import load_autoencoder, save_autoencoder
+from diffdistill.training.inputs import identity, inputs_of
 
 
 def cache(settings: dict[str, Any]) -> Path:
@@ -39,8 +41,9 @@ def cache(settings: dict[str, Any]) -> Path:
         parts = load_pipeline(settings["model"])
         parts.pipeline.to(device)
         return cache_latents(parts, settings["images"], settings["out"], seed=settings["seed"], **options)
-    images, origin = load_data(**data), {name: settings[name] for name in ("model", "data", "dtype", "shard_size")}
-    codec, shape, save = codec_of(settings["model"], device)
+    images, (codec, shape, save) = load_data(**data), codec_of(settings["model"], device)
+    named = {name: settings[name] for name in ("model", "data", "dtype", "shard_size")}
+    origin = identity(named, {name: content_of(files) for name, files in inputs_of(named).items()})
     if tuple(images.shape) != shape:
         raise ValueError(f"the data has images {list(images.shape)}, but the autoencoder takes {list(shape)}")
     return cache_images(codec, images, settings["out"], save_codec=save, origin=origin, device=device, **options)

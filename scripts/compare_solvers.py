@@ -26,11 +26,12 @@ from diffdistill.metrics.extractors import make_features
 from diffdistill.metrics.features import gaussian_of
 from diffdistill.metrics.frechet import frechet_distance
 from diffdistill.models import guided
-from diffdistill.sampling.plans import start_for, statistics_of
+from diffdistill.sampling.plans import sampling_inputs, start_for, statistics_of
 from diffdistill.solver_comparison import Grid, Problem, compare, entries, predictor_name, reference_endpoints
-from diffdistill.solver_comparison.report import comma_separated, gains, markdown, plot
+from diffdistill.solver_comparison.report import as_csv, as_markdown, gains, plot
 from diffdistill.solvers import load_gaussian, make_solver
 from diffdistill.training import Run
+from diffdistill.training.inputs import inputs_of
 
 
 def problem_of(settings: dict[str, Any], model: Denoiser, run: Run) -> Problem:
@@ -40,14 +41,20 @@ def problem_of(settings: dict[str, Any], model: Denoiser, run: Run) -> Problem:
     labels, size = spread_labels(len(seeds), denoiser.num_classes), settings["batch_size"]
     fine = settings["reference"]
     same = {name: settings[name] for name in ("model", "w", "seed", "batch_size")}
-    truth = Run(fine["out"] or run.path / "reference", {**same, "reference": fine}, harmless=("out",))
+    truth = Run(
+        fine["out"] or run.path / "reference",
+        {**same, "reference": fine},
+        inputs=inputs_of(same),
+        harmless=("out",),
+        accept_changes=run.accept_changes,
+    )
     endpoints = reference_endpoints(
         denoiser,
         seeds,
         labels,
         solver=make_solver(**fine["solver"]),
         num_steps=fine["num_steps"],
-        folder=truth.path / "endpoints",
+        folder=truth.path / "endpoints" / truth.digest,
         batch_size=size,
     )
     return Problem(denoiser, seeds, labels, endpoints, size)
@@ -63,8 +70,11 @@ def main(config: DictConfig) -> None:
     titles = [predictor_name(name) for name in settings["learned"]]
     if len(set(titles)) < len(titles):
         raise ValueError(f"learned solvers need names of their own, but are called {', '.join(titles)}")
+    start = settings["start"]
+    statistics = load_gaussian(start["statistics"] or statistics_of(settings["model"])) if start["sigmas"] else None
+    grid = Grid(settings["schedules"], statistics, start["sigmas"], settings["analytic_first_step"])
     for options in settings["solvers"].values():
-        make_solver(**options)
+        make_solver(**grid.parted(options)[0])
     features = make_features(settings["features"])
     model, data = load_denoiser(settings["model"], device=device_of(settings["device"])), load_data(**settings["data"])
     if tuple(data.shape) != tuple(model.data_shape):
@@ -72,20 +82,19 @@ def main(config: DictConfig) -> None:
     for sigma in settings["start"]["sigmas"]:
         start_for(model, {"sigma": sigma, "statistics": settings["start"]["statistics"]})
     real = gaussian_of(features, data.tensors()["x"])
-    run = Run(settings["out"], settings, harmless=("device", "learned", "out"))
+    # Learned solvers may join later: what their files hold is in the names of their rows.
+    given = {name: files for name, files in sampling_inputs(settings).items() if name != "learned"}
+    run = Run(settings["out"], settings, inputs=given, harmless=("device", "learned", "out"))
     problem = problem_of(settings, model, run)
 
     def frechet(x: torch.Tensor) -> float:
         return frechet_distance(gaussian_of(features, x.clamp(-1, 1)), real)
 
-    start = settings["start"]
-    statistics = load_gaussian(start["statistics"] or statistics_of(settings["model"])) if start["sigmas"] else None
-    grid = Grid(settings["schedules"], statistics, start["sigmas"], settings["analytic_first_step"])
     names = (settings[name] for name in ("solvers", "evaluations", "learned"))
-    taking_part = entries(grid, *names, problem, tuning_samples=settings["tuning_samples"])
-    rows = compare(taking_part, problem, run.path / "rows", frechet)
-    write_text(run.path / "solvers.csv", comma_separated(rows))
-    write_text(run.path / "solvers.md", markdown(rows) + "\n" + gains(rows))
+    candidates = entries(grid, *names, problem, tuning_samples=settings["tuning_samples"])
+    rows = compare(candidates, problem, run.path / "rows" / run.digest, frechet)
+    write_text(run.path / "solvers.csv", as_csv(rows))
+    write_text(run.path / "solvers.md", as_markdown(rows) + "\n" + gains(rows))
     plot(rows, run.path / "solvers.png")
     run.finish(["solvers.csv", "solvers.md", "solvers.png"])
     print((run.path / "solvers.md").read_text(encoding="utf-8"))

@@ -2,7 +2,7 @@
 
     diffdistill distill-guidance experiment=digits/stage1 teacher=digits-teacher out=runs/stage1
 
-Running the same command again continues the run.
+Running the same command again continues the run; with a larger trainer.updates it extends one that is finished.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from omegaconf import DictConfig
 
 from common.command import command
 from common.configs import plain
-from common.results import check_data, finish
+from common.results import check_data, finish, initialize
 from diffdistill import load_denoiser
 from diffdistill.data import load_data
 from diffdistill.guidance.stage1 import GuidanceDistillation
@@ -22,6 +22,7 @@ from diffdistill.models import guidance_student
 from diffdistill.sampling.generation import preview
 from diffdistill.sampling.plans import schedule_for
 from diffdistill.training import Run, Trainer, TrainerConfig
+from diffdistill.training.inputs import inputs_of
 from diffdistill.training.noise_levels import make_noise_levels
 from diffdistill.training.weighting import make_weighting
 
@@ -37,12 +38,13 @@ def noise_levels(settings: dict[str, Any], teacher: Any) -> Any:
 def distill(config: DictConfig) -> str:
     """Run stage 1 and return the path of the student."""
     settings = plain(config)
-    run = Run(settings["out"], settings)
+    run = Run(settings["out"], settings, inputs=inputs_of(settings))
     if run.finished:
         return str(run.path / "model.safetensors")
     data, teacher, w = load_data(**settings["data"]), load_denoiser(settings["teacher"]), settings["w"]
     check_data(data, teacher)
     student = guidance_student(teacher, tuple(w) if isinstance(w, list) else (w, w))
+    initialize(student, settings["init"])
     if settings["lora"]:
         add_adapters(student, **settings["lora"])
     objective = GuidanceDistillation(

@@ -36,7 +36,8 @@ def main(config: DictConfig) -> None:
     options = EvaluationOptions(**{name: settings[name] for name in EvaluationOptions.__dataclass_fields__})
     device = device_of(settings["device"])
     if settings["samples"] is not None:
-        images = open_images(settings["samples"], resolution=settings["resolution"])
+        reading = {name: settings[name] for name in ("resolution", "background", "skip_damaged")}
+        images = open_images(settings["samples"], **reading)
         source = StoredImages(images, limit=settings["num_samples"])
     else:
         planned = plan(load_denoiser(settings["model"], device=device), **{name: settings.get(name) for name in PLAN})

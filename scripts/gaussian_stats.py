@@ -15,6 +15,7 @@ from pathlib import Path
 import torch
 from omegaconf import DictConfig
 
+from common.arguments import as_given
 from common.command import command
 from common.configs import plain
 from common.typed import typed_command
@@ -25,6 +26,7 @@ from diffdistill.sampling.plans import plan, statistics_of
 from diffdistill.sampling.samples import chosen_labels, draw_to
 from diffdistill.solvers import GaussianStatistics, save_gaussian, shipped_gaussians
 from diffdistill.training import Run
+from diffdistill.training.inputs import inputs_of
 
 
 @command("gaussian_stats")
@@ -33,7 +35,7 @@ def main(config: DictConfig) -> None:
     path = Path(statistics_of(settings["model"]))
     if settings["beside"] and str(path) in shipped_gaussians():
         raise ValueError(f"statistics of {path} come with the package: leave out beside")
-    run = Run(settings["out"], settings, harmless=("device", "beside"))
+    run = Run(settings["out"], settings, inputs=inputs_of(settings), harmless=("device", "out", "beside"))
     if settings["samples"] is None:
         data = load_data(**settings["data"])
         x, y = data.tensors().values()
@@ -42,11 +44,11 @@ def main(config: DictConfig) -> None:
         model, count = load_denoiser(settings["model"], device=device_of(settings["device"])), settings["samples"]
         options = {name: settings[name] for name in ("solver", "schedule", "num_steps")}
         labels = chosen_labels(None, count, model)
-        drawn = draw_to(run.path / "parts", plan(model, **options), range(count), labels)
+        drawn = draw_to(run.path / "parts", plan(model, **options), range(count), labels, key=run.digest)
         x, y, classes = drawn.x, drawn.y, model.num_classes
     num_classes = classes if settings["per_class"] else 0
     statistics = GaussianStatistics.fit(x, y, num_classes=num_classes, form=settings["form"], rank=settings["rank"])
-    given = " ".join([typed_command(), *sys.argv[1:]])
+    given = " ".join([typed_command(), *map(as_given, sys.argv[1:])])
     statistics = replace(statistics, provenance={"command": given, "images": len(x), "settings": settings})
     paths = [run.path / "statistics.safetensors", *([path] if settings["beside"] else [])]
     for path in paths:

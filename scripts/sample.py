@@ -2,7 +2,8 @@
 
     diffdistill sample model=digits-student-4 w=1 num_samples=10000 seed=0 out=runs/samples save=npz
 
-Running the same command again continues an interrupted run. `torchrun` spreads the batches over processes.
+Running the same command again continues an interrupted run; a larger num_samples goes on from there. `torchrun` spreads
+the batches over processes.
 """
 
 from __future__ import annotations
@@ -18,9 +19,11 @@ from diffdistill.devices import device_of
 from diffdistill.distributed import rank
 from diffdistill.registry import choose
 from diffdistill.sampling.generation import makes_pictures
-from diffdistill.sampling.plans import plan
+from diffdistill.sampling.plans import plan, sampling_inputs
 from diffdistill.sampling.samples import WRITERS, chosen_labels, draw_to
 from diffdistill.training import Run
+
+HARMLESS = ("device", "out", "save", "num_samples", "compile", "cuda_graph")
 
 
 @command("sample")
@@ -43,8 +46,9 @@ def main(config: DictConfig) -> None:
         raise ValueError(f"samples of this model are latents {list(model.data_shape)}, not pictures: give save=npz")
     labels = chosen_labels(settings["labels"], settings["num_samples"], model)
     seeds = range(settings["seed"], settings["seed"] + settings["num_samples"])
-    run = Run(settings["out"], settings, harmless=("device", "save", "compile", "cuda_graph"))
-    samples = draw_to(run.path / "parts", planned, seeds, labels, batch_size=settings["batch_size"])
+    run = Run(settings["out"], settings, inputs=sampling_inputs(settings), harmless=HARMLESS)
+    key = f"{run.digest}.bf16" if planned.bf16 else run.digest  # which precision=auto leaves to the device
+    samples = draw_to(run.path / "parts", planned, seeds, labels, key=key, batch_size=settings["batch_size"])
     if rank() == 0:
         for write in writers:
             print(write(samples, run.path))

@@ -17,12 +17,12 @@ from common.results import provenance
 from diffdistill import load_denoiser
 from diffdistill.devices import device_of
 from diffdistill.distributed import rank
-from diffdistill.learned import make_learned, make_task, save_predictor, trained
+from diffdistill.learned import Rescue, initial_levels, make_learned, make_task, save_predictor, trained
 from diffdistill.models import guided
-from diffdistill.solvers import make_schedule
 from diffdistill.tables.reproduction import Files
 from diffdistill.tables.tables import Need
-from diffdistill.training import Run, Trainer, TrainerConfig
+from diffdistill.training import NonFiniteLossError, Run, Trainer, TrainerConfig
+from diffdistill.training.inputs import inputs_of
 
 
 def train(config: DictConfig) -> None:
@@ -30,7 +30,7 @@ def train(config: DictConfig) -> None:
     model, source = settings["model"], settings["source"]
     if source and not Path(model).exists():
         raise FileNotFoundError(f"{model} is not there: get it from {source}, or say model=PATH")
-    run = Run(settings["out"], settings)
+    run = Run(settings["out"], settings, inputs=inputs_of(settings))
     if run.finished:
         print(f"the predictor is {run.path / 'predictor.safetensors'}")
         return
@@ -42,19 +42,34 @@ def train(config: DictConfig) -> None:
     ends = {"sigma_min": denoiser.sigma_min, "sigma_max": denoiser.sigma_max}
     start = settings["start"]
     schedule = {**ends, **settings["schedule"], **({"sigma_max": start["sigma"]} if start else {})}
+    sigmas, predictor = initial_levels(schedule, settings["num_steps"], settings["predictor"])
     learned = make_learned(
         settings["form"],
         inner=settings["inner"],
-        predictor=settings["predictor"],
+        predictor=predictor,
         start=start,
-        sigmas=make_schedule(**schedule, num_steps=settings["num_steps"]),
+        thresholding=settings["thresholding"],
+        sigmas=sigmas,
     )
     task = make_task(learned, denoiser, schedule, **settings["objective"])
     trainer = Trainer(task.objective, task.data, TrainerConfig.from_dict(settings["trainer"]), run, name="amed")
-    learned = trained(learned, trainer.train(), denoiser, provenance(config, run))
+    rescue = Rescue(learned, task, denoiser)
+    try:
+        result = trainer.train()
+    except NonFiniteLossError as error:
+        left = rescue.last_good(run, provenance(config, run))
+        path = run.path / "last_good.safetensors"
+        if rank() == 0:
+            save_predictor(left.learned, path)
+        raise NonFiniteLossError(
+            f"{error}; seed {trainer.config.seed}, step {left.step} to sigma = {left.sigma:.4g}; "
+            f"the predictor after {left.update} updates is {path}",
+            update=error.update,
+        ) from None
+    learned = trained(learned, result, denoiser, provenance(config, run))
     if rank() == 0:
         save_predictor(learned, run.path / "predictor.safetensors")
-    run.finish(["predictor.safetensors"])
+    run.finish(["predictor.safetensors"], keep=1)
     print(f"the predictor for {learned.nfe} evaluations is {run.path / 'predictor.safetensors'}")
 
 

@@ -6,6 +6,7 @@ deviation of the noise in data units. There is no other time variable above a de
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Literal, Protocol
 
@@ -45,19 +46,59 @@ def spread_labels(num_samples: int, num_classes: int) -> Tensor | None:
     return torch.arange(num_samples) % num_classes if num_classes else None
 
 
+def check_labels(labels: Any, batch: int, num_classes: int) -> None:
+    """Raise `ValueError` unless `labels` is None or an integer tensor `[batch]` of labels, -1 for none."""
+    if labels is None:
+        return
+    if num_classes == 0:
+        raise ValueError("this denoiser takes no class labels: pass cond=None")
+    if not isinstance(labels, Tensor) or labels.is_floating_point() or labels.shape != (batch,):
+        got = f"{labels.dtype} {list(labels.shape)}" if isinstance(labels, Tensor) else type(labels).__name__
+        raise ValueError(f"class labels are an integer tensor of shape [{batch}], not {got}")
+    wrong = labels[(labels < NULL_LABEL) | (labels >= num_classes)]
+    if wrong.numel():
+        raise ValueError(f"class label {int(wrong[0])} is unknown: labels are 0 to {num_classes - 1}, or -1 for none")
+
+
 @dataclass(frozen=True)
 class Distilled:
     """How a student of few steps is meant to be used: on exactly these noise levels, by exactly this sampler.
 
     The sampler "encoder" is the deterministic one with sigma increasing: it carries images to noise.
+
+    Attributes:
+        sigmas: the noise levels, `[num_steps + 1]`.
+        sampler: that it was trained for.
+        afs: whether its first step is the analytical one, which costs nothing.
+        others: levels of fewer steps, for a student of several numbers of steps.
     """
 
     sigmas: tuple[float, ...]
     sampler: Literal["deterministic", "stochastic", "encoder"] = "deterministic"
+    afs: bool = False
+    others: tuple[tuple[float, ...], ...] = ()
 
     @property
     def num_steps(self) -> int:
         return len(self.sigmas) - 1
+
+    @property
+    def counts(self) -> list[int]:
+        """All numbers of steps that it was trained for, the most first."""
+        return [len(levels) - 1 for levels in (self.sigmas, *self.others)]
+
+    def levels(self, num_steps: int | None = None) -> tuple[float, ...]:
+        """The levels of so many steps, by default of the most.
+
+        Raises:
+            ValueError: a number of steps that it was not trained for.
+        """
+        if num_steps is None:
+            return self.sigmas
+        if num_steps not in self.counts:
+            known = " or ".join(map(str, self.counts))
+            raise ValueError(f"num_steps={num_steps}: this student was distilled for {known} steps only")
+        return (self.sigmas, *self.others)[self.counts.index(num_steps)]
 
 
 class Codec(Protocol):
@@ -74,8 +115,8 @@ class Codec(Protocol):
 class Denoiser(nn.Module):
     """A function `D(x, sigma, cond) -> x0` that knows its range and its cost.
 
-    Subclasses define `forward`. Any other callable `(x, sigma, cond) -> x0` can be sampled too; what it does not
-    state is taken from the defaults below.
+    Subclasses define `forward`. Any other callable `(x, sigma, cond) -> x0` can be sampled too: `as_denoiser` makes it
+    one, with the defaults below for what it does not state.
 
     Attributes:
         sigma_min, sigma_max: the noise levels between which the denoiser is valid.
@@ -83,12 +124,18 @@ class Denoiser(nn.Module):
         data_shape: shape of one sample, such as `(3, 32, 32)`.
         num_classes: number of class labels, 0 for an unconditional denoiser.
         cost: network evaluations of one call: 1, or 2 under classifier-free guidance.
+        w: the guidance weight that is bound to the denoiser, a float or `[B]`, or None if it is not guided.
         w_range: guidance weights that the denoiser was trained to take as an input, or None if it takes none.
+        flow_map: whether `s: [B]`, the noise level that a step ends at, is an input, in `denoiser(x, sigma, cond, s=s)`:
+            the answer then leads one Euler step from sigma to s to where the probability flow arrives. Without it the
+            answer is the denoised image of s = sigma.
         distilled: how a few-step student is to be sampled, or None.
         bottleneck: the module whose output learned solvers read, or None.
         codec: the autoencoder of a denoiser of latents, or None where images themselves are denoised.
         latents: whether latents are denoised that another file's autoencoder makes.
         source: the name or file that it was loaded from, or None.
+        config: plain values that rebuild it, or None.
+        table: the noise levels of a discrete-time model, increasing, or None.
     """
 
     sigma_min: float = 0.002
@@ -97,10 +144,17 @@ class Denoiser(nn.Module):
     data_shape: tuple[int, ...] = ()
     num_classes: int = 0
     cost: int = 1
+    w: float | Tensor | None = None
     w_range: tuple[float, float] | None = None
+    flow_map: bool = False
     distilled: Distilled | None = None
     latents: bool = False
     source: str | None = None
+    config: dict[str, Any] | None = None
+
+    @property
+    def table(self) -> Tensor | None:
+        return None
 
     @property
     def bottleneck(self) -> nn.Module | None:
@@ -134,15 +188,57 @@ class Denoiser(nn.Module):
 
     def check_condition(self, cond: Any, batch: int) -> None:
         """Raise `ValueError` unless `cond` is None or an integer label for each sample, -1 for none."""
-        if cond is None:
-            return
-        if self.num_classes == 0:
-            raise ValueError("this denoiser takes no class labels: pass cond=None")
-        if not isinstance(cond, Tensor) or cond.is_floating_point() or cond.shape != (batch,):
-            got = f"{cond.dtype} {list(cond.shape)}" if isinstance(cond, Tensor) else type(cond).__name__
-            raise ValueError(f"class labels are an integer tensor of shape [{batch}], not {got}")
-        wrong = cond[(cond < NULL_LABEL) | (cond >= self.num_classes)]
-        if wrong.numel():
-            raise ValueError(
-                f"class label {int(wrong[0])} is unknown: labels are 0 to {self.num_classes - 1}, or -1 for none"
-            )
+        check_labels(cond, batch, self.num_classes)
+
+
+class FunctionDenoiser(Denoiser):
+    """A callable `(x, sigma, cond) -> x0` as a denoiser; what it states of the attributes of one is kept.
+
+    It takes any condition: what the condition must look like is known to the function alone.
+    """
+
+    def __init__(self, function: Callable[..., Tensor]) -> None:
+        super().__init__()
+        self.function = function
+        for name in STATED:
+            if hasattr(function, name):
+                setattr(self, name, getattr(function, name))
+
+    @property
+    def bottleneck(self) -> nn.Module | None:
+        return getattr(self.function, "bottleneck", None)
+
+    @property
+    def codec(self) -> Codec | None:
+        return getattr(self.function, "codec", None)
+
+    @property
+    def conditional(self) -> bool:
+        return getattr(self.function, "conditional", True)
+
+    def null_condition(self, cond: Any) -> Any:
+        own = getattr(self.function, "null_condition", None)
+        return super().null_condition(cond) if own is None else own(cond)
+
+    def check_condition(self, cond: Any, batch: int) -> None:
+        pass
+
+    def forward(self, x: Tensor, sigma: Tensor, cond: Any = None, **w: Tensor) -> Tensor:
+        return self.function(x, sigma, cond, **w)
+
+
+STATED = ("sigma_min", "sigma_max", "sigma_data", "data_shape", "num_classes", "cost", "w", "w_range", "distilled")
+"""What a callable may state of the attributes of a `Denoiser`, besides its bottleneck, its codec and its condition."""
+
+
+def as_denoiser(denoiser: Callable[..., Tensor]) -> Denoiser:
+    """The one door for callables: a `Denoiser` as it is, any other `(x, sigma, cond) -> x0` as one.
+
+    Raises:
+        TypeError: it cannot be called.
+    """
+    if isinstance(denoiser, Denoiser):
+        return denoiser
+    if not callable(denoiser):
+        raise TypeError(f"a denoiser is a callable (x, sigma, cond) -> x0, but this is {denoiser!r}")
+    return FunctionDenoiser(denoiser)

@@ -52,6 +52,64 @@ TABLES: dict[str, Callable[[], Tensor]] = {
 }
 
 
+def table_from_betas(betas: Sequence[float] | Tensor) -> Tensor:
+    """Noise levels `[T]` from the variances `betas` of the steps of the noising process (Ho et al. 2020).
+
+    Raises:
+        ValueError: a beta outside (0, 1).
+    """
+    beta = _numbers("betas", betas)
+    wrong = (~((beta > 0) & (beta < 1))).nonzero()
+    if len(wrong):
+        place = int(wrong[0])
+        raise ValueError(f"betas[{place}] = {float(beta[place]):g}: betas lie in (0, 1), so that noise increases")
+    return _from_betas(beta)
+
+
+def table_from_alphas(alphas_cumprod: Sequence[float] | Tensor) -> Tensor:
+    """Noise levels `[T]` from `alphas_cumprod`, the part of the variance that is signal, which decreases.
+
+    Raises:
+        ValueError: a value outside (0, 1), or one that is not less than the one before it.
+    """
+    alpha_bar = _numbers("alphas_cumprod", alphas_cumprod)
+    wrong = (~((alpha_bar > 0) & (alpha_bar < 1))).nonzero()
+    if len(wrong):
+        place = int(wrong[0])
+        hint = ": a level without signal has no sigma, leave it out" if alpha_bar[place] == 0 else ""
+        raise ValueError(
+            f"alphas_cumprod[{place}] = {float(alpha_bar[place]):g}: alphas_cumprod lie in (0, 1) and decrease{hint}"
+        )
+    return _increasing("alphas_cumprod", ((1 - alpha_bar) / alpha_bar).sqrt(), "they must decrease")
+
+
+def table_from_sigmas(sigmas: Sequence[float] | Tensor) -> Tensor:
+    """Noise levels `[T]` as they are.
+
+    Raises:
+        ValueError: they are not positive and increasing.
+    """
+    levels = _numbers("sigmas", sigmas)
+    if levels[0] <= 0:
+        raise ValueError(f"sigmas[0] = {float(levels[0]):g}: noise levels are positive, from the least to the most")
+    return _increasing("sigmas", levels, "they must increase, from the least noise to the most")
+
+
+def _numbers(name: str, values: Sequence[float] | Tensor) -> Tensor:
+    numbers = torch.as_tensor(values, dtype=torch.float64).detach().cpu()
+    if numbers.ndim != 1 or len(numbers) < 2 or not numbers.isfinite().all():
+        raise ValueError(f"{name} must be a vector of at least 2 finite numbers, but have shape {list(numbers.shape)}")
+    return numbers
+
+
+def _increasing(name: str, levels: Tensor, rule: str) -> Tensor:
+    wrong = (levels[1:] <= levels[:-1]).nonzero()
+    if len(wrong):
+        place = int(wrong[0]) + 1
+        raise ValueError(f"{name}[{place}] has no more noise than {name}[{place - 1}]: {rule}")
+    return levels
+
+
 def make_table(table: str | Sequence[float] | Tensor) -> Tensor:
     """A table `[T]` of positive, increasing noise levels in float64: one of `TABLES` by name, or the levels themselves.
 

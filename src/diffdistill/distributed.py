@@ -17,6 +17,8 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.rendezvous import rendezvous
 
+from diffdistill.errors import one_line
+
 BUCKET_BYTES = 32 * 2**20
 JOIN_MINUTES = 10.0
 """How long a process waits for the others to start."""
@@ -68,7 +70,7 @@ def _join(backend: str) -> None:
 
 def _reason(error: RuntimeError) -> str:
     """What torch says went wrong: "[SOURCE FILE:LINE] REASON. This is typically ..."."""
-    return re.sub(r"^\[\S*\] |\. This is .*", "", str(error).strip().split("\n")[0])
+    return re.sub(r"^\[\S*\] |\. This is .*", "", one_line(error))
 
 
 def slurm_place(environment: Mapping[str, str]) -> dict[str, str]:

@@ -27,6 +27,7 @@ FORMS = {
     "amed": ({"afs": True}, {"name": "amed", "scale_dir": 0.1, "scale_time": 0.0}, 5),
     "plugin": ({"name": "dpmpp", "order": 2, "afs": True}, {"name": "table", "scale_first": 0.3}, 5),
     "steps": ({"name": "deis", "order": 3, "afs": True}, {"name": "table", "scale_dir": 0.9}, 2),
+    "linear": ({"name": "ipndm", "order": 3, "afs": True}, {"name": "linear", "lags": 2, "sum_to_zero": True}, 2),
 }
 
 
@@ -110,10 +111,13 @@ def test_damaged_and_foreign_files_are_refused(tmp_path):
     for changes, message in (
         ({"format": 2}, "format 2"),
         ({"nfe": 6}, "states 6"),
-        ({"form": "heun"}, "amed, plugin, steps"),
+        ({"form": "heun"}, "amed, linear, plugin, steps"),
         ({"predictor": {"name": "amed", "scale_dir": 2.0}}, r"\[0, 1\)"),
         ({"sigmas": [1.0, 2.0]}, "decrease"),
         ({"predictor": {"name": "table", "num_intervals": 10**15}}, "make 3 intervals"),
+        ({"predictor": {"name": "linear", "lags": 10**15}}, "no more than 3 answers"),
+        ({"predictor": {"name": "amed", "initial_r": [0.5] * 9}}, "for 9 intervals: the noise levels make 3"),
+        ({"thresholding": "static"}, "unknown thresholding 'static'"),
         ({"extra": 1}, "builds no solver"),
     ):
         with pytest.raises(ValueError, match=message):

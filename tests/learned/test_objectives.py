@@ -3,7 +3,13 @@
 import pytest
 import torch
 
-from diffdistill.learned import EndpointDistillation, Endpoints, LearnedSchedule, StepwiseDistillation
+from diffdistill.learned import (
+    EndpointDistillation,
+    Endpoints,
+    FeatureDistance,
+    LearnedSchedule,
+    StepwiseDistillation,
+)
 from diffdistill.models import ClassifierFreeGuidance, GaussianMixture
 from diffdistill.solvers import (
     AMEDPlugin,
@@ -15,7 +21,7 @@ from diffdistill.solvers import (
     make_solver,
     sample,
 )
-from diffdistill.solvers.amed import LearnedSteps
+from diffdistill.solvers.amed import LearnedSteps, LinearSteps, LinearTable
 from tests.builders import tiny_denoiser
 
 FORMS = ["amed", "dpm2", "euler", "ipndm", "dpmpp", "unipc"]
@@ -36,7 +42,7 @@ def learned(form, predictor, afs=True):
 
 def stepwise(form, afs=True, **options):
     torch.manual_seed(1)
-    solver = learned(form, AMEDPredictor(0.3, 0.2, scale_first=0.1).double(), afs)
+    solver = learned(form, AMEDPredictor(0.3, 0.2, scale_first=0.1, initial="published").double(), afs)
     return StepwiseDistillation(denoiser(), solver, sigmas=SIGMAS, teacher=Heun(), teacher_sigmas=FINE, **options)
 
 
@@ -190,6 +196,135 @@ def test_the_gradient_of_the_end_point_reaches_numbers_and_levels():
                 )
 
 
+def test_the_gradient_of_the_end_point_reaches_every_weight_of_past_answers():
+    model = mixture()
+    fine = make_schedule("logsnr", num_steps=30, sigma_min=0.05, sigma_max=20.0)
+    columns = Endpoints(model, make_solver("dpmpp"), fine, range(4)).tensors()
+    columns = {name: column.double() for name, column in columns.items()}
+    for options in ({}, {"sum_to_zero": True, "lags": 2}):
+        table = LinearTable(3, scale_dir=0.3, **options).double()
+        objective = EndpointDistillation(model, LinearSteps(make_solver("ipndm", order=2), table), sigmas=SIGMAS)
+        objective.double().loss(columns, torch.Generator()).value.backward()
+        slopes = finite_differences(
+            table.weight, lambda objective=objective: objective.loss(columns, torch.Generator()).value
+        )
+        torch.testing.assert_close(table.weight.grad, slopes, rtol=1e-4, atol=1e-7)
+        used = torch.ones_like(slopes).tril(-bool(options)).bool()
+        assert slopes[used].abs().min() > 1e-6 and not slopes[~used].any()
+
+
+def finite_differences(parameter, value, eps=1e-5):
+    slopes = torch.zeros_like(parameter)
+    flat, out = parameter.data.view(-1), slopes.view(-1)
+    for i in range(len(flat)):
+        ends = []
+        for sign in (1, -1):
+            flat[i] += sign * eps
+            ends.append(value().item())
+            flat[i] -= sign * eps
+        out[i] = (ends[0] - ends[1]) / (2 * eps)
+    return slopes
+
+
+WHOLE_RUNS = {
+    "plugin on deis": lambda: AMEDPlugin(
+        make_solver("deis", order=3, afs=True), AMEDPredictor(0.2, 0.2, initial="published").double()
+    ),
+    "plugin on unipc": lambda: AMEDPlugin(
+        make_solver("unipc", prediction="eps"), AMEDPredictor(0.2, 0.2, scale_first=0.1, initial="published").double()
+    ),
+    "amed": lambda: make_solver("amed", predictor=AMEDPredictor(0.2, 0.2, initial="published").double()),
+    "linear": lambda: LinearSteps(make_solver("unipc", order=3), filled(LinearTable(3, scale_dir=0.2)).double()),
+}
+
+
+def with_memory(run):
+    """What `run` returns, and how many numbers it keeps for the backward pass."""
+    kept = []
+
+    def note(tensor):
+        kept.append(tensor.numel())
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
+        return run(), sum(kept)
+
+
+def filled(table):
+    with torch.no_grad():
+        for parameter in table.parameters():
+            parameter.normal_(std=0.3)
+    return table
+
+
+@pytest.mark.parametrize("name", WHOLE_RUNS)
+def test_recomputed_steps_have_the_same_gradient_and_hold_one_step_in_memory(name):
+    torch.manual_seed(5)
+    model, data = denoiser(), batch()
+    data["target"] = torch.randn_like(data["noise"])
+    solver, found = WHOLE_RUNS[name](), []
+    for recompute in (False, True):
+        objective = EndpointDistillation(model, solver, sigmas=SIGMAS, recompute=recompute)
+        value, stored = with_memory(lambda objective=objective: objective.loss(data, torch.Generator()).value)
+        gradients = torch.autograd.grad(value, list(objective.trained.parameters()), allow_unused=True)
+        found.append((value, [g for g in gradients if g is not None], stored))
+    (plain, gradients, stored), (same, again, kept) = found
+    assert torch.equal(plain, same) and kept < stored / 20
+    for mine, other in zip(again, gradients, strict=True):
+        torch.testing.assert_close(mine, other, rtol=1e-8, atol=1e-10)
+    assert any(g.any() for g in gradients)
+
+
+def test_a_loss_beyond_the_limit_is_infinite_and_the_step_is_found():
+    model, data = mixture(), {"noise": torch.randn(6, 2, 5, 7)}
+    data["target"] = model.sample_data(6).float()
+    table = LinearTable(3)
+    objective = EndpointDistillation(model, LinearSteps(make_solver("euler"), table), sigmas=SIGMAS)
+    first = objective.loss(data, torch.Generator()).value.item()
+    with torch.no_grad():
+        table.weight[1, 0] = 5e3
+    assert objective.loss(data, torch.Generator()).value.item() == float("inf")
+    assert objective.diverged_at() == 1
+    again = EndpointDistillation(model, objective.solver, sigmas=SIGMAS)
+    again.load_extra_state(objective.extra_state())
+    assert again.first.item() == first and again.loss(data, torch.Generator()).value.item() == float("inf")
+
+
+def test_distances_in_features_are_added_to_that_of_states():
+    model, noise = mixture(), torch.randn(4, 2, 5, 7)
+    data = {"noise": noise, "target": torch.randn(4, 2, 5, 7)}
+    matrix = torch.randn(70, 3)
+    values = {}
+    for weight in (None, 0.25, 1.0):
+        features = weight and FeatureDistance(lambda x: x.flatten(1) @ matrix, weight, decode=lambda x: 2 * x)
+        solver = LearnedSteps(make_solver("euler"), LearnedTable(3, scale_dir=0.5))
+        objective = EndpointDistillation(model, solver, sigmas=SIGMAS, features=features, learn_schedule=False)
+        loss = objective.loss(data, torch.Generator())
+        loss.value.backward()
+        assert solver.predictor.logit_scale_dir.grad.all()
+        values[weight] = loss.value.item()
+    end = sample(model, noise, solver=solver, sigmas=SIGMAS)
+    apart = (2 * (end - data["target"]).flatten(1) @ matrix).norm(dim=1).mean().item()
+    assert values[1.0] == pytest.approx(apart, rel=1e-5)
+    assert values[0.25] == pytest.approx(0.75 * values[None] + 0.25 * apart, rel=1e-5)
+    with pytest.raises(ValueError, match=r"\(0, 1\]"):
+        FeatureDistance(lambda x: x, 0.0)
+
+
+@pytest.mark.parametrize("form", ["amed", "dpmpp"])
+def test_thresholding_is_of_teacher_and_solver(form):
+    """Both meet at the ends of a run that is thresholded, and not otherwise."""
+    plain, clipped = stepwise(form), stepwise(form, thresholding=lambda x: x.clamp(-0.1, 0.1))
+    data = batch()
+    values, _ = run(clipped)
+    assert values != pytest.approx(run(plain)[0], rel=1e-3)
+    if form == "dpmpp":  # a multistep solver is trained along its own run
+        options = dict(cond=data["y"], thresholding=lambda x: x.clamp(-0.1, 0.1))
+        end = sample(clipped.denoiser, data["noise"], solver=clipped.solver, sigmas=SIGMAS, **options)
+        target = sample(clipped.denoiser, data["noise"], solver=Heun(), sigmas=FINE, **options)
+        assert values[-1] == pytest.approx((end - target).square().sum().item() / 3, rel=1e-9)
+
+
 def test_training_on_end_points_beats_the_fixed_solver_and_keeps_the_ends():
     model = mixture()
     fine = make_schedule("logsnr", num_steps=40, sigma_min=0.05, sigma_max=20.0)
@@ -218,6 +353,9 @@ def test_a_learned_schedule_starts_where_it_is_told_and_always_decreases():
         with torch.no_grad():
             schedule.logits.normal_(std=3.0)
         assert (schedule().diff() < 0).all()
+        with torch.no_grad():
+            schedule.logits[0] = 1e4
+        assert (schedule().diff() < 0).all()
     with pytest.raises(ValueError, match="decrease"):
         LearnedSchedule(torch.tensor([1.0, 2.0]))
 
@@ -231,6 +369,8 @@ def test_bad_input():
         StepwiseDistillation(denoiser(), learned("ipndm", predictor), sigmas=SIGMAS, together=True, **options)
     with pytest.raises(ValueError, match="norm, squared"):
         EndpointDistillation(denoiser(), learned("amed", predictor), sigmas=SIGMAS, distance="l1")
+    with pytest.raises(ValueError, match="limit must be greater than 1"):
+        EndpointDistillation(denoiser(), learned("amed", predictor), sigmas=SIGMAS, limit=0.5)
     objective = stepwise("amed")
     objective.denoiser = mixture()
     with pytest.raises(ValueError, match="no bottleneck"):

@@ -134,7 +134,7 @@ def test_multistep_solvers_keep_past_evaluations(made, solver):
 def test_learned_solvers_read_the_bottleneck(made, inner):
     denoiser, way = made
     denoiser = ClassifierFreeGuidance(denoiser, 1.0)
-    solver = AMEDPlugin(make_solver(inner), AMEDPredictor(0.5, 0.5))
+    solver = AMEDPlugin(make_solver(inner), AMEDPredictor(0.5, 0.5, initial="published"))
     for parameter in solver.predictor.parameters():
         parameter.data.normal_(std=0.5)
     sigmas = make_schedule("polynomial", num_steps=3, sigma_min=0.002, sigma_max=80.0)
@@ -148,7 +148,7 @@ def test_learned_solvers_read_the_bottleneck(made, inner):
 def test_training_of_a_learned_solver_compiles():
     torch._dynamo.reset()
     torch.manual_seed(1)
-    solver = AMEDPlugin(make_solver("ipndm"), AMEDPredictor(0.5, 0.5))
+    solver = AMEDPlugin(make_solver("ipndm"), AMEDPredictor(0.5, 0.5, initial="published"))
     levels, fine = (make_schedule("polynomial", num_steps=n, sigma_min=0.1, sigma_max=80.0) for n in (2, 4))
     options = {"sigmas": levels, "teacher": make_solver("ipndm"), "teacher_sigmas": fine}
     denoiser = Small()
@@ -289,7 +289,11 @@ def on_gpu(module):
 def test_no_solver_waits_for_the_gpu_or_copies(name):
     sigmas = make_schedule("polynomial", num_steps=3, sigma_min=0.02, sigma_max=80.0).tolist()
     with FakeTensorMode(allow_non_fake_inputs=True), torch.no_grad():
-        denoiser, predictor, table = on_gpu(Small()), on_gpu(AMEDPredictor(0.1, 0.2)), on_gpu(LearnedTable(4))
+        denoiser, predictor, table = (
+            on_gpu(Small()),
+            on_gpu(AMEDPredictor(0.1, 0.2, initial="published")),
+            on_gpu(LearnedTable(4)),
+        )
         x, labels = torch.empty(3, 2, 8, 8, device="cuda"), torch.zeros(3, dtype=torch.long, device="cuda")
         solvers = [LearnedSteps(make_solver("ipndm"), table)]
         if name == "plugin":
@@ -319,7 +323,7 @@ def objectives():
         yield name, StepDistillation(*models, steps=steps(grid), weighting=weighting, w_range=(0.0, 4.0))
     autoencoder = build_autoencoder({"data_shape": [2, 8, 8], "channels": [8], "latent_channels": 3})
     yield "autoencoder", Reconstruction(autoencoder)
-    plugin = AMEDPlugin(make_solver("ipndm"), AMEDPredictor(0.5, 0.5))
+    plugin = AMEDPlugin(make_solver("ipndm"), AMEDPredictor(0.5, 0.5, initial="published"))
     yield "endpoint", EndpointDistillation(teacher, plugin, sigmas=grid)
     options = {"sigmas": grid[::2], "teacher": make_solver("ipndm"), "teacher_sigmas": grid}
     yield "stepwise", StepwiseDistillation(teacher, plugin, **options)

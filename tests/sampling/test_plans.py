@@ -9,7 +9,6 @@ from diffdistill import load_denoiser, sample
 from diffdistill.denoiser import Distilled, spread_labels
 from diffdistill.discrete_time import linear_table
 from diffdistill.models import guidance_student, guided, save_denoiser
-from diffdistill.models.preconditioning import EpsPrediction
 from diffdistill.sampling.generation import count_nfe, generate, preview
 from diffdistill.sampling.plans import WARM_UP_SAMPLES, plan, schedule_for, statistics_of
 from diffdistill.solvers import (
@@ -42,9 +41,7 @@ def folder(tmp_path_factory):
 @pytest.mark.parametrize("zero_snr", [False, True])
 def test_schedules_of_discrete_time_take_the_levels_of_the_model(zero_snr):
     table = torch.cat([linear_table(), torch.tensor([4096.0] * zero_snr, dtype=torch.float64)])
-    model = SimpleNamespace(
-        sigma_min=float(table[0]), sigma_max=float(table[-1]), preconditioning=EpsPrediction(table=table)
-    )
+    model = SimpleNamespace(sigma_min=float(table[0]), sigma_max=float(table[-1]), table=table)
     found = schedule_for(model, {"name": "discrete", "num_steps": len(table) - 1})
     torch.testing.assert_close(found, table.flip(0), rtol=1e-9, atol=0)
     found = schedule_for(model, {"name": "trailing", "num_steps": len(table), "sigma_min": 0.0})

@@ -24,6 +24,11 @@ LEVELS = torch.tensor([10.0, 5.0, 1.0], dtype=torch.float64)
 LABELS = torch.tensor([0, 1, 1, -1])
 
 
+def unguided(x, sigma, cond):
+    """A denoiser that states nothing."""
+    return x
+
+
 def double(*shape, seed=0):
     return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
 
@@ -186,7 +191,7 @@ def test_the_past_of_a_guided_start(sigma):
     stats, noise = statistics("full"), double(4, *SHAPE, seed=3)
     start = GaussianStart(stats, sigma, sigma_max=80.0, w=2.0)
     sigmas = torch.tensor([sigma, sigma / 9, 0.1], dtype=torch.float64)
-    x, history = start.begin(None, noise, sigmas, LABELS, memory=2)
+    x, history = start.begin(unguided, noise, sigmas, LABELS, memory=2)
     torch.testing.assert_close(x, start.carry(80 * noise, 80.0, sigma, LABELS, w=2.0), rtol=0, atol=0.02)
     assert [evaluation.x.isfinite().all().item() for evaluation in history] == [True, True]
 
@@ -209,16 +214,16 @@ def test_multistep_solvers_begin_with_a_past(top):
     """It lies on the Gaussian's trajectory, above the start, and no higher than sigma_max."""
     stats, noise = statistics("full"), double(4, *SHAPE, seed=3)
     start = GaussianStart(stats, 10.0, sigma_max=top)
-    x, history = start.begin(None, noise, LEVELS, LABELS, memory=2)
+    x, history = start.begin(unguided, noise, LEVELS, LABELS, memory=2)
     levels = [40.0, 20.0] if top == 80.0 else [30.0, 300.0**0.5]
     for evaluation, level in zip(history, levels, strict=True):
         torch.testing.assert_close(evaluation.sigma, torch.full((4,), level, dtype=torch.float64))
         torch.testing.assert_close(evaluation.x, stats.carry(top * noise, top, level, LABELS))
         torch.testing.assert_close(evaluation.denoised, stats.denoise(evaluation.x, evaluation.sigma, LABELS))
-    cold = replace(start, warm=False).begin(None, noise, LEVELS, LABELS, memory=2)
+    cold = replace(start, warm=False).begin(unguided, noise, LEVELS, LABELS, memory=2)
     torch.testing.assert_close(x, cold[0])
     assert cold[1] == ()
-    assert GaussianStart(stats, 10.0, sigma_max=10.0).begin(None, noise, LEVELS, LABELS, memory=2)[1] == ()
+    assert GaussianStart(stats, 10.0, sigma_max=10.0).begin(unguided, noise, LEVELS, LABELS, memory=2)[1] == ()
 
 
 @pytest.mark.parametrize(

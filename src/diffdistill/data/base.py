@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -22,11 +23,15 @@ class ImageData(Dataset[dict[str, Tensor]]):
         shape: `(C, H, W)` of every image.
         num_classes: number of class labels, 0 for a set without labels (then y is -1).
         autoencoder: for latents, the file of what turns them into images, if it is known.
+        found: what was found where the set was looked for, in one line, and what was skipped; None for other sets.
+        names: of the images, where they have any: paths below the folder of the set.
     """
 
     shape: tuple[int, int, int]
     num_classes: int = 0
     autoencoder: Path | None = None
+    found: str | None = None
+    names: Sequence[str] | None = None
 
     def __len__(self) -> int:
         raise NotImplementedError(f"{type(self).__name__} defines no __len__")
@@ -34,10 +39,14 @@ class ImageData(Dataset[dict[str, Tensor]]):
     def __getitem__(self, index: int) -> dict[str, Tensor]:
         raise NotImplementedError(f"{type(self).__name__} defines no __getitem__")
 
+    def stack(self, indices: Sequence[int]) -> dict[str, Tensor]:
+        """Some of the set: `{"x": float32 [n, C, H, W], "y": long [n]}`."""
+        items = [self[i] for i in indices]
+        return {name: torch.stack([item[name] for item in items]) for name in ("x", "y")}
+
     def tensors(self) -> dict[str, Tensor]:
         """The whole set in memory: `{"x": float32 [N, C, H, W], "y": long [N]}`."""
-        items = [self[i] for i in range(len(self))]
-        return {name: torch.stack([item[name] for item in items]) for name in ("x", "y")}
+        return self.stack(range(len(self)))
 
 
 class TensorData(ImageData):
@@ -66,6 +75,10 @@ class TensorData(ImageData):
     def __getitem__(self, index: int) -> dict[str, Tensor]:
         return {"x": self.x[index], "y": self.y[index]}
 
+    def stack(self, indices: Sequence[int]) -> dict[str, Tensor]:
+        chosen = torch.as_tensor(indices)
+        return {"x": self.x[chosen], "y": self.y[chosen]}
+
     def tensors(self) -> dict[str, Tensor]:
         return {"x": self.x, "y": self.y}
 
@@ -78,7 +91,7 @@ class MirroredData(ImageData):
 
     def __init__(self, data: ImageData) -> None:
         self.data = data
-        self.shape, self.num_classes = data.shape, data.num_classes
+        self.shape, self.num_classes, self.found = data.shape, data.num_classes, data.found
 
     def __len__(self) -> int:
         return 2 * len(self.data)

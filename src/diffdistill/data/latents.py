@@ -75,11 +75,13 @@ def _wide(tensor: Tensor) -> Tensor:
     return tensor.float() if tensor.is_floating_point() else tensor
 
 
-def write_shard(folder: Path, number: int, items: Mapping[str, Tensor], origin: Mapping[str, Any]) -> tuple[str, int]:
+def write_shard(
+    folder: Path, number: int, items: Mapping[str, Tensor], origin: Mapping[str, Any], digest: str = ""
+) -> tuple[str, int]:
     """Write items `{"x": [n, ...], ...}` as one shard, and what they were made from; returns its name and n."""
     name = f"{number:06d}.safetensors"
     state = {key: value.contiguous() for key, value in items.items()}
-    save_tensors(state, folder / name, {"origin": json.dumps(origin)})
+    save_tensors(state, folder / name, {"origin": json.dumps(origin), "items": digest})
     return name, len(items["x"])
 
 
@@ -90,10 +92,12 @@ def write_shards(
     *,
     shard_size: int,
     origin: Mapping[str, Any],
+    digest: Callable[[list[Item]], str] = lambda items: "",
 ) -> list[tuple[str, int]]:
     """Encode items and write them, `shard_size` in a file; returns names and sizes, for `write_index`.
 
-    A shard that is there already and whole is kept, so that a run can go on.
+    A shard that is there already and whole is kept, so that a run can go on; one whose items have changed since, by
+    their `digest`, is made again.
 
     Raises:
         ValueError: the folder holds shards of another origin.
@@ -103,23 +107,29 @@ def write_shards(
     stream = iter(items)
     while batch := list(islice(stream, shard_size)):
         path = folder / f"{len(shards):06d}.safetensors"
-        if _holds(path, len(batch), origin):
+        made_from = digest(batch)
+        if _holds(path, len(batch), origin, made_from):
             shards.append((path.name, len(batch)))
         else:
-            shards.append(write_shard(folder, len(shards), encode(batch), origin))
+            shards.append(write_shard(folder, len(shards), encode(batch), origin, made_from))
     return shards
 
 
-def _holds(shard: Path, count: int, origin: Mapping[str, Any]) -> bool:
-    """Whether a file is a shard of so many items; raises `ValueError` if it is of another origin."""
+def _holds(shard: Path, count: int, origin: Mapping[str, Any], items: str) -> bool:
+    """Whether a file is a shard of so many items, and of these; raises `ValueError` if it is of another origin."""
     try:
         with safe_open(shard, framework="pt") as file:
-            made_from, length = json.loads((file.metadata() or {})["origin"]), file.get_slice("x").get_shape()[0]
+            metadata, length = file.metadata() or {}, file.get_slice("x").get_shape()[0]
+        made_from = json.loads(metadata["origin"])
     except (SafetensorError, OSError, KeyError, ValueError):
         return False  # missing or damaged
     if made_from != origin:
-        raise ValueError(f"{shard.parent} holds latents of another source or with other settings: choose a new folder")
-    return length == count
+        changed = [name for name in {**made_from, **origin} if made_from.get(name) != origin.get(name)]
+        raise ValueError(
+            f"{shard.parent} holds latents of another source or with other settings ({', '.join(changed)}): choose a "
+            "new folder"
+        )
+    return length == count and metadata.get("items", "") == items
 
 
 def write_index(

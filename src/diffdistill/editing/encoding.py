@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from diffdistill.denoiser import Denoiser
+from diffdistill.denoiser import as_denoiser
 from diffdistill.editing.image_to_image import levels_left
 from diffdistill.solvers import Euler, ProbabilityFlow, Solver, integrate, intervals, sample
 from diffdistill.solvers.schedules import check_sigmas
@@ -71,8 +71,8 @@ def encode(
         ValueError: levels that do not decrease or end at 0, a stochastic solver or one with an analytical first step,
             or a condition that the denoiser does not take.
     """
-    if isinstance(denoiser, Denoiser):
-        denoiser.check_condition(cond, len(x0))
+    denoiser = as_denoiser(denoiser)
+    denoiser.check_condition(cond, len(x0))
     solver = solver or Euler()
     sigmas = _reversible(solver, sigmas)
     flow, x = ProbabilityFlow(denoiser, cond), x0

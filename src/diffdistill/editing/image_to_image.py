@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from diffdistill.denoiser import Denoiser
+from diffdistill.denoiser import as_denoiser
 from diffdistill.solvers import ProbabilityFlow, SampleNoise, Solver, intervals
 from diffdistill.solvers.features import feature_tap
 from diffdistill.solvers.schedules import check_sigmas
@@ -104,8 +104,8 @@ def run(
 
     Every step is taken `repeats` times: before each time but the first, noise leads back to where the step began.
     """
-    if isinstance(denoiser, Denoiser):
-        denoiser.check_condition(cond, len(start.x))
+    denoiser = as_denoiser(denoiser)
+    denoiser.check_condition(cond, len(start.x))
     x, levels = start.x, start.sigmas.tolist()
     stream = SampleNoise(range(len(x)) if seeds is None else seeds, x.shape[1:])
     stream.draw()  # what `seeded_noise` gives for the same seeds must not come again

@@ -33,6 +33,23 @@ def save_tensors(
             raise OSError(f"could not write {os.fspath(path)} ({error})") from error
 
 
+def _apart(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Tensors of which no two share memory, as tied weights do: the format refuses that."""
+    seen: set[int] = set()
+    apart = {}
+    for name, tensor in tensors.items():
+        place = tensor.untyped_storage().data_ptr()
+        apart[name] = tensor.clone() if place in seen else tensor
+        seen.add(place)
+    return apart
+
+
+def shipped_files(folder: str) -> dict[str, Path]:
+    """The files of a folder of the package's assets, by name."""
+    place = Path(str(resources.files("diffdistill"))) / "assets" / folder
+    return {path.stem: path for path in sorted(place.glob("*.safetensors"))}
+
+
 @dataclass(frozen=True)
 class FileKind:
     """What a file holds, and where those lie that come with the package.
@@ -51,7 +68,7 @@ class FileKind:
 
     def write(self, path: str | os.PathLike[str], record: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> None:
         """Write a file, whole or not at all."""
-        tensors = {name: value.detach().cpu().contiguous() for name, value in tensors.items()}
+        tensors = _apart({name: value.detach().cpu().contiguous() for name, value in tensors.items()})
         save_tensors(tensors, path, {self.key: json.dumps({"format": self.format, **record})})
 
     def read(self, path: str | os.PathLike[str]) -> tuple[dict[str, Any], dict[str, Tensor]]:
@@ -81,8 +98,7 @@ class FileKind:
 
     def shipped(self) -> dict[str, Path]:
         """The files that come with the package, by name."""
-        folder = Path(str(resources.files("diffdistill"))) / "assets" / self.folder
-        return {path.stem: path for path in sorted(folder.glob("*.safetensors"))}
+        return shipped_files(self.folder)
 
     def find(self, name_or_path: str | os.PathLike[str]) -> Path:
         """The file of a shipped name, or at a path.

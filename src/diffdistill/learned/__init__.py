@@ -1,7 +1,8 @@
 """Training learned solvers, and their files."""
 
 from diffdistill.learned.endpoint import EndpointDistillation, Endpoints, LearnedSampler
-from diffdistill.learned.recipe import Task, make_task, trained
+from diffdistill.learned.perceptual import FeatureDistance
+from diffdistill.learned.recipe import LastGood, Rescue, Task, initial_levels, make_task, trained
 from diffdistill.learned.schedule import LearnedSchedule
 from diffdistill.learned.stepwise import StepwiseDistillation
 from diffdistill.learned.storage import (
@@ -16,12 +17,16 @@ from diffdistill.learned.storage import (
 __all__ = [
     "EndpointDistillation",
     "Endpoints",
+    "FeatureDistance",
+    "LastGood",
     "LearnedSampler",
     "LearnedSchedule",
     "LearnedSolver",
+    "Rescue",
     "StepwiseDistillation",
     "Task",
     "identity",
+    "initial_levels",
     "load_predictor",
     "make_learned",
     "make_task",

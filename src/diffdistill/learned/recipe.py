@@ -7,16 +7,19 @@ from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from diffdistill.denoiser import Denoiser
 from diffdistill.devices import device_of
 from diffdistill.learned.endpoint import EndpointDistillation, Endpoints, LearnedSampler
+from diffdistill.learned.perceptual import feature_distance
+from diffdistill.learned.schedule import halved
 from diffdistill.learned.stepwise import StepwiseDistillation
 from diffdistill.learned.storage import LearnedSolver, identity
 from diffdistill.registry import construct
 from diffdistill.solvers import AMEDPlugin, make_schedule, make_solver
-from diffdistill.training import Objective
+from diffdistill.solvers.integration import THRESHOLDING
+from diffdistill.training import Objective, Run
 
 FIRST_TRAINING_SEED = 1_000_000
 """Seeds of the trajectories that are trained on start here, far from those that anyone evaluates."""
@@ -80,6 +83,7 @@ def stepwise(
         reuse=reuse,
         together=together,
         forward_mode=forward_mode,
+        thresholding=_thresholding(learned),
     )
     return Task(objective, None)
 
@@ -94,6 +98,9 @@ def endpoint(
     trajectories: int,
     learn_schedule: bool = True,
     distance: Literal["norm", "squared"] = "norm",
+    features: Mapping[str, Any] | None = None,
+    recompute: bool = True,
+    limit: float = 10.0,
 ) -> Task:
     """Training on end points.
 
@@ -104,8 +111,12 @@ def endpoint(
         teacher: options of `make_solver`, of the fine runs.
         teacher_schedule: options of `make_schedule`, `num_steps` included.
         trajectories: number of fine runs, which are computed once.
-        learn_schedule: see `EndpointDistillation`, also for `distance`.
+        learn_schedule: see `EndpointDistillation`, also for `distance`, `recompute` and `limit`.
         distance: "norm" or "squared".
+        features: `name` and options of a differentiable feature extractor (see `DIFFERENTIABLE`), and `weight`, that of
+            `FeatureDistance`; None for the distance of states alone.
+        recompute: keep the activations of one step only.
+        limit: a loss that counts as infinite, in units of the first.
     """
     objective = EndpointDistillation(
         denoiser,
@@ -113,15 +124,74 @@ def endpoint(
         sigmas=learned.sigmas,
         learn_schedule=learn_schedule,
         distance=distance,
+        features=None if features is None else feature_distance(denoiser, **features),
+        recompute=recompute,
+        limit=limit,
         start=learned.gaussian_start(device=device_of(denoiser)),
+        thresholding=_thresholding(learned),
     )
     ends = {"sigma_min": float(learned.sigmas[-1]), "sigma_max": denoiser.sigma_max}
     seeds = range(FIRST_TRAINING_SEED, FIRST_TRAINING_SEED + trajectories)
     fine = make_schedule(**{**ends, **teacher_schedule})
-    return Task(objective, Endpoints(denoiser, make_solver(**teacher), fine, seeds))
+    thresholding = _thresholding(learned)
+    return Task(objective, Endpoints(denoiser, make_solver(**teacher), fine, seeds, thresholding=thresholding))
+
+
+def _thresholding(learned: LearnedSolver) -> Callable[[Tensor], Tensor] | None:
+    return None if learned.thresholding is None else THRESHOLDING[learned.thresholding]
 
 
 OBJECTIVES: dict[str, Callable[..., Task]] = {"stepwise": stepwise, "endpoint": endpoint}
+
+
+def initial_levels(
+    schedule: Mapping[str, Any], num_steps: int, predictor: Mapping[str, Any]
+) -> tuple[Tensor, dict[str, Any]]:
+    """The levels that a learned solver starts from, and its predictor's options.
+
+    `initial_r` "schedule" in the options becomes the places of the levels in between: then an untrained plugin is the
+    solver that it wraps on the schedule of twice as many steps.
+    """
+    options = dict(predictor)
+    if options.get("initial_r") != "schedule":
+        return make_schedule(**schedule, num_steps=num_steps), options
+    sigmas, options["initial_r"] = halved(schedule, num_steps)
+    return sigmas, options
+
+
+@dataclass(frozen=True)
+class LastGood:
+    """What a training that diverged leaves.
+
+    Attributes:
+        learned: the solver of the last good checkpoint, or as it was before training.
+        update: updates that it saw.
+        step: the step of the run, from 0, where the last batch went astray.
+        sigma: the level where that step ends.
+    """
+
+    learned: LearnedSolver
+    update: int
+    step: int
+    sigma: float
+
+
+class Rescue:
+    """Remembers a task as it is before training, for `last_good`."""
+
+    def __init__(self, learned: LearnedSolver, task: Task, denoiser: Denoiser) -> None:
+        self.learned, self.task, self.denoiser = learned, task, denoiser
+        self.before = {name: value.clone() for name, value in task.objective.trained.state_dict().items()}
+
+    def last_good(self, run: Run, provenance: Mapping[str, Any]) -> LastGood:
+        """The solver of the newest checkpoint in the folder of the run, and where training went astray."""
+        objective, checkpoint = self.task.objective, run.load_checkpoint()
+        assert isinstance(objective, (EndpointDistillation, StepwiseDistillation))
+        step = objective.diverged_at()
+        objective.trained.load_state_dict(self.before if checkpoint is None else checkpoint.state["trained"])
+        kept = trained(self.learned, objective.trained, self.denoiser, provenance)
+        update = 0 if checkpoint is None else checkpoint.update
+        return LastGood(kept, update, step, float(kept.sigmas[step + 1]))
 
 
 def trained(

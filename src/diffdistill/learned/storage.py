@@ -27,18 +27,25 @@ from diffdistill.solvers import (
     make_solver,
 )
 from diffdistill.solvers import sample as sample_with
-from diffdistill.solvers.amed import LearnedSteps
+from diffdistill.solvers.amed import LearnedSteps, LinearSteps, LinearTable
+from diffdistill.solvers.integration import THRESHOLDING
 from diffdistill.solvers.schedules import check_sigmas
 
 PREDICTOR = FileKind("predictor", key="diffdistill_predictor", folder="predictors")
 
-PREDICTORS: dict[str, Callable[..., Predictor]] = {"amed": AMEDPredictor, "table": LearnedTable}
+PREDICTORS: dict[str, Callable[..., Predictor]] = {
+    "amed": AMEDPredictor,
+    "table": LearnedTable,
+    "linear": LinearTable,
+}
 FORMS: dict[str, Callable[..., AMEDPlugin | LearnedSteps]] = {
     "amed": lambda predictor, inner: AMED(predictor, **inner),
     "plugin": lambda predictor, inner: AMEDPlugin(make_solver(**inner), predictor),
     "steps": lambda predictor, inner: LearnedSteps(make_solver(**inner), predictor),
+    "linear": lambda predictor, inner: LinearSteps(make_solver(**inner), predictor),
 }
-"""What a predictor can be put into: AMED-Solver, the plugin around a solver, or the corrected steps of a solver."""
+"""What a predictor can be put into: AMED-Solver, the plugin around a solver, the corrected steps of a solver, or those
+with learned weights of all past answers."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -52,6 +59,7 @@ class LearnedSolver:
         sigmas: float64 `[N + 1]`.
         solver: what `sample` takes.
         start: an analytic start: `statistics`, the name or path of those that `load_gaussian` takes, and `sigma`.
+        thresholding: of every prediction of x0, by name as for `sample`, or None.
         trained_for: `identity` of the denoiser, or None while there is none.
         provenance: what made it.
     """
@@ -62,6 +70,7 @@ class LearnedSolver:
     sigmas: Tensor
     solver: AMEDPlugin | LearnedSteps
     start: Mapping[str, Any] | None = None
+    thresholding: str | None = None
     trained_for: Mapping[str, Any] | None = None
     provenance: Mapping[str, Any] = field(default_factory=dict)
 
@@ -93,6 +102,7 @@ class LearnedSolver:
     def sample(self, denoiser: nn.Module, noise: Tensor, cond: Any = None, **options: Any) -> Any:
         """`diffdistill.sample` with this solver and its levels, after `check`; `options` are those of `sample`."""
         self.check(denoiser)
+        options.setdefault("thresholding", self.thresholding)
         return sample_with(
             denoiser, noise, solver=self.solver, sigmas=self.sigmas, cond=cond, start=self.gaussian_start(), **options
         )
@@ -129,6 +139,7 @@ def make_learned(
     sigmas: Tensor,
     inner: Mapping[str, Any] | None = None,
     start: Mapping[str, Any] | None = None,
+    thresholding: str | None = None,
     trained_for: Mapping[str, Any] | None = None,
     provenance: Mapping[str, Any] | None = None,
 ) -> LearnedSolver:
@@ -141,12 +152,25 @@ def make_learned(
     sigmas = check_sigmas(torch.as_tensor(sigmas, dtype=torch.float64))
     options, inner = dict(predictor), dict(inner or {})
     name, intervals = options.pop("name", None), len(sigmas) - 1 - bool(sigmas[-1] == 0)
-    if name == "table" and options.setdefault("num_intervals", intervals) != intervals:
+    if name in ("table", "linear") and options.setdefault("num_intervals", intervals) != intervals:
         raise ValueError(f"num_intervals={options['num_intervals']}: the noise levels make {intervals} intervals")
+    if thresholding is not None:
+        choose("thresholding", thresholding, THRESHOLDING)
     built = construct("predictor", str(name), PREDICTORS, **options)
+    if built.num_intervals not in (None, intervals):
+        raise ValueError(f"initial_r is for {built.num_intervals} intervals: the noise levels make {intervals}")
     built.num_intervals = intervals
-    solver = choose("form", form, FORMS)(built, inner)
-    return LearnedSolver(form, inner, dict(predictor), sigmas, solver, start, trained_for, dict(provenance or {}))
+    return LearnedSolver(
+        form=form,
+        inner=inner,
+        predictor=dict(predictor),
+        sigmas=sigmas,
+        solver=choose("form", form, FORMS)(built, inner),
+        start=start,
+        thresholding=thresholding,
+        trained_for=trained_for,
+        provenance=dict(provenance or {}),
+    )
 
 
 def save_predictor(learned: LearnedSolver, path: str | os.PathLike[str]) -> None:
@@ -158,6 +182,7 @@ def save_predictor(learned: LearnedSolver, path: str | os.PathLike[str]) -> None
         "sigmas": learned.sigmas.tolist(),
         "nfe": learned.nfe,
         "start": learned.start,
+        "thresholding": learned.thresholding,
         "trained_for": learned.trained_for,
         "provenance": dict(learned.provenance),
     }

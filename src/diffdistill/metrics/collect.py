@@ -21,10 +21,12 @@ class Source(Protocol):
     Attributes:
         shape: of one image.
         mixed: whether classes take turns, so that consecutive parts are alike. Folders and archives may be sorted.
+        names: of the images, where they have any.
     """
 
     shape: tuple[int, ...]
     mixed: bool
+    names: Sequence[str] | None
 
     def __len__(self) -> int: ...
 

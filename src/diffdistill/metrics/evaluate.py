@@ -6,19 +6,18 @@ import json
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from diffdistill import distributed
+from diffdistill.data.captions import read_captions
 from diffdistill.files.atomic import write_text
 from diffdistill.metrics.collect import Source, collect, parts_of, shard
 from diffdistill.metrics.extractors import make_features
 from diffdistill.metrics.measures import MEASURES, Measured, measure, needed, spread
 from diffdistill.metrics.sources import reference_from
-from diffdistill.metrics.text import measured
 
 
 @dataclass(frozen=True)
@@ -30,7 +29,7 @@ class EvaluationOptions:
         reference: a file of statistics; None computes them from data.
         measures: names of `MEASURES`.
         splits: parts of the samples for the spread.
-        captions: a text file with one caption a line, for the CLIP score.
+        captions: for the CLIP score, as of `read_captions`: by the images' names, or one a line.
         clip: the CLIP model for it.
         batch_size: images at a time.
     """
@@ -55,7 +54,7 @@ class Replayed:
     """A source that is gone through once and kept, for two extractors that look at the same images."""
 
     def __init__(self, source: Source) -> None:
-        self.source, self.shape, self.mixed = source, source.shape, source.mixed
+        self.source, self.shape, self.mixed, self.names = source, source.shape, source.mixed, source.names
         self._kept: list[tuple[Tensor, Tensor | None]] = []
 
     def __len__(self) -> int:
@@ -117,12 +116,7 @@ def evaluate(
 def _clip_score(source: Source, options: EvaluationOptions, splits: int, device: torch.device) -> Measured:
     from diffdistill.metrics.clip import CLIPScore
 
-    path = Path(str(options.captions))
-    if not path.is_file():
-        raise FileNotFoundError(f"no captions at {str(path)!r}")
-    captions = path.read_text(encoding="utf-8").splitlines()
-    if len(captions) != len(source):
-        raise ValueError(f"{str(path)!r} has {len(captions)} captions for {len(source)} images")
+    captions = read_captions(str(options.captions), len(source), source.names)
     score, indices = CLIPScore(model=str(options.clip)), shard(len(source))
     values, start = [], indices.start
     for x, _ in source.batches(indices, options.batch_size, device):
@@ -139,7 +133,7 @@ def describe(record: Mapping[str, Any]) -> str:
     for name, values in record["measures"].items():
         label, found = MEASURES[name].label if name in MEASURES else name.replace("_", " "), Measured(**values)
         parts = "" if found.part_std is None else f" over {record.get('splits')} parts"
-        lines.append(f"{label}: {measured(found)}{parts}")
+        lines.append(f"{label}: {found}{parts}")
     return "\n".join(lines)
 
 

@@ -13,6 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from diffdistill.errors import one_line
 from diffdistill.files.hashes import sha256
 from diffdistill.metrics.features import Features, to_bytes
 from diffdistill.models.loading import fingerprint
@@ -102,10 +103,13 @@ class DINOv2(Features):
         return fingerprint(self._model)
 
     def both(self, x: Tensor) -> tuple[Tensor, Tensor | None]:
-        x = to_bytes(x).float()
+        return self.token(to_bytes(x).float()), None
+
+    def token(self, x: Tensor) -> Tensor:
+        """The class token `[B, 1024]` of images `[B, 3, H, W]` with values from 0 to 255."""
         x = F.interpolate(x, size=(224, 224), mode="bicubic", antialias=True, align_corners=False) / 255
         mean, std = (torch.tensor(v, device=x.device)[:, None, None] for v in (_IMAGENET_MEAN, _IMAGENET_STD))
-        return self._model.to(x.device)(pixel_values=(x - mean) / std).pooler_output, None
+        return self._model.to(x.device)(pixel_values=(x - mean) / std).pooler_output
 
 
 def load_pretrained(kind: Any, name: str) -> Any:
@@ -117,6 +121,7 @@ def load_pretrained(kind: Any, name: str) -> Any:
     try:
         loaded = kind.from_pretrained(name)
     except (OSError, ValueError) as error:
-        reason = str(error).strip().splitlines()[0]
-        raise FileNotFoundError(f"{kind.__name__} {name!r} is not there and cannot be fetched: {reason}") from None
+        raise FileNotFoundError(
+            f"{kind.__name__} {name!r} is not there and cannot be fetched: {one_line(error)}"
+        ) from None
     return loaded.eval().requires_grad_(False) if isinstance(loaded, torch.nn.Module) else loaded

@@ -12,9 +12,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from diffdistill.data import ImageData, TensorData, ZipData, load_data
+from diffdistill.data import Data, ImageData, ImageFolder, TensorData, ZipData, load_data, say_what_was_found
 from diffdistill.data.base import from_uint8
-from diffdistill.data.folders import IMAGE_SUFFIXES, ImageFolder
 from diffdistill.denoiser import image_shape, spread_labels
 from diffdistill.files.archives import open_npz
 from diffdistill.metrics.collect import Keep, collect
@@ -33,11 +32,12 @@ class StoredImages:
 
     mixed = False
 
-    def __init__(self, data: ImageData, *, limit: int | None = None) -> None:
+    def __init__(self, data: Data, *, limit: int | None = None) -> None:
         self.data, self.shape = data, data.shape
         if limit is not None and not 1 <= limit <= len(data):
             raise ValueError(f"num_samples={limit} is outside 1 to {len(data)}, the number of images there are")
         self._length = len(data) if limit is None else limit
+        self.names = None if data.names is None else data.names[: self._length]
 
     def __len__(self) -> int:
         return self._length
@@ -45,9 +45,8 @@ class StoredImages:
     def batches(self, indices: range, batch_size: int, device: torch.device) -> Iterator[tuple[Tensor, Tensor | None]]:
         labelled = self.data.num_classes > 0
         for start in range(indices.start, indices.stop, batch_size):
-            items = [self.data[i] for i in range(start, min(start + batch_size, indices.stop))]
-            x, y = (torch.stack([item[name] for item in items]) for name in ("x", "y"))
-            yield x.to(device), y if labelled else None
+            items = self.data.stack(range(start, min(start + batch_size, indices.stop)))
+            yield items["x"].to(device), items["y"] if labelled else None
 
 
 class Sampler:
@@ -65,6 +64,7 @@ class Sampler:
     """
 
     mixed = True
+    names: Sequence[str] | None = None
 
     def __init__(
         self,
@@ -77,7 +77,7 @@ class Sampler:
     ) -> None:
         self.plan, self.seed, self.on_images = plan, seed, on_images
         self.labels = spread_labels(num_samples, plan.denoiser.num_classes) if labels is None else labels
-        self.shape = image_shape(plan.denoiser.data_shape, getattr(plan.denoiser, "codec", None))
+        self.shape = image_shape(plan.denoiser.data_shape, plan.denoiser.codec)
         self.seconds = 0.0
         self._length = num_samples
 
@@ -107,7 +107,7 @@ def reference_from(
     device: torch.device,
     batch_size: int = 256,
 ) -> Reference:
-    """The reference of an extractor: read from `file`, a path, or computed from `data`, options of `load_data`.
+    """The reference of an extractor: read from `file`, a path, or computed from `data`, or its options for `load_data`.
 
     Raises:
         FileNotFoundError: the file or the data is not there.
@@ -115,17 +115,26 @@ def reference_from(
     """
     if "file" in given:
         return load_reference(given["file"], extractor=features.name)
-    keep, images = Keep(features=needs_reference_features(measures)), StoredImages(load_data(**given["data"]))
+    keep, data = Keep(features=needs_reference_features(measures)), given["data"]
+    images = StoredImages(load_data(**data) if isinstance(data, Mapping) else data)
     return reference_of(collect(images, features, keep=keep, batch_size=batch_size, device=device), features)
 
 
-def open_images(source: str | os.PathLike[str] | dict[str, object], *, resolution: int | None = None) -> ImageData:
-    """Open stored images.
+def open_images(
+    source: str | os.PathLike[str] | dict[str, object],
+    *,
+    resolution: int | None = None,
+    background: str | Sequence[int] = "white",
+    skip_damaged: bool = False,
+) -> ImageData:
+    """Open stored images, and say in the log what was found.
 
     Args:
         source: a folder of images, a .zip of images, an .npz (`x` in [-1, 1], `[N, C, H, W]`, with labels `y`, as ours;
             or `arr_0`, bytes `[N, H, W, C]`, with labels `arr_1`, as ADM's), or options of `load_data`.
-        resolution: of images in folders, as of `ImageFolder`.
+        resolution: of images in folders, as of `ImageFolder`, as are the others. They are grey only if all are.
+        background: of images in folders and archives.
+        skip_damaged: of images in folders and archives.
 
     Raises:
         FileNotFoundError: there is no such file or folder, or it is empty.
@@ -133,27 +142,16 @@ def open_images(source: str | os.PathLike[str] | dict[str, object], *, resolutio
     """
     if isinstance(source, dict):
         return load_data(**source)  # type: ignore[arg-type]
-    path = Path(source)
-    if path.is_dir():
-        return ImageFolder(path, resolution=resolution, channels=_channels(path))
-    if path.suffix == ".zip":
-        return ZipData(path, resolution=resolution)
+    path, given = Path(source), {"resolution": resolution, "background": background, "skip_damaged": skip_damaged}
+    if path.is_dir() or path.suffix == ".zip":
+        data = ImageFolder(path, channels=None, **given) if path.is_dir() else ZipData(path, **given)
+        say_what_was_found(data)
+        return data
     if path.suffix == ".npz":
         return read_npz(path)
     if not path.exists():
         raise FileNotFoundError(f"no images at {str(path)!r}")
     raise ValueError(f"cannot read images from {str(path)!r}: expected a folder, a .zip or an .npz")
-
-
-def _channels(folder: Path) -> int:
-    """1 if the first image of a folder is grey, else 3."""
-    from PIL import Image
-
-    first = next((p for p in sorted(folder.rglob("*")) if p.suffix.lower() in IMAGE_SUFFIXES), None)
-    if first is None:
-        return 3
-    with Image.open(first) as image:
-        return 1 if image.mode in ("L", "1", "I;16") else 3
 
 
 def read_npz(path: Path) -> ImageData:

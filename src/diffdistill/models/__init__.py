@@ -2,13 +2,21 @@
 
 from diffdistill.models.adm_unet import OpenAIUNet
 from diffdistill.models.autoencoder import Autoencoder, build_autoencoder, load_autoencoder, save_autoencoder
-from diffdistill.models.building import NETWORKS, build_denoiser, guidance_student, with_guidance_input
+from diffdistill.models.building import (
+    NETWORKS,
+    build_denoiser,
+    flow_map_student,
+    guidance_student,
+    with_guidance_input,
+)
 from diffdistill.models.classifier import ClassifierGuidance, EncoderUNet, NoisyClassifier
 from diffdistill.models.dhariwal_unet import DhariwalUNet
 from diffdistill.models.guidance import ClassifierFreeGuidance, GuidanceConditioned, Wrapper, guided
 from diffdistill.models.loading import fingerprint, load_denoiser, save_denoiser
 from diffdistill.models.mixture import GaussianMixture
 from diffdistill.models.network import NetworkDenoiser
+from diffdistill.models.own.registration import register_network
+from diffdistill.models.own.wrapping import wrap
 from diffdistill.models.preconditioning import PRECONDITIONINGS, Preconditioning, make_preconditioning
 from diffdistill.models.song_unet import SongUNet
 
@@ -31,12 +39,15 @@ __all__ = [
     "build_autoencoder",
     "build_denoiser",
     "fingerprint",
+    "flow_map_student",
     "guidance_student",
     "guided",
     "load_autoencoder",
     "load_denoiser",
     "make_preconditioning",
+    "register_network",
     "save_autoencoder",
     "save_denoiser",
     "with_guidance_input",
+    "wrap",
 ]

@@ -55,9 +55,7 @@ class _OneFunction(Wrapper):
 
     def __init__(self, denoiser: Callable[..., Tensor]) -> None:
         super().__init__(denoiser)
-        self.cost, self.w_range = getattr(denoiser, "cost", 1), getattr(denoiser, "w_range", None)
-        if hasattr(denoiser, "w"):
-            self.w: Any = getattr(denoiser, "w")  # noqa: B009 (a callable has no such attribute, a guided denoiser has)
+        self.cost, self.w, self.w_range = self.denoiser.cost, self.denoiser.w, self.denoiser.w_range
         inner = super().bottleneck
         self._stand_in = nn.Identity()
         self._tap = None if inner is None else FeatureTap(inner)

@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from diffdistill.errors import one_line
 from diffdistill.models.layers import Conv2d, GroupNorm, Init
 from diffdistill.models.storage import DAMAGES, MODEL, load_state, shipped_models, write_model
 
@@ -93,10 +94,10 @@ class Autoencoder(nn.Module):
         """Images `[B, C, H, W]` in [-1, 1] to latents `[B, *latent_shape]`; nothing is drawn from a generator."""
         return (self.encoder(images) - self.shift) * self.scale
 
-    @torch.no_grad()
     def decode(self, latents: Tensor) -> Tensor:
-        """Latents `[B, *latent_shape]` to images `[B, C, H, W]`, about in [-1, 1]."""
-        return self.decoder(latents / self.scale + self.shift)
+        """Latents `[B, *latent_shape]` to images `[B, C, H, W]`, about in [-1, 1]; differentiable in the latents."""
+        with torch.set_grad_enabled(torch.is_grad_enabled() and latents.requires_grad):
+            return self.decoder(latents / self.scale + self.shift)
 
     @torch.no_grad()
     def fit_scale(self, images: Tensor, *, batch_size: int = 250) -> None:
@@ -153,7 +154,7 @@ def load_autoencoder(name_or_path: str | os.PathLike[str]) -> Autoencoder:
     try:
         autoencoder = build_autoencoder(config["autoencoder"])
     except DAMAGES as error:
-        raise ValueError(f"the config in {file} builds no autoencoder: {' '.join(str(error).split())[:300]}") from None
+        raise ValueError(f"the config in {file} builds no autoencoder: {one_line(error)}") from None
     if "network" in config:
         prefix = "autoencoder."
         state = {name.removeprefix(prefix): value for name, value in state.items() if name.startswith(prefix)}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import inspect
 import json
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -14,14 +15,20 @@ from diffdistill.models.adm_unet import OpenAIUNet
 from diffdistill.models.autoencoder import Autoencoder, build_autoencoder, freeze
 from diffdistill.models.dhariwal_unet import DhariwalUNet
 from diffdistill.models.network import NetworkDenoiser
+from diffdistill.models.own.adapter import OwnNetwork
+from diffdistill.models.own.registration import REGISTERED, UNREGISTERED
 from diffdistill.models.preconditioning import make_preconditioning
 from diffdistill.models.song_unet import SongUNet
 from diffdistill.models.storage import MODEL
-from diffdistill.registry import construct
+from diffdistill.registry import check_options, construct
+from diffdistill.settings import check_names
 
 W_CHANNELS = 64
 """Width of the embedding of a guidance weight, and its parameters, for networks that do not state their own."""
 W_PARAMETERS = ("map_w.weight",)
+S_CHANNELS = 64
+"""Width of the embedding of the end of a step, of flow maps."""
+S_PARAMETER = "map_s.weight"
 
 NETWORKS: dict[str, Callable[..., nn.Module] | str] = {
     "song_unet": SongUNet,
@@ -32,7 +39,9 @@ NETWORKS: dict[str, Callable[..., nn.Module] | str] = {
 """How to build a network, by name: a class or function, or its import path."""
 
 _REQUIRED = ("network", "preconditioning", "data_shape", "sigma_min", "sigma_max")
-_OPTIONAL = ("format", "num_classes", "w_range", "distilled", "autoencoder", "latents", "provenance")
+_OPTIONAL = ("format", "num_classes", "w_range", "distilled", "autoencoder", "latents", "adapter", "provenance")
+ENTRIES = _REQUIRED + _OPTIONAL
+"""What the config of a denoiser has."""
 
 
 def build_denoiser(
@@ -46,9 +55,9 @@ def build_denoiser(
             taken from the rest of the config unless given;
             `preconditioning`: `name`, one of `PRECONDITIONINGS`, and its options;
             `data_shape`, `sigma_min`, `sigma_max`; and optionally `num_classes` (0), `w_range`, `distilled`
-            (`sigmas` and `sampler`), `autoencoder` (options of `Autoencoder`, for a denoiser of its latents),
-            `latents` (true for a denoiser of latents whose autoencoder is elsewhere), `provenance` (anything that
-            JSON holds).
+            (`sigmas` and `sampler`, and `afs` and `others`), `autoencoder` (options of `Autoencoder`, for a denoiser of its latents),
+            `latents` (true for a denoiser of latents whose autoencoder is elsewhere), `adapter` (for a registered
+            network, options of `OwnNetwork`), `provenance` (anything that JSON holds).
         network: a network that was built as the config says, to take in place of a fresh one.
         autoencoder: what made the latents that are denoised; it becomes part of the denoiser and of its file, frozen.
 
@@ -64,11 +73,7 @@ def build_denoiser(
     if autoencoder is None and "autoencoder" in config:
         autoencoder = build_autoencoder(config["autoencoder"])
     if network is None:
-        name, options = config["network"]["name"], _options(config["network"])
-        try:
-            network = construct("network", name, NETWORKS, **options)
-        except (RuntimeError, ArithmeticError) as error:
-            raise ValueError(f"no network {name!r} can be built with {options}: {error}") from None
+        network = _build_network(config)
     denoiser = NetworkDenoiser(
         network,
         make_preconditioning(preconditioning["name"], **_options(preconditioning)),
@@ -77,12 +82,37 @@ def build_denoiser(
         sigma_min=config["sigma_min"],
         sigma_max=config["sigma_max"],
         w_range=None if config["w_range"] is None else tuple(config["w_range"]),
-        distilled=None if distilled is None else Distilled(tuple(distilled["sigmas"]), distilled["sampler"]),
+        distilled=None if distilled is None else _distilled(distilled),
         autoencoder=None if autoencoder is None else freeze(autoencoder),
     )
     denoiser.config = config
     denoiser.latents = bool(config.get("latents"))
     return denoiser
+
+
+def _build_network(config: Mapping[str, Any]) -> nn.Module:
+    name, options = config["network"]["name"], _options(config["network"])
+    if name == UNREGISTERED:
+        raise ValueError(
+            f"the network {options.get('kind')!r} {options.get('reason')}: build it, and give the file to "
+            "diffdistill.wrap(net, weights=FILE)"
+        )
+    try:
+        network = construct("network", name, NETWORKS, **options)
+    except (RuntimeError, ArithmeticError) as error:
+        raise ValueError(f"no network {name!r} can be built with {options}: {error}") from None
+    if name not in REGISTERED:
+        if config.get("adapter") is not None:
+            raise ValueError(f"the network {name!r} is called as it is: leave out the entry 'adapter' of the config")
+        return network
+    call = REGISTERED[name].call
+    check_options("an adapter", OwnNetwork, config["adapter"], positional=1)
+    return OwnNetwork(network, num_classes=config["num_classes"], call=call, **config["adapter"])
+
+
+def _distilled(plain: Mapping[str, Any]) -> Distilled:
+    others = tuple(tuple(levels) for levels in plain.get("others", ()))
+    return Distilled(tuple(plain["sigmas"]), plain["sampler"], bool(plain.get("afs", False)), others)
 
 
 def _options(part: dict[str, Any]) -> dict[str, Any]:
@@ -94,10 +124,7 @@ def resolved_config(config: Mapping[str, Any]) -> dict[str, Any]:
     for key in _REQUIRED:
         if key not in config:
             raise ValueError(f"the config of a denoiser needs {key!r}: it has {', '.join(sorted(config)) or 'nothing'}")
-    for key in config:
-        if key not in _REQUIRED + _OPTIONAL:
-            valid = ", ".join(_REQUIRED + _OPTIONAL)
-            raise ValueError(f"the config of a denoiser has no entry {key!r}: it takes {valid}")
+    check_names("the config of a denoiser", config, _REQUIRED + _OPTIONAL, noun="entry", error=ValueError)
     # Through JSON, so that what is built is what a file gives back.
     resolved = json.loads(json.dumps(dict(config), default=_plain))
     if resolved.setdefault("format", MODEL.format) != MODEL.format:
@@ -114,10 +141,28 @@ def resolved_config(config: Mapping[str, Any]) -> dict[str, Any]:
     if resolved.get("autoencoder") is None:
         resolved.pop("autoencoder", None)  # so that a denoiser of images has the fingerprint that it always had
     resolved.setdefault("provenance", None)
-    resolved["network"].setdefault("img_channels", resolved["data_shape"][0])
-    resolved["network"].setdefault("img_resolution", resolved["data_shape"][-1])
-    resolved["network"].setdefault("label_dim", resolved["num_classes"])
+    name = resolved["network"]["name"]
+    if name in REGISTERED:
+        resolved["adapter"] = _adapter(name, resolved)
+    known = inspect.signature(REGISTERED[name].make).parameters if name in REGISTERED else None
+    shape = resolved["data_shape"]
+    sizes = {"img_channels": shape[0], "img_resolution": shape[-1], "label_dim": resolved["num_classes"]}
+    for option, value in sizes.items() if name != UNREGISTERED else ():
+        if known is None or option in known:
+            resolved["network"].setdefault(option, value)
     return resolved
+
+
+def _adapter(name: str, config: Mapping[str, Any]) -> dict[str, Any]:
+    """How a registered network is called: what the config says, else what its registration does."""
+    given, defaults = config.get("adapter") or {}, dict(REGISTERED[name].defaults)
+    time = defaults.pop("time", "index")
+    if time == "unit":
+        preconditioning = make_preconditioning(**config["preconditioning"])
+        table = getattr(preconditioning, "table", None)
+        defaults["time_scale"] = 1 / (getattr(preconditioning, "time_scale", 1.0) if table is None else len(table))
+    defaults["integer_time"] = time == "integer"
+    return {**defaults, **given}
 
 
 def _plain(value: Any) -> Any:
@@ -145,7 +190,8 @@ def with_guidance_input(
     if len(w_range) != 2 or not w_range[0] <= w_range[1]:
         raise ValueError(f"w_range must be (least, greatest), but is {tuple(w_range)}")
     config = copy.deepcopy(dict(config))
-    config["network"] = {**config["network"], "w_channels": w_channels}
+    part = "adapter" if config.get("adapter") is not None else "network"
+    config[part] = {**config[part], "w_channels": w_channels}
     return {**config, "w_range": [float(w) for w in w_range], "provenance": None}
 
 
@@ -166,7 +212,12 @@ def guidance_student(
         ValueError: the teacher has no config, or takes a guidance weight already.
     """
     width = getattr(teacher.model, "default_w_channels", W_CHANNELS) if w_channels is None else w_channels
-    student = build_denoiser(with_guidance_input(config_of(teacher), w_range, w_channels=width))
+    config, network = with_guidance_input(config_of(teacher), w_range, w_channels=width), None
+    if isinstance(teacher.model, OwnNetwork):
+        network = copy.deepcopy(teacher.model)
+        features = network.take_guidance(width, teacher.data_shape)
+        config["adapter"]["w_features"] = features
+    student = build_denoiser(config, network=network)
     missing, unexpected = student.load_state_dict(teacher.state_dict(), strict=False)
     if missing != [f"model.{name}" for name in getattr(student.model, "w_parameters", W_PARAMETERS)] or unexpected:
         raise ValueError(f"the teacher's weights do not fit its config: missing {missing}, unexpected {unexpected}")
@@ -174,12 +225,47 @@ def guidance_student(
     return student.to(device=reference.device, dtype=reference.dtype)
 
 
+def flow_map_student(teacher: NetworkDenoiser, *, s_channels: int = S_CHANNELS) -> NetworkDenoiser:
+    """A copy of `teacher` that also takes `s`, the level that a step ends at, and ignores it until it is trained.
+
+    At first it equals the teacher for every s.
+
+    Args:
+        teacher: the model of stage 1, or any other that was not distilled to a number of steps.
+        s_channels: width of the embedding of s.
+
+    Raises:
+        ValueError: the teacher has no config, takes s already, or has a network that cannot take it.
+    """
+    if teacher.flow_map:
+        raise ValueError("this denoiser takes the end of a step already: train it as it is")
+    config = config_of(teacher)
+    try:
+        network = {**config["network"], "s_channels": s_channels}
+        student = build_denoiser({**config, "network": network, "distilled": None, "provenance": None})
+    except TypeError:
+        raise ValueError(
+            f"a network {config['network']['name']!r} takes no end of a step s: choose a method that needs none, such "
+            "as halving, trajectory or consistency"
+        ) from None
+    missing, unexpected = student.load_state_dict(teacher.state_dict(), strict=False)
+    if missing != [f"model.{S_PARAMETER}"] or unexpected:
+        raise ValueError(f"the teacher's weights do not fit its config: missing {missing}, unexpected {unexpected}")
+    reference = next(teacher.parameters())
+    return student.to(device=reference.device, dtype=reference.dtype)
+
+
 def config_of(denoiser: Denoiser) -> dict[str, Any]:
     """The config of a denoiser as it is now."""
-    config = getattr(denoiser, "config", None)
+    config = denoiser.config
     if config is None:
         raise ValueError(f"this {type(denoiser).__name__} has no config: build it with build_denoiser")
     distilled = denoiser.distilled
-    plain = None if distilled is None else {"sigmas": list(distilled.sigmas), "sampler": distilled.sampler}
+    plain: dict[str, Any] | None = None
+    if distilled is not None:
+        plain = {"sigmas": list(distilled.sigmas), "sampler": distilled.sampler}
+        # What most students do not have is left out, so that their fingerprints stay as they are.
+        plain |= {"afs": True} if distilled.afs else {}
+        plain |= {"others": [list(levels) for levels in distilled.others]} if distilled.others else {}
     w_range = None if denoiser.w_range is None else list(denoiser.w_range)
     return {**copy.deepcopy(config), "distilled": plain, "w_range": w_range}

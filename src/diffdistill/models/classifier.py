@@ -141,9 +141,9 @@ class ClassifierGuidance(_Guided):
     ) -> None:
         super().__init__(denoiser, scale)
         self.classifier = classifier
-        self.denoiser_takes_labels = bool(getattr(denoiser, "num_classes", 0))
+        self.denoiser_takes_labels = self.denoiser.num_classes > 0
         self.num_classes = getattr(classifier, "num_classes", self.num_classes)
-        self.cost = getattr(denoiser, "cost", 1)
+        self.cost = self.denoiser.cost
 
     def check_condition(self, cond: Any, batch: int) -> None:
         Denoiser.check_condition(self, cond, batch)

@@ -9,9 +9,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from diffdistill.denoiser import Codec, Denoiser, per_sample
+from diffdistill.denoiser import Codec, Denoiser, as_denoiser, per_sample
 
-_FORWARDED = ("sigma_min", "sigma_max", "sigma_data", "data_shape", "num_classes", "distilled", "latents")
+_FORWARDED = ("sigma_min", "sigma_max", "sigma_data", "data_shape", "num_classes", "flow_map", "distilled", "latents")
 
 
 class Wrapper(Denoiser):
@@ -19,32 +19,33 @@ class Wrapper(Denoiser):
 
     def __init__(self, denoiser: Callable[..., Tensor]) -> None:
         super().__init__()
-        self.denoiser = denoiser
+        self.denoiser = as_denoiser(denoiser)
         for name in _FORWARDED:
-            setattr(self, name, getattr(denoiser, name, getattr(Denoiser, name)))
+            setattr(self, name, getattr(self.denoiser, name))
 
     @property
     def bottleneck(self) -> nn.Module | None:
-        return getattr(self.denoiser, "bottleneck", None)
+        return self.denoiser.bottleneck
 
     @property
     def conditional(self) -> bool:
-        return getattr(self.denoiser, "conditional", super().conditional)
+        return self.denoiser.conditional
 
     @property
     def codec(self) -> Codec | None:
-        return getattr(self.denoiser, "codec", None)
+        return self.denoiser.codec
 
     def null_condition(self, cond: Any) -> Any:
-        return getattr(self.denoiser, "null_condition", super().null_condition)(cond)
+        return self.denoiser.null_condition(cond)
 
     def check_condition(self, cond: Any, batch: int) -> None:
-        if isinstance(self.denoiser, Denoiser):
-            self.denoiser.check_condition(cond, batch)
+        self.denoiser.check_condition(cond, batch)
 
 
 class _Guided(Wrapper):
     """A denoiser around another one, with a weight w: a float, or one number per sample, `[B]`."""
+
+    w: float | Tensor  # pyright: ignore[reportIncompatibleVariableOverride] (never None here)
 
     def __init__(self, denoiser: Callable[..., Tensor], w: float | Tensor) -> None:
         super().__init__(denoiser)
@@ -55,7 +56,8 @@ class _Guided(Wrapper):
         if not isinstance(self.w, Tensor):
             return torch.full((len(x),), float(self.w), device=x.device)
         if self.w.device != x.device:
-            self.w = self.w.to(x.device)  # once: a copy in every call would wait for the device
+            # Once: a copy in every call would wait for the device.
+            self.w = self.w.to(x.device)  # pyright: ignore[reportIncompatibleVariableOverride]
         return self.w
 
 
@@ -74,7 +76,7 @@ class ClassifierFreeGuidance(_Guided):
     def __init__(self, denoiser: Callable[..., Tensor], w: float | Tensor, *, null: Any = None) -> None:
         super().__init__(denoiser, w)
         self.null = null
-        self.cost = 2 * getattr(denoiser, "cost", 1)
+        self.cost = 2 * self.denoiser.cost
 
     def forward(self, x: Tensor, sigma: Tensor, cond: Any = None) -> Tensor:
         """Denoise `x: [B, ...]` at `sigma: [B]` under `cond`, a tensor `[B, ...]` or a dict of such."""
@@ -96,11 +98,12 @@ class GuidanceConditioned(_Guided):
 
     def __init__(self, denoiser: Callable[..., Tensor], w: float | Tensor) -> None:
         super().__init__(denoiser, w)
-        self.cost = getattr(denoiser, "cost", 1)
+        self.cost = self.denoiser.cost
 
-    def forward(self, x: Tensor, sigma: Tensor, cond: Any = None) -> Tensor:
-        """Denoise `x: [B, ...]` at `sigma: [B]` under `cond`."""
-        return self.denoiser(x, sigma, cond, w=self.weights(x))
+    def forward(self, x: Tensor, sigma: Tensor, cond: Any = None, s: Tensor | None = None) -> Tensor:
+        """Denoise `x: [B, ...]` at `sigma: [B]` under `cond`; of a flow map, for a step that ends at `s: [B]`."""
+        ends = {} if s is None else {"s": s}
+        return self.denoiser(x, sigma, cond, w=self.weights(x), **ends)
 
 
 def guided(denoiser: Callable[..., Tensor], w: float | Tensor) -> Denoiser:
@@ -109,9 +112,10 @@ def guided(denoiser: Callable[..., Tensor], w: float | Tensor) -> Denoiser:
     Warns where w lies outside the range that a denoiser was trained for, and where a denoiser takes no condition: that
     one is returned as it is. A w on another device than the CPU is not checked, which would wait for the device.
     """
-    w_range = getattr(denoiser, "w_range", None)
+    denoiser = as_denoiser(denoiser)
+    w_range = denoiser.w_range
     if w_range is None:
-        if isinstance(denoiser, Denoiser) and not denoiser.conditional:
+        if not denoiser.conditional:
             warnings.warn("this denoiser takes no condition, so that no w guides it: w is ignored", stacklevel=2)
             return denoiser
         return ClassifierFreeGuidance(denoiser, w)

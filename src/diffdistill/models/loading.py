@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import hashlib
 import json
 import os
@@ -15,8 +16,11 @@ from torch import nn
 
 from diffdistill.denoiser import Denoiser
 from diffdistill.devices import channels_last
-from diffdistill.models.building import build_denoiser, config_of, resolved_config
+from diffdistill.errors import one_line
+from diffdistill.models.building import NETWORKS, build_denoiser, config_of, resolved_config
 from diffdistill.models.network import NetworkDenoiser
+from diffdistill.models.own.adapter import OwnNetwork
+from diffdistill.models.own.registration import UNREGISTERED
 from diffdistill.models.storage import DAMAGES, MODEL, load_state, shipped_models, write_model
 from diffdistill.registry import resolve
 
@@ -40,38 +44,59 @@ def save_denoiser(
     write_model(path, denoiser, resolved_config(config))
 
 
-def load_denoiser(name_or_path: str | os.PathLike[str], *, device: torch.device | str = "cpu") -> Denoiser:
+def load_denoiser(
+    name_or_path: str | os.PathLike[str], *, device: torch.device | str = "cpu", like: Denoiser | None = None
+) -> Denoiser:
     """Load a denoiser, ready for evaluation.
 
     Args:
-        name_or_path: the name of a shipped model (`shipped_models()` lists them), a file, or a folder that holds
-            `model.safetensors`.
+        name_or_path: the name of a shipped model (`shipped_models()` lists them), a file, a folder that holds
+            `model.safetensors` or is of diffusers, or that of a run, whose newest average is taken if it is not
+            finished.
         device: where to put it.
+        like: a denoiser whose network is copied where the file is of a network without a registered name.
 
     Raises:
         ValueError: there is no such model, or the file is truncated, of another format or another architecture.
     """
-    shipped = shipped_models()
-    name = os.fspath(name_or_path)
+    name, (key, path) = os.fspath(name_or_path), find_model(name_or_path)
+    # Channels last, because convolutions are faster so, on CPU as on GPU.
+    denoiser = (_read_like(path, like) or resolve(READERS[key])(path)).to(device).eval()
+    denoiser.source = name if name in shipped_models() else str(path)
+    channels_last(denoiser)
+    return denoiser
+
+
+def find_model(name_or_path: str | os.PathLike[str]) -> tuple[str, Path]:
+    """How a model is read, an entry of `READERS`, and from which file; arguments and errors as of `load_denoiser`."""
+    shipped, name = shipped_models(), os.fspath(name_or_path)
     path = shipped.get(name, Path(name))
     if path.is_dir():
-        key = next((key for key in READERS if (path / key).is_file()), None)
+        unfinished = (path / "config.yaml").is_file() and not (path / "finished.json").is_file()
+        first = ["config.yaml"] if unfinished and any(path.glob("checkpoints/*.json")) else []
+        key = next((key for key in (*first, *READERS) if (path / key).is_file()), None)
         if key is None:
             raise ValueError(f"the folder {path} holds no model: expected one of {', '.join(_keys(folder=True))} in it")
-        path = path / key
-    elif path.is_file():
-        key = path.suffix
-        if key not in READERS:
-            raise ValueError(f"cannot read {path}: models end in {', '.join(_keys(folder=False))}")
-    else:
+        return key, path / key
+    if not path.is_file():
         raise ValueError(
             f"unknown model {name!r}: choose one of {', '.join(sorted(shipped)) or '(none shipped)'}, or give the path "
             "of a file or folder"
         )
-    # Channels last, because convolutions are faster so, on CPU as on GPU.
-    denoiser = resolve(READERS[key])(path).to(device).eval()
-    denoiser.source = name if name in shipped else str(path)
-    channels_last(denoiser)
+    if path.suffix not in READERS:
+        raise ValueError(f"cannot read {path}: models end in {', '.join(_keys(folder=False))}")
+    return path.suffix, path
+
+
+def _read_like(path: Path, like: Denoiser | None) -> NetworkDenoiser | None:
+    """What a file of a network without a name holds, in a copy of a network; None for other files."""
+    if not isinstance(like, NetworkDenoiser) or not isinstance(like.model, OwnNetwork):
+        return None
+    config, state = MODEL.read(path)
+    if config["network"].get("name") != UNREGISTERED:
+        return None
+    denoiser = build_denoiser(config, network=copy.deepcopy(like.model))
+    load_state(denoiser, state, source=str(path))
     return denoiser
 
 
@@ -88,17 +113,37 @@ def read_safetensors(path: Path) -> NetworkDenoiser:
     config, state = MODEL.read(path)
     if "network" not in config and config.get("autoencoder") is not None:
         raise ValueError(f"{path} holds an autoencoder, not a denoiser")
+    _check_network(config, path)
     try:
         denoiser = build_denoiser(config)
     except DAMAGES as error:
-        raise ValueError(f"the config in {path} builds no model: {' '.join(str(error).split())[:300]}") from None
+        raise ValueError(f"the config in {path} builds no model: {one_line(error)}") from None
     load_state(denoiser, state, source=str(path))
     return denoiser
+
+
+def _check_network(config: Mapping[str, Any], path: Path) -> None:
+    """Refuse a file of a network that only the user can build, and say how to."""
+    network = config.get("network")
+    name = network.get("name") if isinstance(network, dict) else None
+    if config.get("adapter") is None or not isinstance(network, dict) or not isinstance(name, str):
+        return
+    if name == UNREGISTERED:
+        raise ValueError(
+            f"{path} holds the weights of a network {network.get('kind')!r} that {network.get('reason')}: build it "
+            "and load the file by diffdistill.wrap(net, weights=FILE)"
+        )
+    if name not in NETWORKS:
+        raise ValueError(
+            f"{path} holds the network {name!r}, which is not registered here: import the module that registers it "
+            f"(@diffdistill.register_network({name!r})), or give it to the command as plugins=[MODULE]"
+        )
 
 
 READERS: dict[str, Callable[[Path], Denoiser] | str] = {
     ".safetensors": "diffdistill.interop:read_either",
     "model.safetensors": read_safetensors,
+    "config.yaml": "diffdistill.training.weights:read_run",
     "model_index.json": "diffdistill.interop.diffusers.folders:read_folder",
     **dict.fromkeys((".pkl", ".pt", ".pth", ".ckpt"), "diffdistill.interop:read_denoiser"),
 }
@@ -114,7 +159,7 @@ def fingerprint(denoiser: nn.Module) -> str:
     It is computed once, and again when a tensor was replaced or written to.
     """
     digest = hashlib.sha256()
-    if isinstance(denoiser, Denoiser) and getattr(denoiser, "config", None) is not None:
+    if isinstance(denoiser, Denoiser) and denoiser.config is not None:
         config = {key: value for key, value in config_of(denoiser).items() if key != "provenance"}
         digest.update(json.dumps(config, sort_keys=True).encode())
     state = sorted(denoiser.state_dict().items())

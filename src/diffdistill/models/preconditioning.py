@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from diffdistill.discrete_time import iddpm_table, interpolate, make_table
 from diffdistill.registry import construct
+from diffdistill.solvers.levels import level_dtype
 
 
 class Preconditioning(nn.Module):
@@ -32,8 +33,12 @@ class Preconditioning(nn.Module):
         raise NotImplementedError
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Preconditioning:
-        # Constants follow the network to its device, but not to its dtype.
-        return super()._apply(lambda t: t.to(fn(t).device), recurse)
+        # Constants follow the network to its device, but not to its dtype; float32 where the device has no float64.
+        def move(t: Tensor) -> Tensor:
+            device = fn(t.float()).device
+            return t.to(device, level_dtype(device))
+
+        return super()._apply(move, recurse)
 
 
 class EDM(Preconditioning):
@@ -212,6 +217,26 @@ class RectifiedFlow(Preconditioning):
         return self.time_scale * sigma / (1 + sigma)
 
 
+class Denoised(Preconditioning):
+    """Networks that are denoisers themselves: given x and sigma, they answer x0."""
+
+    def __init__(self, *, sigma_data: float = 0.5) -> None:
+        super().__init__()
+        self.sigma_data = sigma_data
+
+    def c_skip(self, sigma: Tensor) -> Tensor:
+        return torch.zeros_like(sigma)
+
+    def c_out(self, sigma: Tensor) -> Tensor:
+        return torch.ones_like(sigma)
+
+    def c_in(self, sigma: Tensor) -> Tensor:
+        return torch.ones_like(sigma)
+
+    def c_noise(self, sigma: Tensor) -> Tensor:
+        return sigma
+
+
 PRECONDITIONINGS: dict[str, Callable[..., Preconditioning]] = {
     "edm": EDM,
     "vp": VP,
@@ -221,6 +246,7 @@ PRECONDITIONINGS: dict[str, Callable[..., Preconditioning]] = {
     "v": VPrediction,
     "x0": X0Prediction,
     "flow": RectifiedFlow,
+    "denoised": Denoised,
 }
 
 

@@ -48,10 +48,20 @@ def chosen_labels(labels: int | Sequence[int] | None, num_samples: int, model: D
     return given[torch.arange(num_samples) % len(given)]
 
 
-def draw_to(folder: Path, plan: Plan, seeds: Sequence[int], labels: Tensor | None, *, batch_size: int = 256) -> Samples:
+def draw_to(
+    folder: Path, plan: Plan, seeds: Sequence[int], labels: Tensor | None, *, key: str, batch_size: int = 256
+) -> Samples:
     """Draw a sample for each seed; the parts that lie in `folder` already are read instead of drawn again.
 
     Several processes draw parts in turn, and each returns all of them.
+
+    Args:
+        folder: where the parts lie.
+        plan: how to sample.
+        seeds: of the samples.
+        labels: long `[N]`, or None.
+        key: what decides the samples, such as `Run.digest`: parts of another key are not read.
+        batch_size: samples of a part.
 
     Raises:
         ValueError: there are more processes than samples.
@@ -59,7 +69,7 @@ def draw_to(folder: Path, plan: Plan, seeds: Sequence[int], labels: Tensor | Non
     if len(seeds) < world_size():
         raise ValueError(f"num_samples={len(seeds)} is less than one for each of the {world_size()} processes")
     paths = {
-        start: folder / f"{start:08d}-{min(start + batch_size, len(seeds)):08d}.npz"
+        start: folder / f"{start:08d}-{min(start + batch_size, len(seeds)):08d}.{key}.npz"
         for start in range(0, len(seeds), batch_size)
     }
     own = list(paths.items())[rank() :: world_size()]

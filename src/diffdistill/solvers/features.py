@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 from torch import Tensor, nn
 
 if TYPE_CHECKING:
+    from diffdistill.denoiser import Denoiser
     from diffdistill.solvers.base import Solver
 
 
@@ -53,7 +53,7 @@ class NoTap:
         return None
 
 
-def feature_tap(denoiser: Callable[..., Tensor], solver: Solver) -> FeatureTap | NoTap:
+def feature_tap(denoiser: Denoiser, solver: Solver) -> FeatureTap | NoTap:
     """The tap that `solver` needs on `denoiser`; use it in a `with` statement around the run.
 
     Raises:
@@ -61,9 +61,8 @@ def feature_tap(denoiser: Callable[..., Tensor], solver: Solver) -> FeatureTap |
     """
     if solver.features == "unused":
         return NoTap()
-    bottleneck = getattr(denoiser, "bottleneck", None)
-    if bottleneck is not None:
-        return FeatureTap(bottleneck)
+    if denoiser.bottleneck is not None:
+        return FeatureTap(denoiser.bottleneck)
     if solver.features == "required":
         raise ValueError(
             f"the predictor of {type(solver).__name__} reads bottleneck features, but {type(denoiser).__name__} "

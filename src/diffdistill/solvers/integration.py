@@ -9,7 +9,7 @@ from typing import Any, Literal, overload
 import torch
 from torch import Tensor
 
-from diffdistill.denoiser import Denoiser
+from diffdistill.denoiser import as_denoiser
 from diffdistill.registry import choose
 from diffdistill.solvers.base import Solver
 from diffdistill.solvers.features import feature_tap
@@ -133,8 +133,8 @@ def sample(
         sigmas = torch.cat([sigmas, sigmas.new_zeros(1)])
     if isinstance(thresholding, str):
         thresholding = choose("thresholding", thresholding, THRESHOLDING)
-    if isinstance(denoiser, Denoiser):
-        denoiser.check_condition(cond, len(noise))
+    denoiser = as_denoiser(denoiser)
+    denoiser.check_condition(cond, len(noise))
 
     stream = None
     if solver.stochastic:

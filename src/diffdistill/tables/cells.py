@@ -114,7 +114,7 @@ def prepare(cell: Cell, models: Models) -> Prepared:
         ValueError: files that do not fit each other, or settings out of range.
     """
     model = models.load(cell.model)
-    training = {cell.model: trained(getattr(model, "config", {}).get("provenance"))}
+    training = {cell.model: trained((model.config or {}).get("provenance"))}
     # w = 0 guides nothing: a model that does not take w as an input needs no second evaluation for it.
     w = None if cell.w == 0 and model.w_range is None else cell.w
     solver, schedule = cell.solver, cell.schedule

@@ -5,16 +5,25 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import json
+import logging
 import os
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 from diffdistill.distributed import barrier, from_main, rank
+from diffdistill.errors import one_line
 from diffdistill.files.atomic import locked, naming, write_text
+from diffdistill.files.contents import Content, content_of
 from diffdistill.files.hashes import sha256
-from diffdistill.training.checkpoints import Checkpoint, Checkpoints, one_line
+from diffdistill.training.checkpoints import Checkpoint, Checkpoints
 from diffdistill.training.config import HARMLESS
+from diffdistill.training.inputs import CONTENTS, identity, setting_of
+
+logger = logging.getLogger(__name__)
+GROWS = "trainer.updates"
+"""The setting that may be larger in a continuation: what a run did so far is what the longer run would have done."""
 
 DECIDED = "decided.json"
 
@@ -22,15 +31,19 @@ DECIDED = "decided.json"
 class Run:
     """A folder that belongs to one configuration. Opening it again with the same configuration continues the run.
 
-    Files: `config.yaml`, `accepted.json` (configurations that it had before changes were accepted), `decided.json`
-    (what was decided when it began, such as its precision), `metrics.jsonl`,
-    `checkpoints/` (see `checkpoints`), `samples/*.png`, `curves.png`, `stages/NAME/` (runs of their own), and
-    `finished.json` once `finish` was called.
+    A configuration is the same if its settings are, and the files that they name hold the same, wherever these lie.
+    With more `trainer.updates` than before the run is extended, also one that was finished.
+
+    Files: `config.yaml`, `inputs.json` (what the files held that the settings name), `accepted.json` (configurations
+    that it had before changes were accepted), `decided.json` (what was decided when it began, such as its precision),
+    `metrics.jsonl`, `checkpoints/` (see `checkpoints`), `samples/*.png`, `curves.png`, `stages/NAME/` (runs of their
+    own), and `finished.json` once `finish` was called.
     All but metrics.jsonl are written whole or not at all; all but parts of checkpoints by process 0.
 
     Args:
         path: the folder; it is made if it is not there.
         config: nested dicts of plain values.
+        inputs: the files that a setting, named with its groups ("data.root"), stands for; see `inputs.inputs_of`.
         harmless: names of settings, at any depth, that may differ from the ones the run was started with.
         accept_changes: continue a run whose configuration differs in other settings too. The entry `accept_changes`
             of `config` says the same, and is not part of the configuration.
@@ -44,50 +57,117 @@ class Run:
         path: str | os.PathLike[str],
         config: Mapping[str, Any],
         *,
+        inputs: Mapping[str, Sequence[Path]] | None = None,
         harmless: Collection[str] = HARMLESS,
         accept_changes: bool = False,
     ) -> None:
         self.path = Path(path)
-        self._decisions = self.path / DECIDED
+        self.inputs, self._decisions = dict(inputs or {}), self.path / DECIDED
         self.config: dict[str, Any] = json.loads(json.dumps(config, default=_plain))
-        self.harmless = frozenset(harmless)
+        self.harmless = frozenset(harmless) | {"plugins"}  # which decide nothing that they do not name
         self.accept_changes = bool(self.config.pop("accept_changes", False)) or accept_changes
         if self.path.exists() and not self.path.is_dir():
             raise ValueError(f"{self.path} is a file: a run needs a folder")
-        stored = None
-        if (self.path / "config.yaml").exists() and _content(self.path):
-            stored = _read_yaml(self.path / "config.yaml")
-            self._check_same(stored)
-        elif self.path.exists() and (other := _content(self.path)):
+        started = (self.path / "config.yaml").exists() and _content(self.path) is not None
+        if not started and self.path.exists() and (other := _content(self.path)):
             raise ValueError(f"{self.path} holds no run but other files ({other}): choose an empty or new folder")
+        before = self._read_contents() if started else {}
+        self.contents: dict[str, Content] = from_main(self._contents(before) if rank() == 0 else {})
+        stored = _read_yaml(self.path / "config.yaml") if started else None
+        if stored is not None:
+            self._check_same(stored, before)
         barrier()
         if rank() == 0:
-            self.path.mkdir(parents=True, exist_ok=True)
-            if stored is None:
-                self._decisions.unlink(missing_ok=True)
-            if stored is not None and (before := self._digest(stored)) not in self._digests():
-                write_text(self.path / "accepted.json", json.dumps([*self._digests()[1:], before]) + "\n")
-            _write_yaml(self.path / "config.yaml", self.config)
+            self._write_identity(stored, before)
         barrier()
         self._checkpoints = Checkpoints(self.path / "checkpoints", self._digests())
 
-    def _check_same(self, stored: Any) -> None:
-        """Refuse to continue another run. A stage that is finished stays as it is when later ones may change."""
-        found = [d for d in differences(stored, self.config) if d[0].rpartition(".")[2] not in self.harmless]
-        if found and not self.accept_changes:
-            shown = ", ".join(f"{name} was {old!r} and is now {new!r}" for name, old, new in found[:5])
-            more = f" and {len(found) - 5} more" if len(found) > 5 else ""
-            raise ValueError(
-                f"{self.path} holds another run: {shown}{more}; choose another folder, or accept_changes=true"
-            )
-        if found and "stage" not in self.config and self._marked_finished():
-            raise ValueError(
-                f"{self.path} holds a run that is finished, and has nothing to continue: choose another folder"
-            )
+    def _write_identity(self, stored: Any, before: Mapping[str, Content]) -> None:
+        """Write what this run is; what it was stays accepted, and a run that is extended is not finished any more."""
+        self.path.mkdir(parents=True, exist_ok=True)
+        if stored is None:
+            self._decisions.unlink(missing_ok=True)
+        else:
+            digest, known = self._digest(stored, before), self._digests()
+            if digest not in known:
+                write_text(self.path / "accepted.json", json.dumps([*known[1:], digest]) + "\n")
+            if _grown(stored, self.config):
+                (self.path / "finished.json").unlink(missing_ok=True)
+        _write_yaml(self.path / "config.yaml", self.config)
+        if self.contents:
+            record = {name: asdict(content) for name, content in self.contents.items()}
+            write_text(self.path / "inputs.json", json.dumps(record, indent=1) + "\n")
 
-    def _digest(self, config: Any) -> str:
+    def _check_same(self, stored: Any, before: Mapping[str, Content]) -> None:
+        """Refuse to continue another run. A stage that is finished stays as it is when later ones may change."""
+        shared = before.keys() & self.contents.keys()
+        then, now = (
+            identity(config, {name: contents[name] for name in shared})
+            for config, contents in ((stored, before), (self.config, self.contents))
+        )
+        found = [d for d in differences(then, now) if d[0].rpartition(".")[2] not in self.harmless]
+        if self._extends(stored):
+            found = [d for d in found if d[0] != GROWS]
+            if not found and self._marked_finished() and self._checkpoints_kept() is None:
+                raise ValueError(
+                    f"{self.path} holds a run that is finished, whose last checkpoint is gone: start a new one from "
+                    "its weights (init=PATH)"
+                )
+            decay = (self.config["trainer"] or {}).get("decay", "constant")
+            if not found and decay != "constant":
+                logger.warning(
+                    "the run is extended: with decay=%s its learning rate rises to that of a longer run", decay
+                )
+        if not found:
+            return
+        finished = "stage" not in self.config and self._marked_finished()
+        if not self.accept_changes or finished:
+            shown = ", ".join(self._difference(*difference, shared) for difference in found[:5])
+            more = f" and {len(found) - 5} more" if len(found) > 5 else ""
+            way = (
+                "it is finished, so choose another folder"
+                if finished
+                else ("choose another folder, or accept_changes=true")
+            )
+            raise ValueError(f"{self.path} holds another run: {shown}{more}; {way}")
+
+    def _difference(self, name: str, old: Any, new: Any, contents: Collection[str]) -> str:
+        if (setting := name.removeprefix(f"{CONTENTS}.")) in contents:
+            return f"what {setting}={setting_of(self.config, setting) or '...'} holds has changed"
+        return f"{name} was {old!r} and is now {new!r}"
+
+    def _extends(self, stored: Any) -> bool:
+        """Whether this run has more updates than before, and is not one of several stages, which follow each other."""
+        staged = "stage" in self.config or (self.path / "stages").exists()
+        return not staged and _grown(stored, self.config)
+
+    def _checkpoints_kept(self) -> Path | None:
+        return Checkpoints(self.path / "checkpoints").newest()
+
+    def _contents(self, before: Mapping[str, Content]) -> dict[str, Content]:
+        """What the inputs hold; those that cannot be read any more are left out, and known by their paths."""
+        contents = {}
+        for name, files in self.inputs.items():
+            with contextlib.suppress(OSError):
+                contents[name] = content_of(files, before.get(name))
+        return contents
+
+    def _read_contents(self) -> dict[str, Content]:
+        try:
+            record = json.loads((self.path / "inputs.json").read_text(encoding="utf-8"))
+            return {name: Content(**content) for name, content in record.items()}
+        except (OSError, ValueError, TypeError, AttributeError):
+            return {}
+
+    def _digest(self, config: Any, contents: Mapping[str, Content]) -> str:
         """What two configurations share that differ in harmless settings only."""
-        return hashlib.sha256(json.dumps(_without(config, self.harmless), sort_keys=True).encode()).hexdigest()[:16]
+        decides = _without(identity(config, contents), self.harmless)
+        return hashlib.sha256(json.dumps(decides, sort_keys=True).encode()).hexdigest()[:16]
+
+    @property
+    def digest(self) -> str:
+        """A short hash of what decides the results: settings that are not harmless, and contents of inputs."""
+        return self._digest(self.config, self.contents)
 
     def _digests(self) -> list[str]:
         """Of the configurations whose checkpoints are this run's."""
@@ -95,14 +175,19 @@ class Run:
             accepted = json.loads((self.path / "accepted.json").read_text(encoding="utf-8"))
         except FileNotFoundError:
             accepted = []
-        return [self._digest(self.config), *accepted]
+        return [self.digest, *accepted]
 
     def stage(self, name: str) -> Run:
         """The run of one stage, in `stages/NAME`, with its own metrics, checkpoints and `finished` mark."""
         if not name or name != Path(name).name:
             raise ValueError(f"a stage is named like a file, without folders, not {name!r}")
-        config = {**self.config, "stage": name}
-        stage = Run(self.path / "stages" / name, config, harmless=self.harmless, accept_changes=self.accept_changes)
+        stage = Run(
+            self.path / "stages" / name,
+            {**self.config, "stage": name},
+            inputs=self.inputs,
+            harmless=self.harmless,
+            accept_changes=self.accept_changes,
+        )
         stage._decisions = self._decisions
         return stage
 
@@ -159,13 +244,15 @@ class Run:
         except (OSError, ValueError, KeyError):
             return False
 
-    def finish(self, files: Iterable[str] = (), *, keep_checkpoints: bool = False) -> None:
-        """Mark the run as done: `files`, named relative to the folder, are its results. Checkpoints are removed."""
+    def finish(self, files: Iterable[str] = (), *, keep: int = 0) -> None:
+        """Mark the run as done: `files`, named relative to the folder, are its results.
+
+        Of the checkpoints the last `keep` stay; with one of them the run can be extended.
+        """
         if rank() == 0:
             digests = {name: sha256(self.path / name) for name in files}
             write_text(self.path / "finished.json", json.dumps({"files": digests}, indent=2) + "\n")
-            if not keep_checkpoints:
-                self._checkpoints.prune(keep=0)
+            self._checkpoints.prune(keep)
         barrier()
 
     def log(self, record: Mapping[str, Any]) -> None:
@@ -211,6 +298,12 @@ class Run:
         return self._checkpoints.newest()
 
 
+def _grown(old: Any, new: Any) -> bool:
+    """Whether a run of `new` has more updates than one of `old`."""
+    before, after = setting_of(old, GROWS), setting_of(new, GROWS)
+    return isinstance(before, int) and isinstance(after, int) and after > before
+
+
 def _without(config: Any, names: Collection[str]) -> Any:
     """A nested config without the entries of these names."""
     if isinstance(config, dict):
@@ -252,7 +345,7 @@ def _plain(value: Any) -> Any:
 def _content(path: Path) -> str | None:
     """The first entry that is neither what a command leaves that failed before it computed anything, nor Hydra's."""
     names = sorted(p.name for p in path.iterdir() if not p.name.startswith(".") and p.suffix != ".log")
-    names = [name for name in names if name not in ("config.yaml", DECIDED)]
+    names = [name for name in names if name not in ("config.yaml", "inputs.json", DECIDED)]
     return names[0] if names else None
 
 

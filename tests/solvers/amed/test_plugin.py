@@ -3,8 +3,10 @@
 import pytest
 import torch
 
+from diffdistill.learned.schedule import halved
 from diffdistill.solvers import (
     AMEDPlugin,
+    AMEDPredictor,
     Correction,
     LearnedTable,
     ProbabilityFlow,
@@ -15,8 +17,10 @@ from diffdistill.solvers import (
     sample,
 )
 from diffdistill.solvers.amed import LearnedSteps
+from tests.builders import tiny_denoiser
 from tests.solvers.reference import Case, arrays, cases, mixture
 
+SHAPE = (2, 8, 8)
 PLUGIN = cases(plugin=True)
 INNER = [
     ("euler", {}),
@@ -77,6 +81,23 @@ def test_a_neutral_plugin_is_the_inner_solver_on_the_refined_log_grid(name, opti
         same = sample(mixture(), noise, solver=inner, sigmas=torch.cat([refined, sigmas[-1:]]), return_trajectory=True)
         torch.testing.assert_close(run.x, same.x[::2], rtol=1e-10, atol=1e-12)
     assert run.nfe == same.nfe == 6 - afs
+
+
+@pytest.mark.parametrize("afs", [False, True])
+@pytest.mark.parametrize("build", [AMEDPredictor, lambda **options: LearnedTable(3, **options)])
+def test_an_untrained_plugin_is_its_solver_on_the_refined_schedule(build, afs):
+    schedule = {"name": "time_uniform", "rho": 2.0, "sigma_min": 0.01, "sigma_max": 20.0}
+    sigmas, places = halved(schedule, 3)
+    inner, noise = make_solver("deis", order=3, afs=afs), torch.randn(3, *SHAPE, dtype=torch.float64)
+    denoiser = tiny_denoiser().double()
+    plugin = AMEDPlugin(inner, build(scale_dir=0.2, scale_first=0.1, initial_r=places).double())
+    cond = torch.tensor([0, 2, 1])
+    run = sample(denoiser, noise, solver=plugin, sigmas=sigmas, cond=cond, return_trajectory=True)
+    fine = make_schedule(**schedule, num_steps=6)
+    same = sample(denoiser, noise, solver=inner, sigmas=fine, cond=cond, return_trajectory=True)
+    torch.testing.assert_close(run.x, same.x[::2], rtol=1e-6, atol=1e-6)
+    assert run.nfe == same.nfe == 6 - afs
+    assert max(abs(r - 0.5) for r in places) > 0.01
 
 
 @pytest.mark.parametrize(("name", "options"), [*INNER, ("amed", None)], ids=[*ids, "amed"])

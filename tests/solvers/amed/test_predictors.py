@@ -20,6 +20,7 @@ from diffdistill.solvers import (
     make_solver,
     sample,
 )
+from diffdistill.solvers.amed import LinearTable
 from tests.builders import tiny_denoiser
 
 SIGMAS = make_schedule([40.0, 3.0, 0.2])
@@ -48,7 +49,11 @@ def test_forward_pass_and_parameter_names_are_the_published_ones():
 
 
 def test_autocast_leaves_the_predictor_alone():
-    predictor, features, sigma = AMEDPredictor(), torch.randn(3, 5, 8, 8), torch.tensor([40.0, 3.0, 0.2])
+    predictor, features, sigma = (
+        AMEDPredictor(initial="published"),
+        torch.randn(3, 5, 8, 8),
+        torch.tensor([40.0, 3.0, 0.2]),
+    )
     with torch.autocast("cpu", torch.bfloat16):
         half = predictor(features, sigma, sigma / 2)
     assert torch.equal(half.r, predictor(features, sigma, sigma / 2).r)
@@ -68,7 +73,7 @@ def test_sizes_and_bounds():
 
 
 def test_initialisation_is_the_published_one():
-    many = [AMEDPredictor() for _ in range(60)]
+    many = [AMEDPredictor(initial="published") for _ in range(60)]
 
     def std(name):
         return torch.cat([m.get_parameter(name).detach().flatten() for m in many]).std().item()
@@ -86,7 +91,7 @@ def test_initialisation_is_the_published_one():
 
 @pytest.mark.parametrize("size", [(4, 4), (8, 8), (16, 16), (5, 7), (1, 1)])
 def test_features_of_any_size(size):
-    predictor = AMEDPredictor()
+    predictor = AMEDPredictor(initial="published")
     sigma = torch.tensor([3.0, 2.0, 1.0])
     features = torch.randn(3, 6, *size)
     correction = predictor(features, sigma, sigma / 2)
@@ -164,6 +169,25 @@ def test_bad_input():
         TabulatedPredictor([0.5, 0.5], scale_dir=[1.0])
     with pytest.raises(ValueError, match="between 0 and"):
         TabulatedPredictor([0.5, 1.5])
+    for build in (AMEDPredictor, lambda **o: LearnedTable(3, **o)):
+        for wrong in (0.0, 1.0, [0.5, 1.5], [], [[0.5] * 3]):
+            with pytest.raises(ValueError, match="initial_r must lie in"):
+                build(initial_r=wrong)
+    with pytest.raises(ValueError, match="initial_r has 2 numbers, but there are 3 intervals"):
+        LearnedTable(3, initial_r=[0.5, 0.5])
+    with pytest.raises(ValueError, match="neutral, published"):
+        AMEDPredictor(initial="zero")
+    with pytest.raises(ValueError, match="call correction"):
+        AMEDPredictor(initial_r=[0.5, 0.4])(None, torch.ones(3), torch.ones(3))
+    for options, message in (
+        ({"lags": 4}, "no more than 3 answers"),
+        ({"lags": 1, "sum_to_zero": True}, "lags must be an integer of at least 2"),
+        ({"lags": 0}, "lags must be an integer of at least 1"),
+        ({"weight_rate": 0.0}, "weight_rate must be positive"),
+        ({"scale_time": 1.0}, r"\[0, 1\)"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            LinearTable(3, **options)
     with pytest.raises(ValueError, match="features"):
         AMEDPredictor()(torch.randn(3, 64), torch.ones(3), torch.ones(3))
 

@@ -19,6 +19,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from diffdistill.errors import one_line
 from diffdistill.interop.containers.pickles import Machine
 from diffdistill.interop.containers.records import MAX_TENSORS, AllowList, Budget, ForeignFileError, Name, shown
 from diffdistill.interop.containers.tensors import ALLOWED, CALLS, STORAGES, ArrayRecord, Raw, Storage, TensorRecord
@@ -113,7 +114,7 @@ def _damaged_archives() -> Iterator[None]:
     try:
         yield
     except _ZIP_ERRORS as error:
-        raise ForeignFileError(f"damaged archive: {str(error) or type(error).__name__}") from None
+        raise ForeignFileError(f"damaged archive: {one_line(error)}") from None
 
 
 def read_stream(data: Raw, *, nesting: int = 0, budget: Budget | None = None) -> Any:
@@ -275,7 +276,7 @@ def read_arrays(path: str | os.PathLike[str]) -> dict[str, Any]:
         try:
             result = _arrays(checkpoint.root, left, depth=0)
         except (ValueError, TypeError, ArithmeticError, RuntimeError) as error:
-            raise ForeignFileError(str(error).partition("\n")[0]) from None
+            raise ForeignFileError(one_line(error)) from None
     if not isinstance(result, dict):
         raise ForeignFileError(f"{path} holds no dictionary of arrays")
     return result

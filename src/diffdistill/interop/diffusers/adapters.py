@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
+from diffdistill.errors import one_line
 from diffdistill.interop.diffusers.extra import diffusers
 from diffdistill.registry import construct
 
@@ -77,13 +78,9 @@ def inject(module: nn.Module, options: Mapping[str, Any]) -> Adapters:
         except ValueError as error:
             names = ", ".join(adapters.targets)
             raise ValueError(
-                f"adapters do not fit {type(module).__name__} with lora.targets={names}: {_line(error)}"
+                f"adapters do not fit {type(module).__name__} with lora.targets={names}: {one_line(error)}"
             ) from None
     return adapters
-
-
-def _line(error: BaseException) -> str:
-    return " ".join(str(error).split())[:200]
 
 
 def add_adapters(denoiser: NetworkDenoiser, **options: Any) -> NetworkDenoiser:

@@ -3,22 +3,26 @@
 from __future__ import annotations
 
 import hashlib
-import io
 import lzma
 import os
-import struct
 import tarfile
 import zlib
 from collections.abc import Iterator
 from pathlib import Path
 
+import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from tqdm import tqdm
 
-from diffdistill.data.folders import IMAGE_SUFFIXES
+from diffdistill.data.base import from_uint8
+from diffdistill.data.finding import find_pictures, in_order
+from diffdistill.data.folders import EXPECTED
 from diffdistill.data.latents import DTYPES, write_index, write_shards
+from diffdistill.data.pictures import PictureReader, is_picture
+from diffdistill.files.contents import is_junk
 from diffdistill.interop.diffusers.parts import Parts
+from diffdistill.models.loading import fingerprint
 from diffdistill.registry import choose
 
 
@@ -35,19 +39,20 @@ def captioned(source: str | os.PathLike[str]) -> Iterator[tuple[str, bytes, str]
     folder = Path(source)
     if not folder.is_dir():
         raise FileNotFoundError(f"no folder of images and captions at {str(source)!r}")
-    shards = sorted(folder.glob("*.tar"))
+    shards = [folder / name for name in in_order(path.name for path in folder.glob("*.tar") if not is_junk(path.name))]
     if shards:
         for shard in shards:
             yield from _of_tar(shard)
         return
-    images = [path for path in sorted(folder.iterdir()) if path.suffix.lower() in IMAGE_SUFFIXES]
-    if not images:
-        raise FileNotFoundError(f"no images in {str(source)!r}: expected {', '.join(IMAGE_SUFFIXES)}, or .tar shards")
-    for path in images:
+    found = find_pictures(folder, classes=False)
+    if not found.items:
+        raise FileNotFoundError(f"no images in {str(source)!r}: {EXPECTED}, or .tar shards ({found})")
+    for name, _ in found.items:
+        path = folder / name
         caption = path.with_suffix(".txt")
         if not caption.is_file():
             raise ValueError(f"the image {path} has no caption: expected {caption.name} beside it")
-        yield path.name, path.read_bytes(), _text(caption.read_bytes(), str(caption))
+        yield name, path.read_bytes(), _text(caption.read_bytes(), str(caption))
 
 
 def _of_tar(shard: Path) -> Iterator[tuple[str, bytes, str]]:
@@ -55,7 +60,7 @@ def _of_tar(shard: Path) -> Iterator[tuple[str, bytes, str]]:
     pending: dict[str, dict[str, bytes]] = {}
     for name, content in _members(shard):
         stem, _, suffix = name.rpartition(".")
-        kind = "image" if f".{suffix.lower()}" in IMAGE_SUFFIXES else "caption" if suffix == "txt" else None
+        kind = "image" if is_picture(name) else "caption" if suffix == "txt" and not is_junk(Path(name).name) else None
         if kind is None:
             continue
         parts = pending.setdefault(stem, {})
@@ -86,28 +91,6 @@ def _text(content: bytes, name: str) -> str:
         raise ValueError(f"the caption {name} is not UTF-8: {error}") from None
 
 
-def read_image(content: bytes, resolution: int, name: str = "image") -> Tensor:
-    """An image file as `[3, resolution, resolution]` in [-1, 1]: the shorter side resized, the centre cropped.
-
-    Raises:
-        ValueError: it cannot be read; the message calls it `name`.
-    """
-    import numpy as np
-    from PIL import Image
-
-    try:
-        with Image.open(io.BytesIO(content)) as opened:
-            image = opened.convert("RGB")
-    except (OSError, SyntaxError, ValueError, struct.error, Image.DecompressionBombError) as error:
-        reason = "it is no image" if isinstance(error, Image.UnidentifiedImageError) else str(error)
-        raise ValueError(f"cannot read {name}: {reason}") from None
-    short = min(image.size)
-    left, top = (image.width - short) / 2, (image.height - short) / 2
-    box = (left, top, left + short, top + short)
-    image = image.resize((resolution, resolution), Image.Resampling.BICUBIC, box=box)
-    return torch.from_numpy(np.array(image)).permute(2, 0, 1).float() / 127.5 - 1
-
-
 def cache_latents(
     parts: Parts,
     source: str | os.PathLike[str],
@@ -119,6 +102,8 @@ def cache_latents(
     seed: int = 0,
 ) -> Path:
     """Encode images and captions for training; a shard that is whole already is kept, so that a run can go on.
+
+    A shard with an image or a caption that has changed since is made again.
 
     Args:
         parts: the pipeline whose autoencoder and text encoder to use.
@@ -140,27 +125,46 @@ def cache_latents(
         raise ValueError(f"{type(parts.pipeline).__name__} has no autoencoder and text encoder to make latents with")
     kind, out = choose("dtype", dtype, DTYPES), Path(out)
     resolution = parts.denoiser.data_shape[-1] * parts.codec.factor
-    model = str(parts.pipeline.name_or_path or type(parts.pipeline).__name__)
-    origin = {"source": os.fspath(source), "model": model, "resolution": resolution}
-    origin |= {"dtype": dtype, "seed": seed, "shard_size": shard_size}
+    origin = {"model": _digest_of(parts), "resolution": resolution, "dtype": dtype}
+    origin |= {"seed": seed, "shard_size": shard_size}
 
     def encoded(items: list[tuple[str, bytes, str]]) -> dict[str, Tensor]:
         pieces = [_encode(parts, items[i : i + batch_size], resolution, seed) for i in range(0, len(items), batch_size)]
         return {name: torch.cat([piece[name] for piece in pieces]).to(kind) for name in pieces[0]}
 
     images = tqdm(captioned(source), desc="encoding", unit="image", disable=None)
-    shards = write_shards(out, images, encoded, shard_size=shard_size, origin=origin)
+    shards = write_shards(out, images, encoded, shard_size=shard_size, origin=origin, digest=_digest)
     if not shards:
         raise FileNotFoundError(f"no images with captions in the shards of {os.fspath(source)!r}")
     write_index(out, shards, parts.denoiser.data_shape, origin)
     return out
 
 
+def _digest_of(parts: Parts) -> str:
+    """A hash of the weights that make latents and embeddings."""
+    digest = hashlib.sha256()
+    for name in sorted(parts.pipeline.components):
+        part = parts.pipeline.components[name]
+        if isinstance(part, nn.Module) and (name == "vae" or name.startswith("text_encoder")):
+            digest.update(f"{name} {fingerprint(part)}".encode())
+    return digest.hexdigest()
+
+
+def _digest(items: list[tuple[str, bytes, str]]) -> str:
+    """A hash of names, image files and captions."""
+    digest = hashlib.sha256()
+    for name, content, caption in items:
+        for part in (name.encode("utf-8", "surrogatepass"), content, caption.encode("utf-8", "surrogatepass")):
+            digest.update(len(part).to_bytes(8, "little") + part)
+    return digest.hexdigest()
+
+
 def _encode(parts: Parts, items: list[tuple[str, bytes, str]], resolution: int, seed: int) -> dict[str, Tensor]:
     """Latents and embeddings of a batch, on the CPU."""
     assert parts.codec is not None and parts.prompts is not None
     device = next(parts.denoiser.parameters()).device
-    images = torch.stack([read_image(content, resolution, name) for name, content, _ in items])
+    reader = PictureReader(resolution, enlarge=True)
+    images = from_uint8(np.stack([reader.read(content, name) for name, content, _ in items]))
     key = hashlib.blake2b(f"{seed} {items[0][0]}".encode("utf-8", "surrogatepass"), digest_size=7).digest()
     generator = torch.Generator(device).manual_seed(int.from_bytes(key, "little"))
     latents = parts.codec.encode(images.to(device), generator)

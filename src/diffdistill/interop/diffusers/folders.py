@@ -11,6 +11,7 @@ from typing import Any
 from safetensors import SafetensorError
 from torch import nn
 
+from diffdistill.errors import one_line
 from diffdistill.interop.diffusers.extra import diffusers
 from diffdistill.interop.diffusers.parts import Parts, from_pipeline
 from diffdistill.models.network import NetworkDenoiser
@@ -54,7 +55,7 @@ def load_pipeline(folder: str | Path, **options: Any) -> Parts:
             raise ValueError(f"the weights of {missing} are missing")
         return from_pipeline(pipeline, **options)
     except DAMAGES as error:
-        raise ValueError(f"cannot read the diffusers folder {folder}: {' '.join(str(error).split())[:300]}") from None
+        raise ValueError(f"cannot read the diffusers folder {folder}: {one_line(error)}") from None
 
 
 def _variant(folder: Path) -> str | None:

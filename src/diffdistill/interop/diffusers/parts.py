@@ -41,12 +41,12 @@ class LatentCodec:
         latents = posterior.mode() if generator is None else posterior.sample(generator)
         return ((latents - (options.shift_factor or 0.0)) * options.scaling_factor).to(images.dtype)
 
-    @torch.no_grad()
     def decode(self, latents: Tensor) -> Tensor:
-        """Latents `[B, C, h, w]` to images `[B, 3, H, W]`, about in [-1, 1]."""
+        """Latents `[B, C, h, w]` to images `[B, 3, H, W]`, about in [-1, 1]; differentiable in the latents."""
         options = self.vae.config
         scaled = latents / options.scaling_factor + (options.shift_factor or 0.0)
-        with self._upcast() as dtype:
+        keep = torch.is_grad_enabled() and latents.requires_grad
+        with torch.set_grad_enabled(keep), self._upcast() as dtype:
             return self.vae.decode(scaled.to(dtype)).sample.to(latents.dtype)
 
     @property

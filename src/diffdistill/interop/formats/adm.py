@@ -11,6 +11,7 @@ from typing import Any
 import torch
 
 from diffdistill.discrete_time import make_table
+from diffdistill.errors import one_line
 from diffdistill.interop.containers.checkpoints import ForeignCheckpoint
 from diffdistill.interop.containers.records import ForeignFileError
 from diffdistill.interop.containers.tensors import TensorRecord
@@ -123,7 +124,7 @@ def _read_classifier(records: Mapping[str, Any], checkpoint: ForeignCheckpoint, 
             raise ForeignFileError("the classifier has another architecture than its parameters' names say")
         network = EncoderUNet(**options)
     except (TypeError, RuntimeError) as error:
-        raise ForeignFileError(f"the classifier cannot be built: {str(error).partition(chr(10))[0]}") from None
+        raise ForeignFileError(f"the classifier cannot be built: {one_line(error)}") from None
     load_strictly(network, records, checkpoint)
     table = hints.noise_levels or "linear"
     classifier = NoisyClassifier(

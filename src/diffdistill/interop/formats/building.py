@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from diffdistill.denoiser import Denoiser
+from diffdistill.errors import one_line
 from diffdistill.interop.containers.checkpoints import ForeignCheckpoint
 from diffdistill.interop.containers.records import MAX_TENSORS, ForeignFileError, Record, shown
 from diffdistill.interop.containers.tensors import ArrayRecord, TensorRecord
@@ -148,7 +149,7 @@ def build_part(
     except ForeignFileError:
         raise
     except (ValueError, TypeError, ArithmeticError, RuntimeError, LookupError) as error:
-        raise ForeignFileError(str(error).partition("\n")[0]) from None
+        raise ForeignFileError(one_line(error)) from None
     return module.eval()
 
 
@@ -202,4 +203,4 @@ def load_strictly(module: nn.Module, records: Mapping[str, Any], checkpoint: For
     try:
         load_state(module, state, source="the file")
     except (ValueError, RuntimeError) as error:
-        raise ForeignFileError(str(error).partition("\n")[0]) from None
+        raise ForeignFileError(one_line(error)) from None

@@ -6,6 +6,7 @@ import os
 from pathlib import Path
 from typing import Any
 
+from diffdistill.errors import one_line
 from diffdistill.files.atomic import new_folder
 from diffdistill.interop.diffusers.extra import diffusers
 from diffdistill.interop.formats.building import ForeignModel
@@ -61,7 +62,7 @@ def _tokenizer(source: str | os.PathLike[str], encoder: Any) -> Any:
             str(source), local_files_only=True, model_max_length=length, **padding
         )
     except (OSError, ValueError, TypeError) as error:
-        raise ValueError(f"no tokenizer of CLIP at {str(source)!r}: {' '.join(str(error).split())[:200]}") from None
+        raise ValueError(f"no tokenizer of CLIP at {str(source)!r}: {one_line(error)}") from None
     if len(made) != vocabulary:
         raise ValueError(f"the tokenizer has {len(made)} tokens, but the text encoder {vocabulary}")
     return made

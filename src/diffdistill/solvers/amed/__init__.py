@@ -1,5 +1,6 @@
 """AMED-Solver and AMED-Plugin (Zhou et al. 2024, Fast ODE-based Sampling for Diffusion Models in Around 5 Steps)."""
 
+from diffdistill.solvers.amed.linear import LinearSteps, LinearTable
 from diffdistill.solvers.amed.network import AMEDPredictor
 from diffdistill.solvers.amed.plugin import AMED, AMEDPlugin, MeanDirection
 from diffdistill.solvers.amed.predictors import (
@@ -18,6 +19,8 @@ __all__ = [
     "FunctionPredictor",
     "LearnedSteps",
     "LearnedTable",
+    "LinearSteps",
+    "LinearTable",
     "MeanDirection",
     "Predictor",
     "Table",

@@ -9,6 +9,7 @@ from typing import Any, ClassVar, Literal
 import torch
 from torch import Tensor, nn
 
+from diffdistill.solvers.levels import level_dtype
 from diffdistill.solvers.step import Correction, Interval
 
 Features = Literal["unused", "optional", "required"]
@@ -38,6 +39,11 @@ class Predictor(nn.Module):
         """
         self.check(interval)
         return self(features, interval.sigma, interval.sigma_next)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Predictor:
+        if level_dtype(fn(torch.zeros(())).device) == torch.float64:
+            return super()._apply(fn, recurse)
+        return super()._apply(lambda t: fn(t.float() if t.dtype == torch.float64 else t), recurse)
 
     def check(self, interval: Interval) -> None:
         """Raise `ValueError` if the schedule has another number of intervals; one that ends at 0 has one more."""
@@ -70,6 +76,18 @@ def check_bound(name: str, bound: float) -> float:
 def scale_within(bound: float, logit: Tensor) -> Tensor:
     """A scale in `[1 - bound, 1 + bound]`, which is 1 at a logit of 0 (Zhou et al. 2024, Section 3.3)."""
     return 2 * bound * torch.sigmoid(logit) + (1 - bound)
+
+
+def initial_logits(initial_r: float | Sequence[float]) -> Tensor:
+    """The logits of r to start from, float64: one number, or one per interval `[N]`.
+
+    Raises:
+        ValueError: a place outside (0, 1), or no place at all.
+    """
+    r = torch.as_tensor(initial_r, dtype=torch.float64)
+    if r.ndim > 1 or not r.numel() or not ((r > 0) & (r < 1)).all():
+        raise ValueError(f"initial_r must lie in (0, 1), one number or one per interval, but is {initial_r!r}")
+    return torch.logit(r)
 
 
 class Table(Predictor):
@@ -136,20 +154,27 @@ class TabulatedPredictor(Table):
 class LearnedTable(Table):
     """Learned numbers per interval, the same for all samples: the simplest predictor there is.
 
-    It starts neutral: `r = 1/2` and all scales 1.
+    It starts neutral: all scales are 1.
 
     Args:
         num_intervals: N.
         scale_dir, scale_time, scale_first: bounds b; scales lie in [1 - b, 1 + b]; 0 leaves the scale out.
+        initial_r: r to start from, one number or one per interval.
 
     Raises:
-        ValueError: a bound outside [0, 1), or no interval.
+        ValueError: a bound outside [0, 1), no interval, or `initial_r` outside (0, 1) or of another length.
     """
 
     SCALES: ClassVar = ("scale_dir", "scale_time", "scale_first")
 
     def __init__(
-        self, num_intervals: int, *, scale_dir: float = 0.01, scale_time: float = 0.2, scale_first: float = 0.0
+        self,
+        num_intervals: int,
+        *,
+        scale_dir: float = 0.01,
+        scale_time: float = 0.2,
+        scale_first: float = 0.0,
+        initial_r: float | Sequence[float] = 0.5,
     ) -> None:
         super().__init__()
         if isinstance(num_intervals, bool) or not isinstance(num_intervals, Integral) or num_intervals < 1:
@@ -157,15 +182,22 @@ class LearnedTable(Table):
         self.num_intervals = num_intervals
         given = (scale_dir, scale_time, scale_first)
         self.bounds = {name: check_bound(name, bound) for name, bound in zip(self.SCALES, given, strict=True)}
-        self.logit_r = nn.Parameter(torch.zeros(num_intervals))
+        logits = initial_logits(initial_r)
+        if logits.ndim and len(logits) != num_intervals:
+            raise ValueError(f"initial_r has {len(logits)} numbers, but there are {num_intervals} intervals")
+        self.logit_r = nn.Parameter(logits.float().expand(num_intervals).clone())
         for name, bound in self.bounds.items():
             self.register_parameter(f"logit_{name}", nn.Parameter(torch.zeros(num_intervals)) if bound else None)
 
     def row(self, index: int, batch: int) -> Correction:
         """The correction of interval `index`, the same for all samples."""
         scales = {
-            name: scale_within(bound, self.get_parameter(f"logit_{name}")[index].double()).expand(batch)
+            name: scale_within(
+                bound, self.get_parameter(f"logit_{name}")[index].to(level_dtype(self.logit_r.device))
+            ).expand(batch)
             for name, bound in self.bounds.items()
             if bound
         }
-        return Correction(r=torch.sigmoid(self.logit_r[index].double()).expand(batch), **scales)
+        return Correction(
+            r=torch.sigmoid(self.logit_r[index].to(level_dtype(self.logit_r.device))).expand(batch), **scales
+        )

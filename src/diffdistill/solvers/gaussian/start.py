@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from diffdistill.denoiser import Denoiser
+from diffdistill.denoiser import as_denoiser
 from diffdistill.solvers.dpm import DPM3
 from diffdistill.solvers.flow import ProbabilityFlow
 from diffdistill.solvers.gaussian.statistics import GaussianStatistics
@@ -52,7 +52,7 @@ class GaussianStart:
             raise ValueError(f"a start at sigma = {self.sigma} needs a greater sigma_max, but it is {self.sigma_max}")
 
     def begin(
-        self, denoiser: Any, noise: Tensor, sigmas: Tensor, cond: Any = None, *, memory: int = 0
+        self, denoiser: Callable[..., Tensor], noise: Tensor, sigmas: Tensor, cond: Any = None, *, memory: int = 0
     ) -> tuple[Tensor, History]:
         """The state at `self.sigma` for standard normal `noise: [B, ...]`, and the past of a multistep solver.
 
@@ -74,8 +74,9 @@ class GaussianStart:
                 f"with a start at sigma = {self.sigma:g} the noise levels begin there, not at {first:g}: "
                 f"make the schedule with sigma_max={self.sigma:g}"
             )
-        top = float(getattr(denoiser, "sigma_max", Denoiser.sigma_max)) if self.sigma_max is None else self.sigma_max
-        classes, known = getattr(denoiser, "num_classes", 0), self.statistics.num_classes
+        denoiser = as_denoiser(denoiser)
+        top = float(denoiser.sigma_max) if self.sigma_max is None else self.sigma_max
+        classes, known = denoiser.num_classes, self.statistics.num_classes
         if classes and known and classes != known:
             raise ValueError(f"the statistics are of {known} classes, but the denoiser is of {classes}")
         if top < self.sigma:
@@ -91,7 +92,7 @@ class GaussianStart:
             history.append(Evaluation(x.to(noise.dtype), sigma, gaussian(x, sigma, cond).to(noise.dtype)))
         return self.carry(x, level, self.sigma, cond, w).to(noise.dtype), tuple(history)
 
-    def denoiser(self, denoiser: Any) -> Callable[[Tensor, Tensor, Any], Tensor]:
+    def denoiser(self, denoiser: Callable[..., Tensor]) -> Callable[[Tensor, Tensor, Any], Tensor]:
         """What stands for `denoiser` in an analytical first step: the Gaussian's, under the same guidance."""
         w = self._weight(denoiser)
         return lambda x, sigma, cond: self.statistics.to(x.device).denoise(x, sigma, cond, w)
@@ -111,6 +112,6 @@ class GaussianStart:
             state = solver.step(flow, state, interval)[0]
         return state.to(x.dtype)
 
-    def _weight(self, denoiser: Any) -> float | Tensor:
-        w = getattr(denoiser, "w", None) if self.w is None else self.w
+    def _weight(self, denoiser: Callable[..., Tensor]) -> float | Tensor:
+        w = as_denoiser(denoiser).w if self.w is None else self.w
         return 0.0 if w is None else w

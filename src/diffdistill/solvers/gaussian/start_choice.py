@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import Tensor
 
-from diffdistill.denoiser import Denoiser
+from diffdistill.denoiser import as_denoiser
 from diffdistill.solvers.base import Solver
 from diffdistill.solvers.gaussian.start import GaussianStart
 from diffdistill.solvers.gaussian.statistics import GaussianStatistics
@@ -53,7 +53,8 @@ def choose_start_sigma(
         cond: the condition.
         reference: end points to come close to; by default those of 64 steps of Heun's method.
     """
-    top = float(getattr(denoiser, "sigma_max", Denoiser.sigma_max))
+    denoiser = as_denoiser(denoiser)
+    top = float(denoiser.sigma_max)
     if reference is None:
         end = float(schedule(top)[-1])
         levels = polynomial(num_steps=64, sigma_min=end, sigma_max=top)
