@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import os
+import re
 from pathlib import Path
 
-from diffdistill.files.remote.consent import FetchError, consent
+from diffdistill.files.remote.cache import FetchError, consent
 from diffdistill.files.remote.hub import HubName, fetch_from_hub
 from diffdistill.files.remote.urls import fetch_url
 
-__all__ = ["FetchError", "consent", "is_remote", "local_path"]
+__all__ = ["FetchError", "consent", "hub_hint", "is_remote", "local_path"]
 
 
 def is_remote(name: str | os.PathLike[str]) -> bool:
@@ -36,3 +37,8 @@ def local_path(name: str | os.PathLike[str], *, sha256: str | None = None) -> Pa
     if text.startswith("hf:"):
         return fetch_from_hub(HubName.parse(text), sha256=sha256)
     return fetch_url(text, sha256=sha256) if is_remote(text) else Path(name)
+
+
+def hub_hint(name: str) -> str:
+    """The end of a message about an unknown name: how a repository of the hub is written, where it looks like one."""
+    return f"; a repository of the hub is hf:{name}" if re.fullmatch(r"[\w-]+/[\w.-]+", name) else ""

@@ -10,7 +10,7 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 from diffdistill.files.hashes import sha256 as sha256_of
-from diffdistill.files.remote.consent import FetchError, Pins, check_consent, check_space
+from diffdistill.files.remote.cache import FetchError, Pins, check_consent, check_space
 from diffdistill.files.remote.urls import check_hash
 
 PATTERN = re.compile(r"hf:(?P<repo>[\w.-]+/[\w.-]+)(?:@(?P<revision>[\w./-]+))?(?::(?P<file>[^:@]+))?")
@@ -134,6 +134,8 @@ def _variant(file: str) -> str | None:
 def _library() -> Any:
     try:
         import huggingface_hub
+        import huggingface_hub.constants
+        import huggingface_hub.errors
     except ImportError:
         raise ImportError(
             'names of the hub need huggingface_hub, which is not installed: pip install "diffdistill[hub]"'

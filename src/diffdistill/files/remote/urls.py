@@ -15,7 +15,7 @@ from filelock import FileLock
 from tqdm import tqdm
 
 from diffdistill.files.hashes import sha256 as sha256_of
-from diffdistill.files.remote.consent import FetchError, Pins, cache_folder, check_consent, check_space
+from diffdistill.files.remote.cache import FetchError, Pins, cache_folder, check_consent, check_space
 
 CHUNK = 2**20
 TIMEOUT_SECONDS = 30.0
@@ -75,15 +75,16 @@ class _SafeRedirects(urllib.request.HTTPRedirectHandler):
 _OPENER = urllib.request.build_opener(_SafeRedirects)
 
 
-def _open(url: str, **headers: str) -> Any:
-    request = urllib.request.Request(
-        url, headers={"User-Agent": "diffdistill", "Accept-Encoding": "identity", **headers}
-    )
+def _open(url: str, method: str = "GET", **headers: str) -> Any:
+    headers = {"User-Agent": "diffdistill", "Accept-Encoding": "identity", **headers}
+    request = urllib.request.Request(url, headers=headers, method=method)
     try:
         return _OPENER.open(request, timeout=TIMEOUT_SECONDS)
     except urllib.error.HTTPError as error:
         if error.code == 416 and "Range" in headers:
             return error
+        if error.code in (405, 501) and method == "HEAD":
+            return _open(url, **headers)
         reason = "no such file" if error.code == 404 else f"the server answers {error.code} {error.reason}"
         raise FetchError(f"could not fetch {url}: {reason}") from None
     except (OSError, http.client.HTTPException) as error:
@@ -92,7 +93,7 @@ def _open(url: str, **headers: str) -> Any:
 
 
 def _size(url: str) -> int | None:
-    with _open(url) as answer:
+    with _open(url, "HEAD") as answer:
         length = answer.headers.get("Content-Length")
         return int(length) if length and length.isdigit() else None
 

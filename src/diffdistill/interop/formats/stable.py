@@ -92,9 +92,7 @@ def read_stable_diffusion(
     return ForeignModel("stable-diffusion", denoiser, description, settings=parts)
 
 
-def _version(
-    state: Mapping[str, Any], architecture: Architecture, prediction: Literal["eps", "v"] | None
-) -> Version:
+def _version(state: Mapping[str, Any], architecture: Architecture, prediction: Literal["eps", "v"] | None) -> Version:
     """The versions are told apart by the width of their text, and XL by the vector that it takes beside the text.
 
     Raises:
