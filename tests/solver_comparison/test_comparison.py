@@ -53,6 +53,17 @@ def test_the_evaluations_are_those_asked_for(problem, name, afs, sigma_min):
     assert num_steps_for(make_solver("heun"), 3, to_zero=False) is None
 
 
+def test_a_base_is_tried_with_its_schedules_alone(problem):
+    schedules = {name: {"name": "polynomial", "rho": rho} for name, rho in (("steep", 7), ("flat", 3))}
+    grid = Grid(schedules, statistics=object(), starts=[2.0], analytic_first_step=True)
+    base = {"name": "euler", "afs": True, "schedules": ["flat"]}
+    (only,) = grid.candidates("base", base, 3, problem.part(2), started=False)
+    assert only.schedule == "flat" and only.solver.afs and measure(only, problem.part(2))[0].nfe == 3
+    assert grid.candidates("base", base, 3, problem.part(2), started=True) == []
+    with pytest.raises(ValueError, match="unknown schedule 'round': choose one of flat, steep"):
+        grid.parted({"name": "euler", "schedules": ["round"]})
+
+
 def test_the_reference_is_kept(problem, tmp_path):
     files = sorted((tmp_path / "reference").iterdir())
     assert [path.name for path in files] == [f"0000{i}.safetensors" for i in range(3)]

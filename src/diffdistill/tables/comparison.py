@@ -67,14 +67,22 @@ def plot_comparison(outcome: Outcome, path: Path) -> None:
 
 
 def side_by_side(outcome: Outcome, folder: Path, device: torch.device, *, columns: int = 20) -> list[Path]:
-    """For each w a grid `samples_w1.png`, with one model a row and one seed a column."""
+    """For each w a grid `samples_w1.png` of what was measured, with one model a row and one seed a column.
+
+    Raises:
+        ValueError: the columns of the table are not guidance weights.
+    """
     table, models, paths = outcome.table, Models(device), []
+    if table.column != "w":
+        raise ValueError(f"side_by_side needs a table whose columns are w, not {table.column}")
     for w in table.columns:
+        cells = [cell for cell in table.cells() if cell.column == w and outcome.result(cell)]
         images: list[Tensor] = []
-        for cell in (cell for cell in table.cells() if cell.column == w):
+        for cell in cells:
             planned = prepare(cell, models).plan
             images += generate(planned, range(columns), spread_labels(columns, planned.denoiser.num_classes))
-        paths.append(folder / f"samples_w{w:g}.png")
-        names = [row.name for row in table.rows]
-        save_grid(torch.cat(images), paths[-1], columns=columns, scale=4, row_captions=names)
+        if images:
+            paths.append(folder / f"samples_w{w:g}.png")
+            names = [cell.row for cell in cells]
+            save_grid(torch.cat(images), paths[-1], columns=columns, scale=4, row_captions=names)
     return paths
