@@ -12,6 +12,7 @@ from tqdm import tqdm
 
 from diffdistill.devices import native_bf16
 from diffdistill.distributed import rank
+from diffdistill.errors import one_line
 
 ROUNDS = 2
 WORTHWHILE = 0.75
@@ -46,7 +47,7 @@ def _chosen(device: torch.device, update: Callable[[Precision], object]) -> tupl
     try:
         share = _seconds(update, "bf16") / plain
     except (RuntimeError, NotImplementedError) as error:  # an operation without a form for bf16
-        return "fp32", f"the model does not compute in bf16 here ({str(error).strip().splitlines()[0]})"
+        return "fp32", f"the model does not compute in bf16 here ({one_line(error)})"
     return "bf16" if share < WORTHWHILE else "fp32", f"bf16 takes {share:.2f} of the time of float32 here"
 
 
