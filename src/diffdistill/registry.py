@@ -5,24 +5,12 @@ from __future__ import annotations
 import importlib
 import inspect
 import re
-from collections.abc import Callable, Mapping, MutableMapping, Sequence
-from types import NoneType, UnionType
-from typing import Any, SupportsFloat, TypeVar, Union, get_args, get_origin, get_type_hints
+from collections.abc import Callable, Mapping, MutableMapping
+from typing import Any, TypeVar, get_type_hints
+
+from diffdistill.settings import check_names, check_values, did_you_mean
 
 T = TypeVar("T")
-
-CHECKED: dict[Any, tuple[type, str]] = {
-    float: (SupportsFloat, "a number"),
-    int: (SupportsFloat, "an integer"),  # whether it is whole is seen by who takes it
-    bool: (bool, "true or false"),
-    str: (str, "text"),
-    Mapping: (Mapping, "a mapping"),
-    Sequence: (Sequence, "a list"),
-    NoneType: (NoneType, "null"),
-}
-"""Types of options whose values are checked, and their names in words."""
-NEITHER: dict[type, type] = {SupportsFloat: bool, Sequence: str}
-"""What is of such a type in Python alone."""
 
 
 def resolve(entry: T | str) -> T:
@@ -65,7 +53,8 @@ def enter(kind: str, name: str, table: MutableMapping[str, Any], entry: Any, *, 
 def choose(kind: str, name: str, table: Mapping[str, T]) -> T:
     """Return `table[name]`; raise a `ValueError` that lists the valid names otherwise."""
     if not isinstance(name, str) or name not in table:
-        raise ValueError(f"unknown {kind} {name!r}: choose one of {', '.join(sorted(table))}")
+        guess = did_you_mean(name, table)
+        raise ValueError(f"unknown {kind} {name!r}: choose one of {', '.join(sorted(table))}{guess}")
     return table[name]
 
 
@@ -94,27 +83,13 @@ def check_options(what: str, make: Callable[..., Any], options: Mapping[str, Any
     parameters = inspect.signature(make).parameters
     valid = [p.name for p in parameters.values() if p.kind in (p.KEYWORD_ONLY, p.POSITIONAL_OR_KEYWORD)][positional:]
     takes_any = any(p.kind is p.VAR_KEYWORD for p in parameters.values())
-    hints = _hints(make.__init__ if isinstance(make, type) else make)
-    for option, value in options.items():
-        if option not in valid and not takes_any:
-            raise TypeError(f"{what} has no option {option!r}: it takes {', '.join(valid) or 'none'}")
-        words = _mismatch(value, hints.get(option, Any))
-        if words:
-            raise ValueError(f"{what}: {option} must be {words}, but is {value!r}")
+    check_names(what, [] if takes_any else options, valid)
+    check_values(options, _hints(make.__init__ if isinstance(make, type) else make), what=what)
 
 
 def _hints(function: Callable[..., Any]) -> dict[str, Any]:
     """The annotations of a function; none where they name what is imported for type checkers alone."""
     try:
-        return get_type_hints(function)
+        return get_type_hints(function, include_extras=True)
     except NameError:
         return {}
-
-
-def _mismatch(value: Any, hint: Any) -> str:
-    """Expected type in words; empty if `value` matches."""
-    if get_origin(hint) in (Union, UnionType):
-        found = [_mismatch(value, part) for part in get_args(hint)]
-        return " or ".join(found) if all(found) else ""
-    kind, words = CHECKED.get(get_origin(hint) or hint, (object, ""))
-    return "" if isinstance(value, kind) and not isinstance(value, NEITHER.get(kind, ())) else words

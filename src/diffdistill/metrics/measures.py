@@ -17,6 +17,7 @@ from diffdistill.metrics.kernel import inception_score, kernel_distance
 from diffdistill.metrics.manifold import density_coverage, precision_recall
 from diffdistill.metrics.reference import Reference
 from diffdistill.registry import choose, enter
+from diffdistill.reports.text import number
 
 KID_SUBSET = 1000
 INCEPTION_SPLITS = 10
@@ -36,6 +37,11 @@ class Measured:
     value: float
     part_mean: float | None = None
     part_std: float | None = None
+
+    def __str__(self) -> str:
+        """The value, and its spread where there is one."""
+        spread = "" if self.part_std is None else f" ± {number(self.part_std, 2)}"
+        return number(self.value) + spread
 
 
 @dataclass(frozen=True)

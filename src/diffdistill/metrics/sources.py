@@ -64,7 +64,7 @@ class Sampler:
     """
 
     mixed = True
-    names = None
+    names: Sequence[str] | None = None
 
     def __init__(
         self,

@@ -50,8 +50,9 @@ def load_denoiser(
     """Load a denoiser, ready for evaluation.
 
     Args:
-        name_or_path: the name of a shipped model (`shipped_models()` lists them), a file, or a folder that holds
-            `model.safetensors`.
+        name_or_path: the name of a shipped model (`shipped_models()` lists them), a file, a folder that holds
+            `model.safetensors` or is of diffusers, or that of a run, whose newest average is taken if it is not
+            finished.
         device: where to put it.
         like: a denoiser whose network is copied where the file is of a network without a registered name.
 
@@ -71,7 +72,9 @@ def find_model(name_or_path: str | os.PathLike[str]) -> tuple[str, Path]:
     shipped, name = shipped_models(), os.fspath(name_or_path)
     path = shipped.get(name, Path(name))
     if path.is_dir():
-        key = next((key for key in READERS if (path / key).is_file()), None)
+        unfinished = (path / "config.yaml").is_file() and not (path / "finished.json").is_file()
+        first = ["config.yaml"] if unfinished and any(path.glob("checkpoints/*.json")) else []
+        key = next((key for key in (*first, *READERS) if (path / key).is_file()), None)
         if key is None:
             raise ValueError(f"the folder {path} holds no model: expected one of {', '.join(_keys(folder=True))} in it")
         return key, path / key
@@ -140,6 +143,7 @@ def _check_network(config: Mapping[str, Any], path: Path) -> None:
 READERS: dict[str, Callable[[Path], Denoiser] | str] = {
     ".safetensors": "diffdistill.interop:read_either",
     "model.safetensors": read_safetensors,
+    "config.yaml": "diffdistill.training.weights:read_run",
     "model_index.json": "diffdistill.interop.diffusers.folders:read_folder",
     **dict.fromkeys((".pkl", ".pt", ".pth", ".ckpt"), "diffdistill.interop:read_denoiser"),
 }

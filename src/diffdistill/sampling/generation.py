@@ -10,8 +10,8 @@ from torch import Tensor
 
 from diffdistill.denoiser import Denoiser, image_shape, spread_labels
 from diffdistill.devices import tuned_convolutions
-from diffdistill.pictures import can_be_drawn
 from diffdistill.registry import check_options
+from diffdistill.reports.previews import can_be_drawn
 from diffdistill.sampling.plans import Plan, plan
 from diffdistill.solvers import sample, seeded_noise
 
@@ -27,7 +27,14 @@ def generate(
         noise = seeded_noise(chunk, plan.denoiser.data_shape, device=device) if following is None else following
         with torch.autocast(device.type, torch.bfloat16, enabled=plan.bf16), tuned_convolutions():
             x = sample(
-                plan.denoiser, noise, solver=plan.solver, sigmas=plan.sigmas, cond=cond, seeds=chunk, start=plan.start
+                plan.denoiser,
+                noise,
+                solver=plan.solver,
+                sigmas=plan.sigmas,
+                cond=cond,
+                seeds=chunk,
+                start=plan.start,
+                thresholding=plan.thresholding,
             )
         # Drawn by the CPU while a GPU is still at work on this batch.
         rest = seeds[first + batch_size : first + 2 * batch_size]

@@ -19,6 +19,7 @@ from diffdistill.solvers.edm_sde import EDMStochastic
 from diffdistill.solvers.euler import Euler
 from diffdistill.solvers.features import FeatureTap
 from diffdistill.solvers.flow import ProbabilityFlow, dynamic_thresholding
+from diffdistill.solvers.flow_map import FlowMap
 from diffdistill.solvers.gaussian.start import GaussianStart
 from diffdistill.solvers.gaussian.start_choice import StartChoice, choose_start_sigma
 from diffdistill.solvers.gaussian.statistics import GaussianStatistics, load_gaussian, save_gaussian, shipped_gaussians
@@ -57,6 +58,7 @@ SOLVERS: dict[str, type[Solver]] = {
     "edm_sde": EDMStochastic,
     "euler_ancestral": EulerAncestral,
     "amed": AMED,
+    "flow_map": FlowMap,
 }
 
 SCHEDULES: dict[str, Callable[..., Tensor]] = {
@@ -143,6 +145,7 @@ __all__ = [
     "EulerAncestral",
     "Evaluation",
     "FeatureTap",
+    "FlowMap",
     "GaussianStart",
     "GaussianStatistics",
     "Heun",

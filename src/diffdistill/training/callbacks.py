@@ -9,7 +9,8 @@ import torch
 from torch import Tensor, nn
 
 from diffdistill import distributed
-from diffdistill.pictures import plot_curves, save_samples
+from diffdistill.reports.plots import plot_curves
+from diffdistill.reports.previews import save_samples
 
 if TYPE_CHECKING:
     from diffdistill.training.trainer import Trainer

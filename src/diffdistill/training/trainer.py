@@ -31,6 +31,7 @@ from diffdistill.training.precision import Precision, choose_precision
 from diffdistill.training.randomness import BatchGenerator, seed_from
 from diffdistill.training.run import Run
 from diffdistill.training.signals import Interrupted, StopRequest
+from diffdistill.training.weights import description
 
 logger = logging.getLogger(__name__)
 
@@ -234,6 +235,7 @@ class Trainer:
     def _streams(self, batch: Mapping[str, Tensor]) -> list[Iterator[Loss]]:
         """The losses of each part of a batch, and all generators where the update begins."""
         config, k = self.config, self.update
+        self.objective.progress = k / config.updates
         self._seed_network(seed_from(config.seed, "network", k, self._generators[0].start))
         if config.channels_last:
             batch = {n: t.contiguous(memory_format=torch.channels_last) if t.ndim == 4 else t for n, t in batch.items()}
@@ -381,6 +383,7 @@ class Trainer:
         if not bool(distributed.mean(torch.stack(norms)).isfinite().all()):
             raise NonFiniteLossError(f"a weight is not finite after update {self.update}", update=self.update)
         state = {
+            "model": description(self.objective.trained),
             "trained": self._learned(self.objective.trained),
             "average": {} if self.average is None else self._learned(self.average.module),
             "optimizer": self.optimizer.state_dict(),
