@@ -85,9 +85,7 @@ def test_before_the_ramp_the_target_is_the_teacher_and_a_wrong_student_has_anoth
 @pytest.mark.parametrize("share", [0.1, 0.6, 1.0])
 def test_the_lagrangian_target_of_an_exact_flow_map_is_its_own_answer(share):
     x, exact, s = state(), GaussianFlow(), share * SIGMA
-    denoised, target = lagrangian_target(
-        exact, lambda x, sigma, cond, s: exact(x, sigma, s=s), x, SIGMA, s, None
-    )
+    denoised, target = lagrangian_target(exact, lambda x, sigma, cond, s: exact(x, sigma, s=s), x, SIGMA, s, None)
     torch.testing.assert_close(target, denoised, rtol=1e-11, atol=1e-11)
     wrong, target = lagrangian_target(exact, lambda x, sigma, cond, s: exact(x, sigma), x, SIGMA, s, None)
     assert (wrong - target).abs().max() > 1e-3 or share == 1.0

@@ -37,8 +37,10 @@ class RecordingFlow(ProbabilityFlow):
         super().__init__(flow.denoiser, flow.cond, thresholding=flow.thresholding)
         self.answers: list[Tensor] = []
 
-    def __call__(self, x: Tensor, sigma: Level, *, scale_time: Tensor | None = None) -> Evaluation:
-        evaluation = super().__call__(x, sigma, scale_time=scale_time)
+    def __call__(
+        self, x: Tensor, sigma: Level, *, scale_time: Tensor | None = None, s: Tensor | None = None
+    ) -> Evaluation:
+        evaluation = super().__call__(x, sigma, scale_time=scale_time, s=s)
         self.answers.append(_primal(evaluation.denoised))
         return evaluation
 

@@ -21,6 +21,7 @@ from diffdistill.models.preconditioning import make_preconditioning
 from diffdistill.models.song_unet import SongUNet
 from diffdistill.models.storage import MODEL
 from diffdistill.registry import check_options, construct
+from diffdistill.settings import check_names
 
 W_CHANNELS = 64
 """Width of the embedding of a guidance weight, and its parameters, for networks that do not state their own."""
@@ -39,6 +40,8 @@ NETWORKS: dict[str, Callable[..., nn.Module] | str] = {
 
 _REQUIRED = ("network", "preconditioning", "data_shape", "sigma_min", "sigma_max")
 _OPTIONAL = ("format", "num_classes", "w_range", "distilled", "autoencoder", "latents", "adapter", "provenance")
+ENTRIES = _REQUIRED + _OPTIONAL
+"""What the config of a denoiser has."""
 
 
 def build_denoiser(
@@ -121,10 +124,7 @@ def resolved_config(config: Mapping[str, Any]) -> dict[str, Any]:
     for key in _REQUIRED:
         if key not in config:
             raise ValueError(f"the config of a denoiser needs {key!r}: it has {', '.join(sorted(config)) or 'nothing'}")
-    for key in config:
-        if key not in _REQUIRED + _OPTIONAL:
-            valid = ", ".join(_REQUIRED + _OPTIONAL)
-            raise ValueError(f"the config of a denoiser has no entry {key!r}: it takes {valid}")
+    check_names("the config of a denoiser", config, _REQUIRED + _OPTIONAL, noun="entry", error=ValueError)
     # Through JSON, so that what is built is what a file gives back.
     resolved = json.loads(json.dumps(dict(config), default=_plain))
     if resolved.setdefault("format", MODEL.format) != MODEL.format:

@@ -92,9 +92,7 @@ class ConsistencyDistillation(StepRegression):
         assert hop.sigma_mid is not None
         teacher = ProbabilityFlow(bound(self.teacher, w), cond)
         student = ProbabilityFlow(bound(self.trained, w, self.ends(hop.sigma_next)), cond)
-        return two_hop_target(
-            teacher, student, x, hop.sigma, hop.sigma_mid, hop.sigma_next, solver=self.solver
-        )
+        return two_hop_target(teacher, student, x, hop.sigma, hop.sigma_mid, hop.sigma_next, solver=self.solver)
 
 
 def check_growth(fine: tuple[int, int]) -> tuple[int, int]:

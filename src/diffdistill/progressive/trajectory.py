@@ -72,7 +72,9 @@ class TrajectoryDistillation(Objective):
             cond = condition_of(batch, self.teacher)
         w = None if self.w_range is None else draw_w(self.w_range, len(noise), generator)
         levels, fine = self.grids[choice(len(self.grids), generator)]
-        points = self.trajectory(ProbabilityFlow(bound(self.teacher, w), cond), noise * levels[0], fine, len(levels) - 1)
+        points = self.trajectory(
+            ProbabilityFlow(bound(self.teacher, w), cond), noise * levels[0], fine, len(levels) - 1
+        )
         x, told = noise * levels[0], getattr(self.trained, "flow_map", False)
         for j, (interval, target) in enumerate(zip(intervals(levels, len(x), x.device), points, strict=True)):
             flow = ProbabilityFlow(bound(self.trained, w, interval.sigma_next if told else None), cond)

@@ -39,7 +39,7 @@ WARM_UP_STEPS = 60
 
 @dataclass(frozen=True)
 class Plan:
-    """A denoiser with the solver, the noise levels and the analytic start to sample it with.
+    """A denoiser with the solver, the noise levels, the analytic start and the thresholding to sample it with.
 
     With `bf16` the network runs in bfloat16 by autocast; the solver's arithmetic stays in float32. `preparation_nfe`
     counts the network evaluations that choosing the noise levels took, over all trajectories.
@@ -49,6 +49,7 @@ class Plan:
     solver: Solver
     sigmas: Tensor
     start: GaussianStart | None = None
+    thresholding: str | None = None
     bf16: bool = False
     preparation_nfe: int = 0
 
@@ -170,7 +171,8 @@ def _learned_plan(denoiser: Denoiser, predictor: str, num_steps: int | None) -> 
     device = device_of(denoiser)
     learned = load_predictor(predictor, device=device)
     learned.check(denoiser, num_steps=num_steps)
-    return Plan(denoiser, learned.solver, learned.sigmas, learned.gaussian_start(device=device))
+    start = learned.gaussian_start(device=device)
+    return Plan(denoiser, learned.solver, learned.sigmas, start, learned.thresholding)
 
 
 def _scheduled_plan(

@@ -8,8 +8,7 @@ from torch import Tensor
 
 from diffdistill.denoiser import per_sample
 from diffdistill.solvers.euler import Euler
-from diffdistill.solvers.flow import ProbabilityFlow
-from diffdistill.solvers.step import AFS, Correction, Evaluation, History, Interval
+from diffdistill.solvers.step import AFS, Evaluation, Step
 
 
 class FlowMap(Euler):
@@ -33,29 +32,18 @@ class FlowMap(Euler):
         self.gamma = gamma
         self.stochastic = gamma > 0
 
-    def step(
-        self,
-        flow: ProbabilityFlow,
-        x: Tensor,
-        interval: Interval,
-        history: History = (),
-        *,
-        evaluation: Evaluation | None = None,
-        correction: Correction | None = None,
-        noise: Tensor | None = None,
-    ) -> tuple[Tensor, History]:
-        """As `Solver.step`; `noise` is needed in all steps but that to 0, where `gamma` is positive."""
-        if not self.stochastic or interval.to_zero:
-            return super().step(flow, x, interval, history, evaluation=evaluation, correction=correction)
-        noise, end = self.check_noise(noise), interval.sigma_next
-        lower = end * (1 - self.gamma**2) ** 0.5
-        longer = replace(interval, sigma_next=lower, to_zero=self.gamma == 1)
-        x, history = super().step(flow, x, longer, history, evaluation=evaluation, correction=correction)
-        return x + per_sample(self.gamma * end, x) * noise, history
+    def update(self, step: Step) -> Tensor:
+        if not self.stochastic:
+            return super().update(step)
+        lower = replace(step.interval, sigma_next=self._lower(step))
+        x = super().update(replace(step, interval=lower))
+        return x + per_sample(self.gamma * step.interval.sigma_next, x) * step.fresh
 
-    def evaluate(
-        self, flow: ProbabilityFlow, x: Tensor, interval: Interval, correction: Correction | None = None
-    ) -> Evaluation:
-        if self.afs and interval.index == 0:
-            return super().evaluate(flow, x, interval)
-        return flow(x, interval.sigma, s=interval.sigma_next)
+    def evaluate(self, step: Step) -> Evaluation:
+        if self.afs and step.interval.index == 0:
+            return super().evaluate(step)
+        return step.flow(step.x, step.interval.sigma, s=self._lower(step))
+
+    def _lower(self, step: Step) -> Tensor:
+        """Where the deterministic part of the step ends, `[B]`."""
+        return step.interval.sigma_next * (1 - self.gamma**2) ** 0.5 if self.stochastic else step.interval.sigma_next

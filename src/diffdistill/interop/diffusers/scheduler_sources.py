@@ -105,7 +105,10 @@ class Source:
         """The options `sigma_min` and `sigma_max`, and `table` where there is one, of `make_schedule`."""
         config = self.scheduler.config
         if self.flow:
-            return {"sigma_min": (1 - FLOW_END) / FLOW_END, "sigma_max": FLOW_END / (1 - FLOW_END)}  # at the time 1 it is infinite
+            return {
+                "sigma_min": (1 - FLOW_END) / FLOW_END,
+                "sigma_max": FLOW_END / (1 - FLOW_END),
+            }  # at the time 1 it is infinite
         if self.table is not None:
             return {"sigma_min": float(self.table[0]), "sigma_max": float(self.table[-1]), "table": self.table}
         if config.sigma_min is None or config.sigma_max is None:

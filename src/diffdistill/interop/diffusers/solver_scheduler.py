@@ -282,9 +282,7 @@ class SolverScheduler(SchedulerMixin, ConfigMixin):
         if config.sigmas is not None:
             levels = make_schedule(config.sigmas).tolist()
             if count not in (None, len(levels) - 1):
-                raise ValueError(
-                    f"num_inference_steps={count}: these noise levels have {len(levels) - 1} steps"
-                )
+                raise ValueError(f"num_inference_steps={count}: these noise levels have {len(levels) - 1} steps")
         else:
             levels = self._scheduled(dict(config.schedule), count)
         return levels, [source.time(level) for level in levels[:-1]]
@@ -544,7 +542,9 @@ class SolverScheduler(SchedulerMixin, ConfigMixin):
         ask, index = place.ask, self._step_index
         assert ask is not None and index is not None
         self._check_asked(ask)
-        evaluation = self._evaluation(model_output, ask, raw=type(self.solver) is Euler and not use_clipped_model_output)
+        evaluation = self._evaluation(
+            model_output, ask, raw=type(self.solver) is Euler and not use_clipped_model_output
+        )
         noise = place.noise
         if solver.stochastic and noise is None:
             noise = variance_noise
