@@ -6,7 +6,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
-from common.configs import defaults_of, groups_of
+from common.configs import CONFIGS, defaults_of, groups_of, preset_of
 from common.groups import MODEL, WHOLE, kind_of, options_of
 from diffdistill.settings import Count, Finite, Integer, Limit, Name, Positive, check_values, mismatch, nearest
 
@@ -22,7 +22,11 @@ Range = Annotated[
     list | float,
     Limit(
         "a finite number, or the least and the greatest",
-        lambda value: all(not mismatch(v, Finite) for v in ends(value)) and len(ends(value)) in (1, 2),
+        lambda value: (
+            len(value) == 2 and not any(mismatch(v, Finite) for v in value)
+            if isinstance(value, list)
+            else not mismatch(value, Finite)
+        ),
     ),
 ]
 Counts = Annotated[
@@ -54,11 +58,6 @@ ELSEWHERE = {
 """What settings are called elsewhere."""
 
 
-def ends(value: Any) -> list[Any]:
-    """Both ends of a range, or the number that stands for both."""
-    return value if isinstance(value, list) else [value]
-
-
 def check_settings(settings: Mapping[str, Any], config_name: str) -> None:
     """Refuse what the command of `configs/<config_name>.yaml` does not read, and values of the wrong kind.
 
@@ -67,7 +66,9 @@ def check_settings(settings: Mapping[str, Any], config_name: str) -> None:
     """
     defaults = defaults_of(config_name)
     groups = [target or name for name, target, _ in groups_of(config_name)]
-    _check_known(settings, [*defaults, *groups], (), config_name.replace("_", "-"), settings)
+    # Of a group that is chosen by a name alone, the presets state settings of the whole command.
+    whole = [n for g in groups if isinstance(settings.get(g), str) for n in preset_of(g, settings[g], [CONFIGS])]
+    _check_known(settings, [*defaults, *groups, *whole], (), config_name.replace("_", "-"), settings)
     for path, group in mappings(settings):
         stated = _at(defaults, path)
         valid = _valid(path, group, stated)
@@ -96,7 +97,7 @@ def refuse_unread(config_name: str, settings: Mapping[str, Any], names: Sequence
         config_name: of the command.
         settings: what is given.
         names: the settings that are not read now.
-        why: says when they are not read, such as "with samples=".
+        why: says when they are not read, such as "on data".
 
     Raises:
         ValueError: names the first that differs from its default.
@@ -104,7 +105,7 @@ def refuse_unread(config_name: str, settings: Mapping[str, Any], names: Sequence
     defaults = defaults_of(config_name)
     for name in names:
         if settings.get(name) != defaults.get(name):
-            raise ValueError(f"{name}={settings[name]} has no effect {why}: leave it out")
+            raise ValueError(f"{name} has no effect {why}: leave it out")
 
 
 def _valid(path: tuple[str, ...], group: Mapping[str, Any], stated: Any) -> list[str] | None:
@@ -140,8 +141,8 @@ def _meant(name: str, valid: Sequence[str], path: tuple[str, ...], everything: M
         return ".".join((*path, near))
     same = {name, elsewhere}
     found = [(*place, n) for place, group in [((), everything), *mappings(everything)] for n in group if n in same]
-    others = [".".join(place) for place in found if place[:-1] != path]
-    return others[0] if others else ""
+    others = [place for place in found if place[:-1] != path]
+    return ".".join(min(others, key=len)) if others else ""
 
 
 def _check_complete(settings: Mapping[str, Any], defaults: Mapping[str, Any], path: tuple[str, ...]) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -37,6 +37,14 @@ def groups_of(config_name: str) -> list[tuple[str, str, str | None]]:
     """The groups of a script: the folder of their presets, the setting they become ("" for the same), the default."""
     entries = [next(iter(entry.items())) for entry in file_of(config_name)["defaults"] if isinstance(entry, dict)]
     return [(*name.partition("@")[::2], default) for name, default in entries if not name.startswith("override")]
+
+
+def preset_of(group: str, choice: str, folders: Sequence[Path]) -> dict[str, Any]:
+    """The settings of a preset as its file states them, without those that it builds on; {} where there is no such."""
+    path = next((path for folder in folders if (path := folder / group / f"{choice}.yaml").is_file()), None)
+    found = {} if path is None else OmegaConf.to_container(OmegaConf.load(path))
+    assert isinstance(found, dict)
+    return {str(key): value for key, value in found.items() if key != "defaults"}
 
 
 def compose(config_name: str, overrides: list[str]) -> DictConfig:

@@ -9,12 +9,12 @@ from pathlib import Path
 import numpy as np
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
 from diffdistill.denoiser import NULL_LABEL, Denoiser, spread_labels
 from diffdistill.distributed import barrier, rank, world_size
 from diffdistill.files.atomic import replacing
 from diffdistill.pictures import save_grid
+from diffdistill.progress import progress
 from diffdistill.sampling.generation import generate, makes_pictures
 from diffdistill.sampling.plans import Plan
 
@@ -73,7 +73,7 @@ def draw_to(
         for start in range(0, len(seeds), batch_size)
     }
     own = list(paths.items())[rank() :: world_size()]
-    for start, path in tqdm(own, desc="sampling", unit="batch", disable=True if rank() else None):
+    for start, path in progress(own, desc="sampling", unit="batch", hidden=rank() != 0):
         if path.exists():
             continue
         chunk = slice(start, start + batch_size)

@@ -19,6 +19,7 @@ from diffdistill import distributed
 from diffdistill.devices import channels_last, device_of, tuned_convolutions
 from diffdistill.errors import one_line
 from diffdistill.pictures import plot_curves, save_grid
+from diffdistill.progress import shows_bars
 from diffdistill.training import sharding
 from diffdistill.training.average import WeightAverage
 from diffdistill.training.batches import Batches, DataError, MapData, split
@@ -169,7 +170,7 @@ class Trainer:
             batches = chain([first], batches)
         if config.compile:
             self.objective.compile_networks()
-        hidden = None if distributed.rank() == 0 else True
+        hidden = distributed.rank() != 0 or not shows_bars()
         with tqdm(total=config.updates, initial=self.update, desc=self.name or None, disable=hidden) as bar:
             for batch in batches:
                 self._stop.waits_for = f"update {self.update + 1} to end"
@@ -332,11 +333,15 @@ class Trainer:
         main = distributed.rank() == 0
         if self.on_samples is not None and self.config.sample_every is not None and (main or self._result is not None):
             training = self.model.training
-            with torch.no_grad():
-                images = self.on_samples(self.model.eval())  # a split model is evaluated by all processes together
+            try:
+                with torch.no_grad():
+                    images = self.on_samples(self.model.eval())  # a split model is evaluated by all processes together
+                if main:
+                    save_grid(images, self.run.path / "samples" / f"{self.update:07d}.png")
+            except Exception as error:  # of any kind: a run goes on without pictures
+                logger.warning("no pictures are drawn from here on, for they fail: %s", one_line(error))
+                self.on_samples = None
             self.model.train(training)
-            if main:
-                save_grid(images, self.run.path / "samples" / f"{self.update:07d}.png")
         if main:
             plot_curves(self.run.metrics(), self.run.path / "curves.png")
         distributed.barrier()
