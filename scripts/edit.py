@@ -14,6 +14,7 @@ resized. With `original_size=true` the result is put back where it was cut out.
 
 from __future__ import annotations
 
+import logging
 from pathlib import Path
 from typing import Any
 
@@ -145,7 +146,7 @@ def main(config: DictConfig) -> None:
     if settings["task"] == "reconstruct":
         error = (rows["after"] - rows["before"]).square().mean()
         print(f"PSNR {10 * torch.log10(4 / error):.1f} dB")
-    print(f"each result by itself is in {folder}")
+    logging.getLogger("diffdistill").info("each result by itself is in %s", folder)
     print(grid)
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -13,7 +13,7 @@ from diffdistill.settings import Count, Finite, Integer, Limit, Name, Positive, 
 COUNTS = ("num_samples", "num_steps", "num_images", "num_trajectories", "tuning_samples", "batch_size", "shard_size")
 COUNTS += ("splits", "repeats", "updates", "components", "rank")
 SWITCHES = ("accept_changes", "channels_last", "compile", "cuda_graph", "dry_run", "again", "save_samples")
-SWITCHES += ("keep_features", "beside", "per_class", "analytic_first_step")
+SWITCHES += ("keep_features", "beside", "side_by_side", "per_class", "analytic_first_step")
 NAMES = ("model", "teacher", "out", "dest", "features", "images", "mask", "pipeline")
 OPTIONAL = ("w", "num_steps", "preview", "stages")
 """Settings that may be null whatever their default is, unless that is a range."""
@@ -58,17 +58,24 @@ ELSEWHERE = {
 """What settings are called elsewhere."""
 
 
-def check_settings(settings: Mapping[str, Any], config_name: str) -> None:
+def check_settings(settings: Mapping[str, Any], config_name: str, *, given: Collection[str] = ()) -> None:
     """Refuse what the command of `configs/<config_name>.yaml` does not read, and values of the wrong kind.
+
+    Args:
+        settings: all settings.
+        config_name: of the command.
+        given: names of settings that the user typed, for those that a preset may state although nothing reads them.
 
     Raises:
         ValueError: names the first wrong setting, and the nearest valid one or what its value must be.
     """
     defaults = defaults_of(config_name)
     groups = [target or name for name, target, _ in groups_of(config_name)]
-    # Of a group that is chosen by a name alone, the presets state settings of the whole command.
-    whole = [n for g in groups if isinstance(settings.get(g), str) for n in preset_of(g, settings[g], [CONFIGS])]
-    _check_known(settings, [*defaults, *groups, *whole], (), config_name.replace("_", "-"), settings)
+    chosen = [group for group in groups if isinstance(settings.get(group), str)]
+    whole = [name for group in chosen for name in _of_choice(group, settings, given)]
+    _check_known(
+        settings, [*dict.fromkeys([*defaults, *groups, *sorted(whole)])], (), config_name.replace("_", "-"), settings
+    )
     for path, group in mappings(settings):
         stated = _at(defaults, path)
         valid = _valid(path, group, stated)
@@ -108,12 +115,30 @@ def refuse_unread(config_name: str, settings: Mapping[str, Any], names: Sequence
             raise ValueError(f"{name} has no effect {why}: leave it out")
 
 
+def _of_choice(group: str, settings: Mapping[str, Any], given: Collection[str]) -> set[str]:
+    """The settings of a group that is chosen by its name alone: its presets state settings of the whole command.
+
+    Those of other choices are known too, since presets state them, but the user's are refused.
+    """
+    presets = {path.stem: set(preset_of(group, path.stem, [CONFIGS])) for path in (CONFIGS / group).glob("*.yaml")}
+    read = presets.get(settings[group], set())
+    for name in given:
+        others = [choice for choice, names in presets.items() if name in names]
+        if others and name not in read:
+            choice = f"{group}={settings[group]}"
+            raise ValueError(f"{name} has no effect with {choice}: it is for {group}={', '.join(others)}")
+    return set().union(*presets.values())
+
+
 def _valid(path: tuple[str, ...], group: Mapping[str, Any], stated: Any) -> list[str] | None:
     """The names that a group takes, or None where only who reads it knows."""
+    if path[-1] == "stages":
+        return [*(name for name in group if str(name).isdigit()), "numbers of steps, such as 4"]
     kind = kind_of(path)
     options = None if kind is None else options_of(kind, group.get("name", "amed" if path[-1] == "inner" else None))
     if options is not None:
         own = kind == "schedule" and path[-1] == "schedule" and path[-2:-1] != ("noise_levels",)
+        options += ["schedules"] * (path[-2:-1] == ("solvers",))  # of a solver in a comparison: those it is tried with
         return [*["name"] * (kind not in WHOLE), *(o for o in options if not (own and o == "num_steps"))]
     if kind is None and isinstance(stated, Mapping) and stated:
         return [*map(str, stated)]

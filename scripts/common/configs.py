@@ -66,6 +66,11 @@ def changed(config: DictConfig, changes: DictConfig) -> DictConfig:
     return config
 
 
+def names_in(overrides: Iterable[str]) -> set[str]:
+    """The settings that a command line gives, those of groups by the name of the group."""
+    return {override.lstrip("+").partition("=")[0].partition(".")[0] for override in overrides}
+
+
 def given_by(overrides: Iterable[str]) -> dict[str, Any]:
     """What a command line gives of the trainer, for all stages and for single ones, as nested dicts."""
     given = OmegaConf.create({})

@@ -13,7 +13,7 @@ PRESETS = {
     "train_teacher": ("teacher",),
     "train_autoencoder": ("autoencoder",),
     "distill_guidance": ("stage1",),
-    "distill_steps": ("stage2", "/encoder"),
+    "distill_steps": ("stage2", "/encoder", "trajectory", "consistency", "flow_map"),
     "train_amed": ("nfe",),
 }
 """How the names of a script's presets end; all of zhou2024 belong to train_amed."""

@@ -65,14 +65,40 @@ class Distilled:
     """How a student of few steps is meant to be used: on exactly these noise levels, by exactly this sampler.
 
     The sampler "encoder" is the deterministic one with sigma increasing: it carries images to noise.
+
+    Attributes:
+        sigmas: the noise levels, `[num_steps + 1]`.
+        sampler: that it was trained for.
+        afs: whether its first step is the analytical one, which costs nothing.
+        others: levels of fewer steps, for a student of several numbers of steps.
     """
 
     sigmas: tuple[float, ...]
     sampler: Literal["deterministic", "stochastic", "encoder"] = "deterministic"
+    afs: bool = False
+    others: tuple[tuple[float, ...], ...] = ()
 
     @property
     def num_steps(self) -> int:
         return len(self.sigmas) - 1
+
+    @property
+    def counts(self) -> list[int]:
+        """All numbers of steps that it was trained for, the most first."""
+        return [len(levels) - 1 for levels in (self.sigmas, *self.others)]
+
+    def levels(self, num_steps: int | None = None) -> tuple[float, ...]:
+        """The levels of so many steps, by default of the most.
+
+        Raises:
+            ValueError: a number of steps that it was not trained for.
+        """
+        if num_steps is None:
+            return self.sigmas
+        if num_steps not in self.counts:
+            known = " or ".join(map(str, self.counts))
+            raise ValueError(f"num_steps={num_steps}: this student was distilled for {known} steps only")
+        return (self.sigmas, *self.others)[self.counts.index(num_steps)]
 
 
 class Codec(Protocol):

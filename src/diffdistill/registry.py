@@ -24,24 +24,30 @@ def resolve(entry: T | str) -> T:
     return getattr(importlib.import_module(module), name)
 
 
-def enter(kind: str, name: str, table: MutableMapping[str, Any], entry: Any) -> None:
+_MADE_BY: dict[tuple[str, str], tuple[str, str]] = {}
+"""Module and name of what users entered, by kind and name."""
+
+
+def enter(kind: str, name: str, table: MutableMapping[str, Any], entry: Any, *, made_by: Any = None) -> None:
     """Put an entry of a user into a table, under a new name; a reload, or a cell run again, replaces its own.
+
+    Args:
+        kind: what the table holds, in words.
+        name: a word of letters, digits, "_" and "-".
+        table: where to put it.
+        entry: what to put there.
+        made_by: the class or function that the user wrote, where it is not the entry itself.
 
     Raises:
         ValueError: the name is no word, or is taken.
     """
     if not isinstance(name, str) or not re.fullmatch(r"[A-Za-z][\w-]*", name):
         raise ValueError(f"the name of a {kind} is a word of letters, digits, _ and -, not {name!r}")
-    known = table.get(name)
-    if known is not None and _place(known) != _place(entry):
+    maker = entry if made_by is None else made_by
+    place = str(getattr(maker, "__module__", "")), str(getattr(maker, "__qualname__", ""))
+    if name in table and _MADE_BY.get((kind, name)) != place:
         raise ValueError(f"the {kind} name {name!r} is taken: choose another; these are: {', '.join(sorted(table))}")
-    table[name] = entry
-
-
-def _place(entry: Any) -> tuple[str, str] | None:
-    """Where a class or function is defined; None for anything else, such as an import path."""
-    found = getattr(entry, "__module__", None), getattr(entry, "__qualname__", None)
-    return found if all(found) else None  # pyright: ignore[reportReturnType]
+    table[name], _MADE_BY[kind, name] = entry, place
 
 
 def choose(kind: str, name: str, table: Mapping[str, T]) -> T:

@@ -55,7 +55,7 @@ def build_denoiser(
             taken from the rest of the config unless given;
             `preconditioning`: `name`, one of `PRECONDITIONINGS`, and its options;
             `data_shape`, `sigma_min`, `sigma_max`; and optionally `num_classes` (0), `w_range`, `distilled`
-            (`sigmas` and `sampler`), `autoencoder` (options of `Autoencoder`, for a denoiser of its latents),
+            (`sigmas` and `sampler`, and `afs` and `others`), `autoencoder` (options of `Autoencoder`, for a denoiser of its latents),
             `latents` (true for a denoiser of latents whose autoencoder is elsewhere), `adapter` (for a registered
             network, options of `OwnNetwork`), `provenance` (anything that JSON holds).
         network: a network that was built as the config says, to take in place of a fresh one.
@@ -82,7 +82,7 @@ def build_denoiser(
         sigma_min=config["sigma_min"],
         sigma_max=config["sigma_max"],
         w_range=None if config["w_range"] is None else tuple(config["w_range"]),
-        distilled=None if distilled is None else Distilled(tuple(distilled["sigmas"]), distilled["sampler"]),
+        distilled=None if distilled is None else _distilled(distilled),
         autoencoder=None if autoencoder is None else freeze(autoencoder),
     )
     denoiser.config = config
@@ -108,6 +108,11 @@ def _build_network(config: Mapping[str, Any]) -> nn.Module:
     call = REGISTERED[name].call
     check_options("an adapter", OwnNetwork, config["adapter"], positional=1)
     return OwnNetwork(network, num_classes=config["num_classes"], call=call, **config["adapter"])
+
+
+def _distilled(plain: Mapping[str, Any]) -> Distilled:
+    others = tuple(tuple(levels) for levels in plain.get("others", ()))
+    return Distilled(tuple(plain["sigmas"]), plain["sampler"], bool(plain.get("afs", False)), others)
 
 
 def _options(part: dict[str, Any]) -> dict[str, Any]:
@@ -256,6 +261,11 @@ def config_of(denoiser: Denoiser) -> dict[str, Any]:
     if config is None:
         raise ValueError(f"this {type(denoiser).__name__} has no config: build it with build_denoiser")
     distilled = denoiser.distilled
-    plain = None if distilled is None else {"sigmas": list(distilled.sigmas), "sampler": distilled.sampler}
+    plain: dict[str, Any] | None = None
+    if distilled is not None:
+        plain = {"sigmas": list(distilled.sigmas), "sampler": distilled.sampler}
+        # What most students do not have is left out, so that their fingerprints stay as they are.
+        plain |= {"afs": True} if distilled.afs else {}
+        plain |= {"others": [list(levels) for levels in distilled.others]} if distilled.others else {}
     w_range = None if denoiser.w_range is None else list(denoiser.w_range)
     return {**copy.deepcopy(config), "distilled": plain, "w_range": w_range}

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from diffdistill.denoiser import Codec, Denoiser, Distilled, per_sample
 from diffdistill.models.preconditioning import Preconditioning
+from diffdistill.solvers.levels import level_dtype
 
 
 class NetworkDenoiser(Denoiser):
@@ -137,7 +138,7 @@ class NetworkDenoiser(Denoiser):
         if s is not None and not self.flow_map:
             raise ValueError("this denoiser takes no end of a step s: make a flow map with models.flow_map_student")
         coefficients, dtype = self.preconditioning, self.dtype
-        sigma = sigma.to(torch.float64)
+        sigma = sigma.to(level_dtype(sigma.device))
         x_in = (per_sample(coefficients.c_in(sigma), x) * x).to(dtype)
         noise_labels = coefficients.c_noise(sigma).to(torch.promote_types(dtype, torch.float32))
         given = cond if hasattr(self.model, "conditional") else self._one_hot(cond, len(x), dtype)

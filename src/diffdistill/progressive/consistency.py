@@ -136,6 +136,8 @@ class ContinuousConsistency(StepRegression):
         self.warmup = check_share("warmup", warmup)
         self.normalise = normalise
 
+    forward_mode = True
+
     @property
     def ramp(self) -> float:
         """How much of the derivative counts now."""

@@ -35,7 +35,8 @@ class FlowMapDistillation(StepRegression):
             (Frans et al. 2025), which takes no derivative.
         anchors: share of steps with s = sigma.
         to_zero: share of steps with s = 0.
-        warmup: share of the run over which the derivative comes in; before that, the target is the teacher's answer.
+        warmup: share of the run over which the derivative of the eulerian form comes in; where it does not count, the
+            target is the teacher's answer.
         normalise: shorten steps to the target where derivatives are taken, see `targets.normalised`.
 
     Raises:
@@ -67,6 +68,11 @@ class FlowMapDistillation(StepRegression):
             raise ValueError(f"anchors + to_zero must be at most 1, but are {anchors} + {to_zero}")
         self.warmup, self.normalise = check_share("warmup", warmup), normalise
 
+    @property
+    def forward_mode(self) -> bool:
+        """Whether derivatives in forward mode are taken."""
+        return self.form != "shortcut"
+
     def draw(self, count: int, generator: torch.Generator) -> Hop:
         sigma = self.noise_levels(count, generator)
         kind, place = (rand((count,), generator, dtype=torch.float64) for _ in range(2))
@@ -80,9 +86,8 @@ class FlowMapDistillation(StepRegression):
         teacher = bound(self.teacher, w)
         if self.form == "shortcut":
             return self._shortcut(teacher, x, hop, cond, w)
-        now = ramp(self.progress, self.warmup)
         if self.form == "eulerian":
-            student = bound(self.trained, w, hop.sigma_next)
+            student, now = bound(self.trained, w, hop.sigma_next), ramp(self.progress, self.warmup)
             denoised, target = eulerian_target(teacher, student, x, hop.sigma, hop.sigma_next, cond, ramp=now)
         else:
             least = torch.full_like(hop.sigma, float(self.teacher.sigma_min)).minimum(hop.sigma)
@@ -93,7 +98,6 @@ class FlowMapDistillation(StepRegression):
                 hop.sigma,
                 hop.sigma_next.maximum(least),
                 cond,
-                ramp=now,
             )
         if not self.normalise:
             return target

@@ -53,7 +53,7 @@ class StepRegression(Objective):
         error: str = "squared",
     ) -> None:
         super().__init__()
-        if w_range is not None and getattr(teacher, "w_range", w_range) is None:
+        if w_range is not None and teacher.w_range is None and teacher.config is not None:
             raise ValueError(
                 f"w_range {list(w_range)}: the teacher takes no guidance weight; train one by distill_guidance first"
             )

@@ -97,15 +97,14 @@ def lagrangian_target(
     sigma: Tensor,
     s: Tensor,
     cond: Any,
-    *,
-    ramp: float,
 ) -> tuple[Tensor, Tensor]:
     """The target in which the end of the step moves, and the teacher is asked where the student arrives.
 
-        x0* = D_T(f, s) + ramp (1 - s / sigma) dD / dln s,    f = D + (s / sigma) (x - D)
+        x0* = D_T(f, s) + (1 - s / sigma) dD / dln s,    f = D + (s / sigma) (x - D)
 
     It says `s df/ds = f - D_T(f, s)`, that the student's end moves along the teacher's flow (Sabour et al. 2025, AYF-LMD,
-    in terms of x0). The derivative is one in a number per sample, and x is not moved. `s` must be positive.
+    in terms of x0). The derivative is one in a number per sample, and x is not moved. `s` must be positive. A student
+    that ignores s has no derivative: so it begins without a warm-up.
 
     Arguments and results are those of `eulerian_target`, but for `student`: `(x, sigma, cond, s) -> D`.
     """
@@ -114,7 +113,7 @@ def lagrangian_target(
     with torch.no_grad():
         end = denoised + per_sample(ratio, x) * (x - denoised)
         known = teacher(end, s, cond)
-    return denoised, known + per_sample(ramp * (1 - ratio), x) * slope
+    return denoised, known + per_sample(1 - ratio, x) * slope
 
 
 def normalised(denoised: Tensor, target: Tensor, weight: Tensor) -> Tensor:

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from diffdistill.denoiser import per_sample
 from diffdistill.solvers.euler import Euler
-from diffdistill.solvers.step import Evaluation, Step
+from diffdistill.solvers.step import AFS, Evaluation, Step
 
 
 class FlowMap(Euler):
@@ -20,12 +20,13 @@ class FlowMap(Euler):
 
     Args:
         gamma: share of the noise that is drawn anew, from 0 (deterministic) to 1.
+        afs: analytical first step.
     """
 
     takes_correction = False
 
-    def __init__(self, *, gamma: float = 0.0) -> None:
-        super().__init__()
+    def __init__(self, *, gamma: float = 0.0, afs: AFS = False) -> None:
+        super().__init__(afs=afs)
         if not 0 <= gamma <= 1:
             raise ValueError(f"gamma must lie between 0 and 1, but is {gamma}")
         self.gamma = gamma
@@ -39,6 +40,8 @@ class FlowMap(Euler):
         return x + per_sample(self.gamma * step.interval.sigma_next, x) * step.fresh
 
     def evaluate(self, step: Step) -> Evaluation:
+        if self.afs and step.interval.index == 0:
+            return super().evaluate(step)
         return step.flow(step.x, step.interval.sigma, s=self._lower(step))
 
     def _lower(self, step: Step) -> Tensor:

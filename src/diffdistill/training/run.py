@@ -142,7 +142,7 @@ class Run:
         return not staged and _grown(stored, self.config)
 
     def _checkpoints_kept(self) -> Path | None:
-        return Checkpoints(self.path / "checkpoints", []).newest()
+        return Checkpoints(self.path / "checkpoints").newest()
 
     def _contents(self, before: Mapping[str, Content]) -> dict[str, Content]:
         """What the inputs hold; those that cannot be read any more are left out, and known by their paths."""

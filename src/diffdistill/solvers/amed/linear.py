@@ -70,7 +70,7 @@ class LinearTable(Table):
         )
 
     def weights(self, index: int, count: int) -> Tensor:
-        """Weights of the `count` newest answers in interval `index`, the current one first: float64 `[<= count]`."""
+        """Weights of the `count` newest answers in interval `index`, the current one first: float64 `[count]`."""
         weights = self.weight_rate * self.weight[index, : count - self.sum_to_zero].double()
         return torch.cat([-weights.sum()[None], weights]) if self.sum_to_zero else weights
 
@@ -101,17 +101,14 @@ class LinearSteps(LearnedSteps):
     def take(self, step: Step) -> tuple[Tensor, History]:
         """Take a step of the inner solver and add the weighted answers."""
         if step.interval.to_zero:
-            return super().take(step)
-        history, interval = step.history, step.interval
+            return self.inner.take(step)
         if step.correction is AS_PUBLISHED:
-            step = replace(step, correction=self.predictor.correction(None, interval))
+            step = replace(step, correction=self.predictor.correction(None, step.interval))
         step = replace(step, given=step.given or self.inner.evaluate(step))
-        recent = history[len(history) - min(self.inner.memory, len(history)) :]
+        recent = step.history[max(len(step.history) - self.inner.memory, 0) :]
         x_next, kept = self.inner.take(replace(step, history=recent))
-        history = (*history, kept[-1] if kept else step.evaluation)
-        past = [e.denoised for e in history[: -self.predictor.lags - 1 : -1]]
-        weights = self.predictor.weights(interval.index, len(past))
-        added = [weight.expand(len(step.x)) for weight in weights]
-        scale = 1 - step.sigma_next / step.sigma
-        x_next = weighted_sum(x_next, None, added, past[: len(added)], scale=scale)
+        history = (*step.history, kept[-1] if kept else step.evaluation)
+        answers = [evaluation.denoised for evaluation in history[: -self.predictor.lags - 1 : -1]]
+        weights = [w.expand(len(x_next)) for w in self.predictor.weights(step.interval.index, len(answers))]
+        x_next = weighted_sum(x_next, None, weights, answers, scale=1 - step.sigma_next / step.sigma)
         return x_next, history[-self.memory :] if self.memory else ()
