@@ -1,4 +1,4 @@
-"""Stage 1: distil a classifier-free-guided teacher into one model that takes the guidance weight as an input.
+"""Stage 1: distil a guided teacher into one model that takes the guidance weight as an input.
 
     diffdistill distill-guidance experiment=digits/stage1 teacher=digits-teacher out=runs/stage1
 
@@ -18,7 +18,8 @@ from diffdistill import load_denoiser
 from diffdistill.data import load_data
 from diffdistill.guidance.stage1 import GuidanceDistillation
 from diffdistill.interop.diffusers import add_adapters
-from diffdistill.models import guidance_student
+from diffdistill.models import guidance_student, make_guidance
+from diffdistill.registry import choose
 from diffdistill.sampling.generation import preview
 from diffdistill.sampling.plans import schedule_for
 from diffdistill.training import Run, Trainer, TrainerConfig
@@ -47,11 +48,17 @@ def distill(config: DictConfig) -> str:
     initialize(student, settings["init"])
     if settings["lora"]:
         add_adapters(student, **settings["lora"])
+    shares = {"data": 0.0, "trajectories": settings["inputs_share"]}
+    guidance = dict(settings["guidance"])
+    if "weak" in guidance:
+        guidance["weak"] = load_denoiser(guidance["weak"])
     objective = GuidanceDistillation(
-        teacher,
+        make_guidance(guidance.pop("name"), teacher, **guidance),
         student,
         noise_levels=noise_levels(settings["noise_levels"], teacher),
         weighting=make_weighting(settings["weighting"], sigma_data=teacher.sigma_data),
+        trajectories=choose("inputs", settings["inputs"], shares),
+        num_steps=settings["inputs_steps"],
     )
     trainer = TrainerConfig.from_dict(settings["trainer"])
     pictures = preview(teacher, **settings["preview"])

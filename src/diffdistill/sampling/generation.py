@@ -65,7 +65,7 @@ def _undecoded(denoiser: Denoiser) -> bool:
 
 def preview(
     trained: Denoiser, *, num_samples: int, w: float | None = None, num_steps: int | None = None
-) -> Callable[[Denoiser], Tensor] | None:
+) -> Callable[[Any], Tensor] | None:
     """A function that draws the same `num_samples` seeds from a model each time, for the pictures of a training run.
 
     None where samples cannot be drawn. Those of a model that takes w are drawn at the nearest w that it is trained for.

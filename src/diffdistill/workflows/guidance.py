@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -12,7 +12,7 @@ from diffdistill.devices import device_of
 from diffdistill.guidance.stage1 import GuidanceDistillation
 from diffdistill.models import NetworkDenoiser, guidance_student
 from diffdistill.sampling.generation import preview as previewed
-from diffdistill.training import Trainer, TrainerConfig
+from diffdistill.training import Run, Trainer, TrainerConfig
 from diffdistill.training.weighting import make_weighting
 from diffdistill.workflows import runs
 from diffdistill.workflows.borrowing import borrowed
@@ -26,7 +26,7 @@ def distill_guidance(
     data: Any,
     *,
     w_range: Sequence[float] | float = (0.0, 4.0),
-    out: runs.Path_ | None = None,
+    out: runs.Path_ | Run | None = None,
     trainer: Mapping[str, Any] | None = None,
     noise_levels: Mapping[str, Any] | None = None,
     weighting: str = "truncated_snr",
@@ -34,8 +34,7 @@ def distill_guidance(
     preview: Mapping[str, Any] | None = PREVIEW,
     callbacks: Sequence[Any] = (),
     accept_changes: bool = False,
-    settings: Mapping[str, Any] | None = None,
-    command: str = "diffdistill.distill_guidance",
+    made_by: Callable[[Run], Mapping[str, Any]] | None = None,
 ) -> NetworkDenoiser:
     """Distil a classifier-free-guided teacher into one model that takes the guidance weight w (Meng et al. 2023).
 
@@ -43,7 +42,7 @@ def distill_guidance(
         teacher: a conditional model, or its name or path. It is given back as it was.
         data: as of `diffdistill.data.as_data`, or options of `load_data`.
         w_range: least and greatest w, or one number for a student of a single w.
-        out: folder of the run; the same call continues an interrupted run there. None keeps no files.
+        out: folder of the run, or a `Run`; the same call continues an interrupted run there. None keeps no files.
         trainer: settings of `TrainerConfig`, in place of those of `runs.TRAINER`.
         noise_levels: as of `noise_levels_for`: by default "cosine" between the ends of the teacher's range.
         weighting: of the error on x0, as of `make_weighting`.
@@ -52,8 +51,7 @@ def distill_guidance(
             `num_samples`; None for none.
         callbacks: as of `Trainer`.
         accept_changes: continue a run in that folder although settings differ.
-        settings: what the run keeps as its configuration, by default these arguments.
-        command: what the file of the model says it was made by.
+        made_by: what the file says that made it, given the run; by default these arguments.
 
     Returns:
         The student, on the teacher's device, which at `sample` takes any w of its range in one evaluation a step.
@@ -73,11 +71,11 @@ def distill_guidance(
     if not isinstance(teacher, NetworkDenoiser):
         raise ValueError(f"a {type(teacher).__name__} has no network that a student could be a copy of")
     record = runs.recorded(
-        settings,
+        "distill_guidance",
         teacher=teacher,
         data=data,
         w_range=w,
-        trainer=trainer or {},
+        trainer={**runs.TRAINER, **(trainer or {})},
         noise_levels=noise_levels,
         weighting=weighting,
         lora=lora,
@@ -101,7 +99,7 @@ def distill_guidance(
             trained = Trainer(
                 objective, data, config, run, on_samples=pictures, callbacks=callbacks, name="stage 1"
             ).train()
-            runs.finish(trained, run, runs.provenance_of(record, command)(run))
+            runs.finish(trained, run, (made_by or runs.provenance_of(record))(run))
             assert isinstance(trained, NetworkDenoiser)
             return trained.to(device)
         finished = runs.finished_model(run, student)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal
 
 from diffdistill.denoiser import Denoiser
@@ -11,7 +11,7 @@ from diffdistill.distributed import rank
 from diffdistill.learned import LearnedSolver, load_predictor, make_learned, make_task, save_predictor, trained
 from diffdistill.models import guided
 from diffdistill.sampling.plans import schedule_for
-from diffdistill.training import Trainer, TrainerConfig
+from diffdistill.training import Run, Trainer, TrainerConfig
 from diffdistill.workflows import runs
 from diffdistill.workflows.borrowing import borrowed
 
@@ -40,12 +40,11 @@ def train_solver(
     schedule: Mapping[str, Any] | None = None,
     start: Mapping[str, Any] | None = None,
     objective: Mapping[str, Any] | None = None,
-    out: runs.Path_ | None = None,
+    out: runs.Path_ | Run | None = None,
     trainer: Mapping[str, Any] | None = None,
     callbacks: Sequence[Any] = (),
     accept_changes: bool = False,
-    settings: Mapping[str, Any] | None = None,
-    command: str = "diffdistill.train_solver",
+    made_by: Callable[[Run], Mapping[str, Any]] | None = None,
 ) -> LearnedSolver:
     """Train a solver of few steps for a model, which itself is not changed (Zhou et al. 2024).
 
@@ -60,12 +59,11 @@ def train_solver(
         schedule: options of `make_schedule`, by default "polynomial" between the ends of the model.
         start: an analytic start, `sigma` and `statistics`.
         objective: `name`, "stepwise" (as published) or "endpoint", and its options.
-        out: folder of the run; the same call continues an interrupted run there. None keeps no files.
+        out: folder of the run, or a `Run`; the same call continues an interrupted run there. None keeps no files.
         trainer: settings of `TrainerConfig`, in place of those of `TRAINER`.
         callbacks: as of `Trainer`.
         accept_changes: continue a run in that folder although settings differ.
-        settings: what the run keeps as its configuration, by default these arguments.
-        command: what the file of the solver says it was made by.
+        made_by: what the file says that made it, given the run; by default these arguments.
 
     Returns:
         The learned solver: `sample(model, 16, solver=learned)`, or `learned.solver` and `learned.sigmas`.
@@ -81,7 +79,7 @@ def train_solver(
     named = {"name": "table" if model.bottleneck is None else "amed"} if not predictor else dict(predictor)
     solver = dict(inner or ({} if form == "amed" else {"name": "ipndm"}))
     record = runs.recorded(
-        settings,
+        "train_solver",
         model=model,
         num_steps=num_steps,
         form=form,
@@ -91,7 +89,7 @@ def train_solver(
         schedule=given,
         start=start,
         objective=objective,
-        trainer=trainer or {},
+        trainer={**TRAINER, **(trainer or {})},
     )
     with runs.opened_run(out, record, accept_changes=accept_changes) as run:
         path = run.path / PREDICTOR_FILE
@@ -108,7 +106,7 @@ def train_solver(
             model.to(device_of(config.device))
             task = make_task(learned, denoiser, given, **(OBJECTIVE if objective is None else objective))
             result = Trainer(task.objective, task.data, config, run, callbacks=callbacks, name=form).train()
-            learned = trained(learned, result, denoiser, runs.provenance_of(record, command)(run))
+            learned = trained(learned, result, denoiser, (made_by or runs.provenance_of(record))(run))
         if rank() == 0:
             save_predictor(learned, path)
         run.finish([PREDICTOR_FILE])

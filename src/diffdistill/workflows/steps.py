@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal
 
 from diffdistill.denoiser import Denoiser
@@ -13,6 +13,7 @@ from diffdistill.progressive.halving import Halving, halve_steps
 from diffdistill.progressive.stage2 import encoder_grid
 from diffdistill.sampling.generation import preview as previewed
 from diffdistill.sampling.plans import schedule_for
+from diffdistill.training import Run
 from diffdistill.training.weighting import make_weighting
 from diffdistill.workflows import runs
 from diffdistill.workflows.borrowing import borrowed
@@ -27,7 +28,7 @@ def distill_steps(
     *,
     start_steps: int = 64,
     last_steps: int = 4,
-    out: runs.Path_ | None = None,
+    out: runs.Path_ | Run | None = None,
     trainer: Mapping[str, Any] | None = None,
     stages: Mapping[Any, Mapping[str, Any]] | None = None,
     schedule: Mapping[str, Any] | None = None,
@@ -37,8 +38,7 @@ def distill_steps(
     preview: Mapping[str, Any] | None = PREVIEW,
     callbacks: Sequence[Any] = (),
     accept_changes: bool = False,
-    settings: Mapping[str, Any] | None = None,
-    command: str = "diffdistill.distill_steps",
+    made_by: Callable[[Run], Mapping[str, Any]] | None = None,
 ) -> NetworkDenoiser:
     """Halve the steps of a model again and again, each student the teacher of the next (Salimans and Ho 2022).
 
@@ -48,7 +48,7 @@ def distill_steps(
         data: as of `diffdistill.data.as_data`, or options of `load_data`.
         start_steps: steps of the first teacher, a power of two.
         last_steps: steps of the last student.
-        out: folder of the run; the same call continues an interrupted run there. Each student is kept in
+        out: folder of the run, or a `Run`; the same call continues an interrupted run there. Each student is kept in
             `out/stages/NNN/model.safetensors`. None keeps no files.
         trainer: settings of `TrainerConfig` for each stage, in place of those of `runs.TRAINER`.
         stages: settings that replace them for the student of so many steps.
@@ -60,8 +60,7 @@ def distill_steps(
         preview: options of the pictures drawn every `trainer["sample_every"]` updates; None for none.
         callbacks: as of `Trainer`.
         accept_changes: continue a run in that folder although settings differ.
-        settings: what the run keeps as its configuration, by default these arguments.
-        command: what the files of the models say they were made by.
+        made_by: what the file says that made it, given the run; by default these arguments.
 
     Returns:
         The last student, on the teacher's device; it knows its own noise levels and sampler.
@@ -85,12 +84,12 @@ def distill_steps(
         last=last_steps,
     )
     record = runs.recorded(
-        settings,
+        "distill_steps",
         teacher=teacher,
         data=data,
         start_steps=start_steps,
         last_steps=last_steps,
-        trainer=trainer or {},
+        trainer={**runs.TRAINER, **(trainer or {})},
         stages=stages or {},
         schedule=schedule,
         sampler=sampler,
@@ -111,7 +110,7 @@ def distill_steps(
             run,
             on_samples=None if encoder or preview is None else previewed(teacher, **preview),
             callbacks=callbacks,
-            provenance=runs.provenance_of(record, command),
+            provenance=made_by or runs.provenance_of(record),
         )
         student = load_denoiser(paths[last_steps], device=device, like=teacher)
     assert isinstance(student, NetworkDenoiser)

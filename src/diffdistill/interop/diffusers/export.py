@@ -97,6 +97,11 @@ def checked(student: NetworkDenoiser) -> DiffusersNetwork:
             f"stock pipelines give no guidance weight to a {kind}: students of the classes UNet2DConditionModel and "
             "FluxTransformer2DModel are exported"
         )
+    if student.flow_map:
+        raise ValueError(
+            "stock pipelines do not tell a network where a step ends, which a flow map needs: export a student of a fixed "
+            "number of steps, by the method halving, trajectory or consistency"
+        )
     if student.w_range is None:
         raise ValueError("the student takes no guidance weight: make it with models.guidance_student, and train it")
     stock = "scale" if isinstance(network, FluxTransformer) else "w"
