@@ -7,33 +7,21 @@ Running the same command again continues the run; with a larger trainer.updates 
 
 from __future__ import annotations
 
-from typing import Any
-
 from omegaconf import DictConfig
 
 from common.command import command
 from common.configs import plain
-from common.results import check_data, finish, initialize
+from common.results import finish, initialize, pictures_of
 from diffdistill import load_denoiser
-from diffdistill.data import load_data
+from diffdistill.data import check_data, load_data
 from diffdistill.guidance.stage1 import GuidanceDistillation
 from diffdistill.interop.diffusers import add_adapters
 from diffdistill.models import guidance_student, make_guidance
 from diffdistill.registry import choose
-from diffdistill.sampling.generation import preview
-from diffdistill.sampling.plans import schedule_for
 from diffdistill.training import Run, Trainer, TrainerConfig
 from diffdistill.training.inputs import inputs_of
-from diffdistill.training.noise_levels import make_noise_levels
 from diffdistill.training.weighting import make_weighting
-
-
-def noise_levels(settings: dict[str, Any], teacher: Any) -> Any:
-    """The distribution of sigma; "on_schedule" draws from the levels of a schedule, given by its options."""
-    options = dict(settings)
-    if options["name"] == "on_schedule":
-        options["sigmas"] = schedule_for(teacher, options.pop("schedule"))
-    return make_noise_levels(**options)
+from diffdistill.workflows.levels import noise_levels_for
 
 
 def distill(config: DictConfig) -> str:
@@ -55,13 +43,13 @@ def distill(config: DictConfig) -> str:
     objective = GuidanceDistillation(
         make_guidance(guidance.pop("name"), teacher, **guidance),
         student,
-        noise_levels=noise_levels(settings["noise_levels"], teacher),
+        noise_levels=noise_levels_for(teacher, settings["noise_levels"]),
         weighting=make_weighting(settings["weighting"], sigma_data=teacher.sigma_data),
         trajectories=choose("inputs", settings["inputs"], shares),
         num_steps=settings["inputs_steps"],
     )
     trainer = TrainerConfig.from_dict(settings["trainer"])
-    pictures = preview(teacher, **settings["preview"])
+    pictures = pictures_of(teacher, settings["preview"])
     model = Trainer(objective, data, trainer, run, on_samples=pictures, name="stage 1").train()
     return finish(model, run, config)
 

@@ -17,14 +17,13 @@ from omegaconf import DictConfig
 
 from common.command import command
 from common.configs import plain
-from common.results import check_data, provenance
+from common.results import pictures_of, provenance
 from diffdistill import load_denoiser
-from diffdistill.data import load_data
+from diffdistill.data import check_data, load_data
 from diffdistill.interop.diffusers import add_adapters
 from diffdistill.progressive import methods
 from diffdistill.progressive.methods import METHODS
 from diffdistill.registry import choose
-from diffdistill.sampling.generation import preview
 from diffdistill.sampling.plans import schedule_for
 from diffdistill.training import Run
 from diffdistill.training.inputs import inputs_of
@@ -49,7 +48,7 @@ def distill(config: DictConfig) -> dict[int, Path]:
         weighting=make_weighting(settings["weighting"], sigma_data=teacher.sigma_data),
         trainer=settings["trainer"],
         # An encoder makes no pictures.
-        on_samples=None if settings.get("sampler") == "encoder" else preview(teacher, **settings["preview"]),
+        on_samples=None if settings.get("sampler") == "encoder" else pictures_of(teacher, settings["preview"]),
         provenance=lambda stage: provenance(config, stage),
     )
 

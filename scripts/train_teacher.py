@@ -11,15 +11,14 @@ from omegaconf import DictConfig
 
 from common.command import command
 from common.configs import plain
-from common.results import finish, initialize
+from common.results import finish, initialize, pictures_of
 from diffdistill.data import load_data
 from diffdistill.models import build_denoiser, load_autoencoder
-from diffdistill.sampling.generation import preview
 from diffdistill.training import Run, Trainer, TrainerConfig
 from diffdistill.training.denoising import Denoising
 from diffdistill.training.inputs import inputs_of
-from diffdistill.training.noise_levels import make_noise_levels
 from diffdistill.training.weighting import make_weighting
+from diffdistill.workflows.levels import noise_levels_for
 
 
 def train(config: DictConfig) -> str:
@@ -35,12 +34,12 @@ def train(config: DictConfig) -> str:
     initialize(denoiser, settings["init"])
     objective = Denoising(
         denoiser,
-        noise_levels=make_noise_levels(**settings["noise_levels"]),
+        noise_levels=noise_levels_for(denoiser, settings["noise_levels"]),
         weighting=make_weighting(settings["weighting"], sigma_data=settings["model"]["preconditioning"]["sigma_data"]),
         label_dropout=settings["label_dropout"],
     )
     trainer = TrainerConfig.from_dict(settings["trainer"])
-    pictures = preview(denoiser, **settings["preview"])
+    pictures = pictures_of(denoiser, settings["preview"])
     model = Trainer(objective, data, trainer, run, on_samples=pictures, name="teacher").train()
     return finish(model, run, config)
 

@@ -1,33 +1,29 @@
-"""How a run begins and ends: data that fit the teacher, and a model that says what made it."""
+"""How a run begins and ends: weights to begin with, pictures, and a model that says what made it."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig
-from torch import nn
+from torch import Tensor, nn
 
 from common.arguments import as_given
 from common.configs import plain
 from common.typed import typed_command
 from diffdistill import load_denoiser
-from diffdistill.data import ImageData
 from diffdistill.denoiser import Denoiser
 from diffdistill.distributed import rank
 from diffdistill.models import save_denoiser
 from diffdistill.models.storage import load_state
+from diffdistill.sampling.generation import preview
 from diffdistill.training import Run
 
 
-def check_data(data: ImageData, teacher: Denoiser) -> None:
-    """Refuse images that are not the teacher's."""
-    if tuple(data.shape) != tuple(teacher.data_shape) or data.num_classes < teacher.num_classes:
-        raise ValueError(
-            f"the data has images {list(data.shape)} of {data.num_classes} classes, "
-            f"but the teacher takes {list(teacher.data_shape)} of {teacher.num_classes}"
-        )
+def pictures_of(denoiser: Denoiser, settings: Mapping[str, Any] | None) -> Callable[[Denoiser], Tensor] | None:
+    """What draws the grids of a run, by the settings `preview`; None for none."""
+    return None if settings is None else preview(denoiser, **settings)
 
 
 def provenance(config: DictConfig, run: Run) -> dict[str, Any]:

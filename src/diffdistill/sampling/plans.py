@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -29,6 +30,8 @@ from diffdistill.solvers import (
 )
 from diffdistill.training.inputs import inputs_of
 
+END_TOLERANCE = 1e-3
+"""Relative; a level above the model's range by more is one that it does not know."""
 WARM_UP_SAMPLES = 256
 """Trajectories from which GITS chooses a schedule (Chen et al. 2024, Section 4)."""
 WARM_UP_SEED = 2_000_000
@@ -89,7 +92,14 @@ def schedule_for(denoiser: Denoiser, options: Mapping[str, Any]) -> Tensor:
         given = {}
     if options["name"] in ("trailing", "discrete") and denoiser.table is not None:
         given["table"] = denoiser.table.cpu()
-    return make_schedule(**{**given, **options})
+    sigmas = make_schedule(**{**given, **options})
+    if float(sigmas[0]) > denoiser.sigma_max * (1 + END_TOLERANCE):
+        warnings.warn(
+            f"the noise levels begin at {float(sigmas[0]):g}, above {denoiser.sigma_max:g}, the highest of the model: it "
+            "was not trained there",
+            stacklevel=2,
+        )
+    return sigmas
 
 
 def plan(
