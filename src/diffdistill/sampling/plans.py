@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from diffdistill.denoiser import Denoiser, Distilled, spread_labels
+from diffdistill.denoiser import Codec, Denoiser, Distilled, spread_labels
 from diffdistill.devices import device_of, native_bf16
 from diffdistill.learned.storage import load_predictor
 from diffdistill.models import guided
@@ -45,7 +45,8 @@ class Plan:
     """A denoiser with the solver, the noise levels, the analytic start and the thresholding to sample it with.
 
     With `bf16` the network runs in bfloat16 by autocast; the solver's arithmetic stays in float32. `preparation_nfe`
-    counts the network evaluations that choosing the noise levels took, over all trajectories.
+    counts the network evaluations that choosing the noise levels took, over all trajectories. `codec` is the
+    autoencoder of a latent model that holds none itself.
     """
 
     denoiser: Denoiser
@@ -55,6 +56,7 @@ class Plan:
     thresholding: str | None = None
     bf16: bool = False
     preparation_nfe: int = 0
+    codec: Codec | None = None
 
     @property
     def num_steps(self) -> int:
@@ -66,7 +68,7 @@ class Plan:
 
     def pictures(self, x: Tensor) -> Tensor:
         """What was sampled, `[B, ...]`, as images: the latents of a latent model are decoded."""
-        codec = self.denoiser.codec
+        codec = self.codec or self.denoiser.codec
         return x if codec is None else codec.decode(x)
 
 
@@ -95,8 +97,8 @@ def schedule_for(denoiser: Denoiser, options: Mapping[str, Any]) -> Tensor:
     sigmas = make_schedule(**{**given, **options})
     if float(sigmas[0]) > denoiser.sigma_max * (1 + END_TOLERANCE):
         warnings.warn(
-            f"the noise levels begin at {float(sigmas[0]):g}, above {denoiser.sigma_max:g}, the highest of the model: it "
-            "was not trained there",
+            f"the noise levels begin at {float(sigmas[0]):g}, above {denoiser.sigma_max:g}, the highest of the model: "
+            "it was not trained there",
             stacklevel=2,
         )
     return sigmas
