@@ -7,51 +7,38 @@ Running the same command again continues the run; with a larger trainer.updates 
 
 from __future__ import annotations
 
+from functools import partial
+
 from omegaconf import DictConfig
 
 from common.command import command
 from common.configs import plain
-from common.results import finish, initialize, pictures_of
-from diffdistill import load_denoiser
-from diffdistill.data import check_data, load_data
-from diffdistill.guidance.stage1 import GuidanceDistillation
-from diffdistill.interop.diffusers import add_adapters
-from diffdistill.models import guidance_student, make_guidance
+from common.results import provenance
+from diffdistill import distill_guidance
 from diffdistill.registry import choose
-from diffdistill.training import Run, Trainer, TrainerConfig
+from diffdistill.training import Run
 from diffdistill.training.inputs import inputs_of
-from diffdistill.training.weighting import make_weighting
-from diffdistill.workflows.levels import noise_levels_for
+
+OPTIONS = ("trainer", "guidance", "init", "noise_levels", "weighting", "lora", "preview")
 
 
 def distill(config: DictConfig) -> str:
     """Run stage 1 and return the path of the student."""
     settings = plain(config)
     run = Run(settings["out"], settings, inputs=inputs_of(settings))
-    if run.finished:
-        return str(run.path / "model.safetensors")
-    data, teacher, w = load_data(**settings["data"]), load_denoiser(settings["teacher"]), settings["w"]
-    check_data(data, teacher)
-    student = guidance_student(teacher, tuple(w) if isinstance(w, list) else (w, w))
-    initialize(student, settings["init"])
-    if settings["lora"]:
-        add_adapters(student, **settings["lora"])
-    shares = {"data": 0.0, "trajectories": settings["inputs_share"]}
-    guidance = dict(settings["guidance"])
-    if "weak" in guidance:
-        guidance["weak"] = load_denoiser(guidance["weak"])
-    objective = GuidanceDistillation(
-        make_guidance(guidance.pop("name"), teacher, **guidance),
-        student,
-        noise_levels=noise_levels_for(teacher, settings["noise_levels"]),
-        weighting=make_weighting(settings["weighting"], sigma_data=teacher.sigma_data),
-        trajectories=choose("inputs", settings["inputs"], shares),
-        num_steps=settings["inputs_steps"],
-    )
-    trainer = TrainerConfig.from_dict(settings["trainer"])
-    pictures = pictures_of(teacher, settings["preview"])
-    model = Trainer(objective, data, trainer, run, on_samples=pictures, name="stage 1").train()
-    return finish(model, run, config)
+    if not run.finished:
+        shares = {"data": 0.0, "trajectories": settings["inputs_share"]}
+        distill_guidance(
+            settings["teacher"],
+            settings["data"],
+            w_range=settings["w"],
+            trajectories=choose("inputs", settings["inputs"], shares),
+            num_steps=settings["inputs_steps"],
+            out=run,
+            made_by=partial(provenance, config),
+            **{name: settings[name] for name in OPTIONS},
+        )
+    return str(run.path / "model.safetensors")
 
 
 @command("distill_guidance")

@@ -2,28 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from typing import Any
 
 from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig
-from torch import Tensor, nn
+from torch import nn
 
 from common.arguments import as_given
 from common.configs import plain
 from common.typed import typed_command
 from diffdistill import load_denoiser
-from diffdistill.denoiser import Denoiser
 from diffdistill.distributed import rank
 from diffdistill.models import save_denoiser
 from diffdistill.models.storage import load_state
-from diffdistill.sampling.generation import preview
 from diffdistill.training import Run
-
-
-def pictures_of(denoiser: Denoiser, settings: Mapping[str, Any] | None) -> Callable[[Denoiser], Tensor] | None:
-    """What draws the grids of a run, by the settings `preview`; None for none."""
-    return None if settings is None else preview(denoiser, **settings)
 
 
 def provenance(config: DictConfig, run: Run) -> dict[str, Any]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import hashlib
 import json
 import os
@@ -95,7 +94,9 @@ def _read_like(path: Path, like: Denoiser | None) -> NetworkDenoiser | None:
     config, state = MODEL.read(path)
     if config["network"].get("name") != UNREGISTERED:
         return None
-    denoiser = build_denoiser(config, network=copy.deepcopy(like.model))
+    own = like.model
+    network = OwnNetwork(own.bare_network(), num_classes=config["num_classes"], call=own.call, **config["adapter"])
+    denoiser = build_denoiser(config, network=network)
     load_state(denoiser, state, source=str(path))
     return denoiser
 

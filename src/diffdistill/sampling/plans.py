@@ -118,8 +118,8 @@ def plan(
     Args:
         model: from `load_denoiser`.
         w: guidance weight; None leaves the model as it is.
-        solver: options of `make_solver`, "euler" by default and "flow_map" for a flow map, or `name` "learned" and `predictor`, the name or path of
-            a learned solver. A few-step student brings its own sampler.
+        solver: options of `make_solver`, "euler" by default and "flow_map" for a flow map, or `name` "learned" and
+            `predictor`, the name or path of a learned solver. A few-step student brings its own sampler.
         schedule: options of `make_schedule`, by default "cosine" down to sigma = 0. Students and learned solvers bring
             their own. "gits" chooses the levels on trajectories of the model.
         num_steps: steps of the schedule; students and learned solvers have only their own.

@@ -10,7 +10,7 @@ import torch
 from diffdistill.denoiser import Denoiser
 from diffdistill.devices import device_of
 from diffdistill.guidance.stage1 import GuidanceDistillation
-from diffdistill.models import NetworkDenoiser, guidance_student
+from diffdistill.models import NetworkDenoiser, guidance_student, make_guidance
 from diffdistill.sampling.generation import preview as previewed
 from diffdistill.training import Run, Trainer, TrainerConfig
 from diffdistill.training.weighting import make_weighting
@@ -28,6 +28,10 @@ def distill_guidance(
     w_range: Sequence[float] | float = (0.0, 4.0),
     out: runs.Path_ | Run | None = None,
     trainer: Mapping[str, Any] | None = None,
+    guidance: Mapping[str, Any] | None = None,
+    trajectories: float = 0.0,
+    num_steps: int = 8,
+    init: Denoiser | runs.Path_ | None = None,
     noise_levels: Mapping[str, Any] | None = None,
     weighting: str = "truncated_snr",
     lora: Mapping[str, Any] | None = None,
@@ -44,6 +48,11 @@ def distill_guidance(
         w_range: least and greatest w, or one number for a student of a single w.
         out: folder of the run, or a `Run`; the same call continues an interrupted run there. None keeps no files.
         trainer: settings of `TrainerConfig`, in place of those of `runs.TRAINER`.
+        guidance: `name` and options of `models.make_guidance`, by default "cfg"; `weak` of "auto" is a model, or its
+            name or path.
+        trajectories: share of batches whose inputs are states of guided runs of the teacher in place of noisy data.
+        num_steps: of these runs.
+        init: a model of the student's architecture whose weights it begins with, by default the teacher's.
         noise_levels: as of `noise_levels_for`: by default "cosine" between the ends of the teacher's range.
         weighting: of the error on x0, as of `make_weighting`.
         lora: for networks of diffusers, options of `add_adapters`: train low-rank adapters alone.
@@ -75,6 +84,10 @@ def distill_guidance(
         teacher=teacher,
         data=data,
         w_range=w,
+        guidance=guidance,
+        trajectories=trajectories,
+        num_steps=num_steps,
+        init=None if init is None else runs.opened_model(init),
         trainer={**runs.TRAINER, **(trainer or {})},
         noise_levels=noise_levels,
         weighting=weighting,
@@ -82,6 +95,7 @@ def distill_guidance(
     )
     levels = noise_levels_for(teacher, noise_levels)
     student = guidance_student(teacher, w)
+    runs.initialize(student, init)
     if lora:
         from diffdistill.interop.diffusers import add_adapters
 
@@ -89,11 +103,16 @@ def distill_guidance(
     with runs.opened_run(out, record, accept_changes=accept_changes) as run, borrowed(teacher):
         if not run.finished:
             device = device_of(teacher)
+            chosen = dict(guidance or {"name": "cfg"})
+            if "weak" in chosen:
+                chosen["weak"] = runs.opened_model(chosen["weak"])
             objective = GuidanceDistillation(
-                teacher,
+                make_guidance(chosen.pop("name"), teacher, **chosen),
                 student,
                 noise_levels=levels,
                 weighting=make_weighting(weighting, sigma_data=teacher.sigma_data),
+                trajectories=trajectories,
+                num_steps=num_steps,
             )
             pictures = None if preview is None else previewed(teacher, **preview)
             trained = Trainer(

@@ -18,6 +18,7 @@ from diffdistill.denoiser import Denoiser
 from diffdistill.devices import device_of
 from diffdistill.distributed import from_main, rank
 from diffdistill.models import NetworkDenoiser, fingerprint, load_denoiser, save_denoiser
+from diffdistill.models.storage import load_state
 from diffdistill.training import Run
 
 TRAINER: dict[str, Any] = {
@@ -116,9 +117,20 @@ def finished_model(run: Run, like: Denoiser) -> Denoiser:
     return load_denoiser(run.path / MODEL_FILE, device=device_of(like), like=like)
 
 
+def initialize(model: NetworkDenoiser, init: Denoiser | Path_ | None) -> None:
+    """Give a model the weights of another of the same architecture, if there is one.
+
+    Raises:
+        ValueError: it has another architecture.
+    """
+    if init is not None:
+        source = opened_model(init)
+        load_state(model, source.state_dict(), source=f"init={source.source or type(source).__name__}")
+
+
 def finish(model: Any, run: Run, provenance: Mapping[str, Any]) -> None:
     """Save the result of a run, and mark the run as finished."""
     if rank() == 0:
         assert isinstance(model, NetworkDenoiser)
         save_denoiser(model, run.path / MODEL_FILE, provenance=provenance)
-    run.finish([MODEL_FILE])
+    run.finish([MODEL_FILE], keep=1)  # a checkpoint, with which the run can be extended

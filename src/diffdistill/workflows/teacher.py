@@ -27,6 +27,7 @@ def train_teacher(
     *,
     out: runs.Path_ | Run | None = None,
     trainer: Mapping[str, Any] | None = None,
+    init: Denoiser | runs.Path_ | None = None,
     noise_levels: Mapping[str, Any] | None = None,
     weighting: str | None = None,
     label_dropout: float | None = None,
@@ -43,6 +44,7 @@ def train_teacher(
         data: as of `diffdistill.data.as_data`, or options of `load_data`.
         out: folder of the run, or a `Run`; the same call continues an interrupted run there. None keeps no files.
         trainer: settings of `TrainerConfig`, in place of those of `runs.TRAINER`.
+        init: a model of the same architecture whose weights to begin with.
         noise_levels: as of `noise_levels_for`; by default as `teacher_levels` says.
         weighting: of the error on x0, as of `make_weighting`; by default "edm" for EDM's preconditioning, else
             "truncated_snr".
@@ -66,6 +68,7 @@ def train_teacher(
         denoiser = build_denoiser(made, autoencoder=autoencoder)
     else:
         opened, denoiser = runs.opened_data(data, model), copy.deepcopy(model).requires_grad_()
+    runs.initialize(denoiser, init)
     config = TrainerConfig.from_dict({**runs.TRAINER, **(trainer or {})})
     levels = teacher_levels(denoiser) if noise_levels is None else noise_levels
     weighting = weighting or ("edm" if levels["name"] == "lognormal" else "truncated_snr")
@@ -74,6 +77,7 @@ def train_teacher(
         "train_teacher",
         model=model,
         data=opened,
+        init=None if init is None else runs.opened_model(init),
         trainer={**runs.TRAINER, **(trainer or {})},
         noise_levels=noise_levels,
         weighting=weighting,

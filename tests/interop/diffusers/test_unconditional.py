@@ -1,4 +1,4 @@
-"""`UNet2DModel` without text: the class that stands for none, by `diffdistill convert`; students without classes, out."""
+"""`UNet2DModel`: the class that stands for none, by `diffdistill convert`; students without classes, out."""
 
 import pytest
 import torch

@@ -97,9 +97,7 @@ def checked(student: NetworkDenoiser) -> DiffusersNetwork:
     network = student.model
     if isinstance(network, UNet2D) and not network.label_dim:
         if student.w_range is not None or student.flow_map:
-            raise ValueError(
-                "stock pipelines give an unconditional UNet2DModel neither a guidance weight nor an end of steps"
-            )
+            raise ValueError("stock pipelines give a UNet2DModel neither a guidance weight nor the end of a step")
         return network
     if not isinstance(network, (UNet2DCondition, FluxTransformer)):
         kind = getattr(network, "kind", type(network).__name__)
@@ -109,8 +107,8 @@ def checked(student: NetworkDenoiser) -> DiffusersNetwork:
         )
     if student.flow_map:
         raise ValueError(
-            "stock pipelines do not tell a network where a step ends, which a flow map needs: export a student of a fixed "
-            "number of steps, by the method halving, trajectory or consistency"
+            "stock pipelines do not tell a network where a step ends, which a flow map needs: export a student of a "
+            "fixed number of steps, by the method halving, trajectory or consistency"
         )
     if student.w_range is None:
         raise ValueError("the student takes no guidance weight: make it with models.guidance_student, and train it")
