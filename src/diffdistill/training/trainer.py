@@ -76,7 +76,7 @@ class Trainer:
         config: TrainerConfig,
         run: Run,
         *,
-        on_samples: Callable[[nn.Module], Tensor] | None = None,
+        on_samples: Callable[[Any], Tensor] | None = None,
         callbacks: Sequence[Callback | Callable[[Trainer, Mapping[str, Any]], object]] = (),
         name: str = "",
     ) -> None:

@@ -18,7 +18,7 @@ from torch import Tensor
 from diffdistill.discrete_time import interpolate
 from diffdistill.interop.diffusers.extra import diffusers
 from diffdistill.interop.diffusers.levels import FLOW_END, PREDICTIONS, is_flow, sigma_table
-from diffdistill.models.preconditioning import EDM, Flow, Preconditioning, VPrediction, make_preconditioning
+from diffdistill.models.preconditioning import EDM, Preconditioning, RectifiedFlow, VPrediction, make_preconditioning
 from diffdistill.registry import choose
 from diffdistill.solvers import dynamic_thresholding
 from diffdistill.solvers.schedules import NOISE_ALONE
@@ -66,7 +66,7 @@ class EDMVelocity(EDM):
         return -super().c_out(sigma)
 
 
-class InvertedFlow(Flow):
+class InvertedFlow(RectifiedFlow):
     """A flow network of the time `1 - t`, whose velocity has the other sign: Mochi."""
 
     def c_out(self, sigma: Tensor) -> Tensor:
@@ -98,7 +98,7 @@ class Source:
 
     @property
     def flow(self) -> bool:
-        return isinstance(self.preconditioning, Flow)
+        return isinstance(self.preconditioning, RectifiedFlow)
 
     @property
     def ends(self) -> dict[str, Any]:
@@ -222,7 +222,7 @@ def read_source(scheduler: Any) -> Source:
     table, noise_alone = None, float("inf")
     if is_flow(scheduler):
         noise_alone = NOISE_ALONE
-        kind = InvertedFlow if config.get("invert_sigmas") else Flow
+        kind = InvertedFlow if config.get("invert_sigmas") else RectifiedFlow
         network: Preconditioning = kind(time_scale=config.num_train_timesteps)
     elif name.startswith("EDM"):
         kinds = {"epsilon": EDM, "v_prediction": EDMVelocity}
