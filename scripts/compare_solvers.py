@@ -28,7 +28,7 @@ from diffdistill.metrics.frechet import frechet_distance
 from diffdistill.models import guided
 from diffdistill.sampling.plans import sampling_inputs, start_for, statistics_of
 from diffdistill.solver_comparison import Grid, Problem, compare, entries, predictor_name, reference_endpoints
-from diffdistill.solver_comparison.report import comma_separated, gains, markdown, plot
+from diffdistill.solver_comparison.report import as_csv, as_markdown, gains, plot
 from diffdistill.solvers import load_gaussian, make_solver
 from diffdistill.training import Run
 from diffdistill.training.inputs import inputs_of
@@ -91,10 +91,10 @@ def main(config: DictConfig) -> None:
         return frechet_distance(gaussian_of(features, x.clamp(-1, 1)), real)
 
     names = (settings[name] for name in ("solvers", "evaluations", "learned"))
-    taking_part = entries(grid, *names, problem, tuning_samples=settings["tuning_samples"])
-    rows = compare(taking_part, problem, run.path / "rows" / run.digest, frechet)
-    write_text(run.path / "solvers.csv", comma_separated(rows))
-    write_text(run.path / "solvers.md", markdown(rows) + "\n" + gains(rows))
+    candidates = entries(grid, *names, problem, tuning_samples=settings["tuning_samples"])
+    rows = compare(candidates, problem, run.path / "rows" / run.digest, frechet)
+    write_text(run.path / "solvers.csv", as_csv(rows))
+    write_text(run.path / "solvers.md", as_markdown(rows) + "\n" + gains(rows))
     plot(rows, run.path / "solvers.png")
     run.finish(["solvers.csv", "solvers.md", "solvers.png"])
     print((run.path / "solvers.md").read_text(encoding="utf-8"))

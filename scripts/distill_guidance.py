@@ -2,7 +2,7 @@
 
     diffdistill distill-guidance experiment=digits/stage1 teacher=digits-teacher out=runs/stage1
 
-Running the same command again continues the run.
+Running the same command again continues the run; with a larger trainer.updates it extends one that is finished.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from omegaconf import DictConfig
 
 from common.command import command
 from common.configs import plain
-from common.results import check_data, finish
+from common.results import check_data, finish, initialize
 from diffdistill import load_denoiser
 from diffdistill.data import load_data
 from diffdistill.guidance.stage1 import GuidanceDistillation
@@ -44,6 +44,7 @@ def distill(config: DictConfig) -> str:
     data, teacher, w = load_data(**settings["data"]), load_denoiser(settings["teacher"]), settings["w"]
     check_data(data, teacher)
     student = guidance_student(teacher, tuple(w) if isinstance(w, list) else (w, w))
+    initialize(student, settings["init"])
     if settings["lora"]:
         add_adapters(student, **settings["lora"])
     objective = GuidanceDistillation(

@@ -47,8 +47,8 @@ def main(config: DictConfig) -> None:
     labels = chosen_labels(settings["labels"], settings["num_samples"], model)
     seeds = range(settings["seed"], settings["seed"] + settings["num_samples"])
     run = Run(settings["out"], settings, inputs=sampling_inputs(settings), harmless=HARMLESS)
-    size = settings["batch_size"]
-    samples = draw_to(run.path / "parts", planned, seeds, labels, key=run.digest, batch_size=size)
+    key = f"{run.digest}.bf16" if planned.bf16 else run.digest  # which precision=auto leaves to the device
+    samples = draw_to(run.path / "parts", planned, seeds, labels, key=key, batch_size=settings["batch_size"])
     if rank() == 0:
         for write in writers:
             print(write(samples, run.path))

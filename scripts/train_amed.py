@@ -69,7 +69,7 @@ def train(config: DictConfig) -> None:
     learned = trained(learned, result, denoiser, provenance(config, run))
     if rank() == 0:
         save_predictor(learned, run.path / "predictor.safetensors")
-    run.finish(["predictor.safetensors"])
+    run.finish(["predictor.safetensors"], keep=1)
     print(f"the predictor for {learned.nfe} evaluations is {run.path / 'predictor.safetensors'}")
 
 

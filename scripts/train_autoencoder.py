@@ -12,9 +12,9 @@ from omegaconf import DictConfig
 
 from common.command import command
 from common.configs import plain
-from common.results import finish
+from common.results import finish, initialize
 from diffdistill.data import load_data
-from diffdistill.models import build_autoencoder, save_autoencoder
+from diffdistill.models import build_autoencoder, load_autoencoder, save_autoencoder
 from diffdistill.training import Run, Trainer, TrainerConfig
 from diffdistill.training.inputs import inputs_of
 from diffdistill.training.reconstruction import Reconstruction
@@ -29,8 +29,10 @@ def train(config: DictConfig) -> str:
     if run.finished:
         return str(run.path / "model.safetensors")
     data = load_data(**settings["data"])
+    autoencoder = build_autoencoder({**settings["model"], "data_shape": data.shape})
+    initialize(autoencoder, settings["init"], load_autoencoder)
     objective = Reconstruction(
-        build_autoencoder({**settings["model"], "data_shape": data.shape}),
+        autoencoder,
         noise=settings["noise"],
         prior=settings["prior"],
     )

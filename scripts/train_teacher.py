@@ -2,7 +2,7 @@
 
     diffdistill train-teacher experiment=digits/teacher out=runs/teacher
 
-Running the same command again continues the run.
+Running the same command again continues the run; with a larger trainer.updates it extends one that is finished.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from omegaconf import DictConfig
 
 from common.command import command
 from common.configs import plain
-from common.results import finish
+from common.results import finish, initialize
 from diffdistill.data import load_data
 from diffdistill.models import build_denoiser, load_autoencoder
 from diffdistill.sampling.generation import preview
@@ -32,6 +32,7 @@ def train(config: DictConfig) -> str:
     made = {**settings["model"], "data_shape": data.shape, "num_classes": data.num_classes}
     autoencoder = None if data.autoencoder is None else load_autoencoder(data.autoencoder)
     denoiser = build_denoiser(made, autoencoder=autoencoder)
+    initialize(denoiser, settings["init"])
     objective = Denoising(
         denoiser,
         noise_levels=make_noise_levels(**settings["noise_levels"]),

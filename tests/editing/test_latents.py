@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from diffdistill.denoiser import Distilled
-from diffdistill.editing.inputs import read_images, read_mask
+from diffdistill.editing.pictures import known_of, read_masks, read_pictures
 from diffdistill.editing.session import TASKS, Edit, encoding_plan
 from diffdistill.models import Autoencoder, build_denoiser, save_denoiser
 from diffdistill.pictures import save_grid
@@ -24,7 +24,7 @@ from common.configs import compose, plain  # noqa: E402
 
 def edited(*overrides):
     """Images before and after, as the command line makes them."""
-    rows = edit.edit(plain(compose("edit", [str(o) for o in overrides])))
+    rows = edit.edit(plain(compose("edit", [str(o) for o in overrides]))).rows
     return rows["before"], rows["after"]
 
 
@@ -36,7 +36,9 @@ def pictures(folder, side, count=2):
     mask = torch.full((1, 1, side, side), -1.0)
     mask[..., 4:10, 5:12] = 1
     save_grid(mask, folder / "mask.png", scale=1)
-    return read_images(folder / "images", (3, side, side)), read_mask(folder / "mask.png", (side, side)).bool()
+    found, size = read_pictures(folder / "images"), (side, side)
+    known = [known_of(mask, size) for mask in read_masks(folder / "mask.png", found, size)]
+    return torch.stack([picture.fitted(size) for picture in found]), known[0][None].bool()
 
 
 @pytest.fixture(scope="module")

@@ -12,7 +12,7 @@ from torch.nn.functional import interpolate
 
 from diffdistill.denoiser import Codec, Denoiser
 from diffdistill.editing.encoding import LEVEL_TOLERANCE, encode, levels_up_to
-from diffdistill.editing.image_to_image import image_to_image, levels_left
+from diffdistill.editing.image_to_image import image_to_image, levels_left, noised, run
 from diffdistill.editing.inpainting import Known, inpaint
 from diffdistill.sampling.plans import Plan, plan
 from diffdistill.solvers import Euler, sample, seeded_noise
@@ -27,7 +27,7 @@ class Edit:
         plan: the denoiser that makes the result, with its solver and levels.
         cond: the condition that the result shall have.
         codec: the autoencoder of a latent model, or None.
-        strength: of image-to-image and style transfer, in [0, 1]: the share of the plan's steps to go through.
+        strength: in [0, 1]: the share of the plan's steps to go through; 1 begins with noise.
         known: for inpainting, 1 where the image is known, `[1 or B, 1, H, W]`.
         repeats: for inpainting by models without mask channels, times that each step is taken.
         source: how to encode: a denoiser with its solver and levels, which end above 0.
@@ -79,26 +79,33 @@ def _image_to_image(edit: Edit) -> Tensor:
 def _inpaint(edit: Edit) -> Tensor:
     if edit.known is None:
         raise ValueError("inpainting needs a mask")
-    x0, plan = edit.x0, edit.plan
+    x0, plan, levels = edit.x0, edit.plan, levels_left(edit.plan.sigmas, edit.strength)
     known = Known(edit.images, edit.known)
+    if len(levels) == 1:
+        return edit.images
+    noise = seeded_noise(edit.seeds, x0.shape[1:], device=x0.device)
+    # All levels begin with noise alone, fewer with what the images show where they are to be made anew.
+    begin = None if len(levels) == len(plan.sigmas) else noised(x0, plan.sigmas, edit.strength, noise)
     if takes_mask(plan.denoiser):
-        noise = seeded_noise(edit.seeds, x0.shape[1:], device=x0.device)
         cond = {**edit.cond, "channels": mask_channels(edit, known)}
-        x = sample(plan.denoiser, noise, solver=plan.solver, sigmas=plan.sigmas, cond=cond, seeds=edit.seeds)
+        if begin is None:
+            x = sample(plan.denoiser, noise, solver=plan.solver, sigmas=levels, cond=cond, seeds=edit.seeds)
+        else:
+            x = run(plan.denoiser, begin, plan.solver, cond, edit.seeds)
         return known.put_into(edit.pictures(x), torch.zeros_like(edit.images), 0.0)
     mask = known.mask
     if edit.codec is not None:
         # A latent is known where all of its pixels are.
         mask = 1 - interpolate(1 - mask, x0.shape[2:], mode="area").ceil()
-    noise = seeded_noise(edit.seeds, x0.shape[1:], device=x0.device)
     x = inpaint(
         plan.denoiser,
         Known(x0, mask),
         noise,
         solver=plan.solver,
-        sigmas=plan.sigmas,
+        sigmas=levels,
         cond=edit.cond,
         seeds=edit.seeds,
+        start=None if begin is None else begin.x,
         repeats=edit.repeats,
     )
     return known.put_into(edit.pictures(x), torch.zeros_like(edit.images), 0.0)

@@ -10,15 +10,19 @@ from typing import Any
 from diffdistill.files.contents import Content, files_within
 from diffdistill.files.records import shipped_files
 from diffdistill.models.loading import find_model
+from diffdistill.training.checkpoints import Checkpoints
 
 
 def model_files(name: str) -> list[Path]:
-    """The files of a model by its name or path: one file, or those of a diffusers folder."""
+    """The files of a model by its name or path: one file, the newest checkpoint of a run, or a diffusers folder."""
     try:
         key, path = find_model(name)
     except ValueError:
         return []  # what reads it says why
-    return [path] if key in ("model.safetensors", path.suffix) else files_within(path.parent)
+    if key == "config.yaml":
+        newest = Checkpoints(path.parent / "checkpoints").newest()
+        return [] if newest is None else [newest]
+    return files_within(path.parent) if key == "model_index.json" else [path]
 
 
 def _record_files(folder: str) -> Callable[[str], list[Path]]:
