@@ -32,8 +32,9 @@ def scheduler(case, name, solver, num_steps):
 
 def counterpart(own):
     """The stock scheduler of first order with the same settings."""
-    # Without a variance, which DDIM does not know to leave out.
-    settings = {s: value for s, value in own.config.items() if not s.startswith("_") and s != "variance_type"}
+    settings = {setting: value for setting, value in own.config.items() if not setting.startswith("_")}
+    if "variance_type" in settings:
+        settings["variance_type"] = None  # which DDIM does not know to leave out
     if "shift" in settings:
         return diffusers.FlowMatchEulerDiscreteScheduler.from_config(settings)
     if type(own).__name__.startswith("Euler"):

@@ -136,6 +136,7 @@ PNDM = ("PNDMScheduler", {**builders.SD_BETAS, "skip_prk_steps": True, "steps_of
 FLOW = ("FlowMatchEulerDiscreteScheduler", {"shift": 3.0})
 SHIFTED = ("FlowMatchEulerDiscreteScheduler", {"use_dynamic_shifting": True})
 CLIPPED = ("DDPMScheduler", {})
+KANDINSKY = ("DDPMScheduler", {**builders.SD_BETAS, "clip_sample": False})
 THRESHOLDED = (
     "DDPMScheduler",
     {

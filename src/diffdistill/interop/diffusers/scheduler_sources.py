@@ -201,7 +201,11 @@ class Source:
             values, times = [*(values[i] for i in last), values[-1]], [times[i] for i in last]
         if isinstance(self.preconditioning, InvertedFlow):
             values = [1 - value for value in values]
-        return ([from_flow(value) for value in values] if self.flow else values), times
+        if not self.flow:
+            return values, times
+        if values[-1] == values[-2] and self.scheduler.config.get("final_sigmas_type") != "sigma_min":
+            values[-1] = 0.0  # DEIS and SASolver stop before it, with noise in the image
+        return [from_flow(value) for value in values], times
 
 
 def from_flow(time: float) -> float:
