@@ -12,7 +12,7 @@ from __future__ import annotations
 
 from omegaconf import DictConfig
 
-from common.checks import check_file, several
+from common.checks import check_file, refuse_unread, several
 from common.command import command
 from common.configs import plain
 from common.speed import faster
@@ -23,6 +23,8 @@ from diffdistill.metrics.evaluate import EvaluationOptions, describe, evaluate, 
 from diffdistill.metrics.sources import Sampler, StoredImages, open_images
 from diffdistill.sampling.plans import plan
 
+OF_SAMPLES = ("resolution", "background", "skip_damaged")
+OF_MODELS = ("precision", "channels_last", "compile", "cuda_graph", "seed")
 PLAN = ("w", "num_steps", "solver", "schedule", "start")
 
 
@@ -31,6 +33,10 @@ def main(config: DictConfig) -> None:
     settings = plain(config)
     if (settings["samples"] is None) == (settings["model"] is None):
         raise ValueError("give either samples=PATH (a folder, .zip or .npz) or model=NAME")
+    if settings["samples"] is not None:
+        refuse_unread("evaluate", settings, [*PLAN, *OF_MODELS], "on samples that are there: it is for model=")
+    else:
+        refuse_unread("evaluate", settings, OF_SAMPLES, "on what a model draws: it is for samples=PATH")
     settings["measures"] = several(settings["measures"])
     check_file(settings["out"], ".json")
     options = EvaluationOptions(**{name: settings[name] for name in EvaluationOptions.__dataclass_fields__})

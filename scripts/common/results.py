@@ -1,4 +1,4 @@
-"""How a run begins and ends: data that fit the teacher, and a model that says what made it."""
+"""How a run begins and ends: weights to begin with, pictures, and a model that says what made it."""
 
 from __future__ import annotations
 

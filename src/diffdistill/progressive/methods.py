@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from diffdistill.denoiser import Denoiser, Distilled
 from diffdistill.distributed import rank, world_size
@@ -200,7 +200,7 @@ def distill(
     schedule: Schedule,
     weighting: Weighting,
     trainer: Mapping[str, Any],
-    on_samples: Callable[[nn.Module], Tensor] | None = None,
+    on_samples: Callable[[Any], Tensor] | None = None,
     callbacks: Sequence[Any] = (),
     provenance: Callable[[Run], Mapping[str, Any]] | None = None,
 ) -> dict[int, Path]:

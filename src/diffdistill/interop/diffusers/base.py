@@ -239,7 +239,8 @@ class Labelled(AddedWeight):
         if cond is not None and self.null_class is None:
             raise ValueError(
                 "this network was trained with a class for every image, so that there is nothing to guide away from: "
-                "give null_class if a row of its table stands for no class"
+                "if a row of its table stands for no class, say so by null_class, or diffdistill convert FOLDER FILE "
+                "hints.null_class=ROW"
             )
         return None if cond is None else torch.full_like(cond, NULL_LABEL)
 

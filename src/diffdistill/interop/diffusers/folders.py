@@ -12,6 +12,7 @@ from safetensors import SafetensorError
 from torch import nn
 
 from diffdistill.errors import one_line
+from diffdistill.files.remote import local_path
 from diffdistill.interop.diffusers.extra import diffusers
 from diffdistill.interop.diffusers.parts import Parts, from_pipeline
 from diffdistill.models.network import NetworkDenoiser
@@ -24,10 +25,10 @@ DAMAGES = (OSError, ValueError, RuntimeError, AttributeError, TypeError, LookupE
 
 
 def load_pipeline(folder: str | Path, **options: Any) -> Parts:
-    """Load a diffusers folder, in float32; nothing is downloaded, and no code of the folder runs.
+    """Load a diffusers folder, in float32; no code of the folder runs.
 
     Args:
-        folder: it holds `model_index.json`.
+        folder: it holds `model_index.json`. What `hf:OWNER/NAME` names is fetched first, see `files.remote`.
         options: those of `from_pipeline`.
 
     Raises:
@@ -35,7 +36,7 @@ def load_pipeline(folder: str | Path, **options: Any) -> Parts:
         ImportError: the extra is missing.
     """
     library = diffusers()
-    folder = Path(folder)
+    folder = local_path(folder)
     try:
         index = json.loads((folder / "model_index.json").read_text(encoding="utf-8"))
         _check(folder, index)
