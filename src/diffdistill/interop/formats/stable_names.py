@@ -6,6 +6,7 @@ Records only: a convolution of one pixel becomes a linear layer, and a joint mat
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from typing import Any
 
 from diffdistill.interop.containers.records import ForeignFileError
@@ -118,7 +119,7 @@ def _linear(record: TensorRecord) -> TensorRecord:
     """A convolution of one pixel as a matrix."""
     if record.size[2:] != (1, 1):
         return record
-    return TensorRecord(record.storage, record.offset, record.size[:2], record.stride[:2])
+    return replace(record, size=record.size[:2], stride=record.stride[:2])
 
 
 def clip(records: Mapping[str, Any]) -> Records:
@@ -162,7 +163,7 @@ def open_clip(records: Mapping[str, Any], dropped: tuple[str, ...] = ()) -> Reco
 
 def _transposed(record: TensorRecord) -> TensorRecord:
     """A matrix that multiplies from the right as one that multiplies from the left."""
-    return TensorRecord(record.storage, record.offset, record.size[::-1], record.stride[::-1])
+    return replace(record, size=record.size[::-1], stride=record.stride[::-1])
 
 
 def _thirds(record: Any) -> list[TensorRecord]:
@@ -172,4 +173,4 @@ def _thirds(record: Any) -> list[TensorRecord]:
     rows = record.size[0] // 3
     step = rows * record.stride[0]
     size = (rows, *record.size[1:])
-    return [TensorRecord(record.storage, record.offset + i * step, size, record.stride) for i in range(3)]
+    return [replace(record, offset=record.offset + i * step, size=size) for i in range(3)]
