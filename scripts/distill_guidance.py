@@ -13,8 +13,8 @@ from omegaconf import DictConfig
 
 from common.command import command
 from common.configs import plain
+from common.models import load_model
 from common.results import check_data, finish, initialize
-from diffdistill import load_denoiser
 from diffdistill.data import load_data
 from diffdistill.guidance.stage1 import GuidanceDistillation
 from diffdistill.interop.diffusers import add_adapters
@@ -41,11 +41,11 @@ def distill(config: DictConfig) -> str:
     run = Run(settings["out"], settings, inputs=inputs_of(settings))
     if run.finished:
         return str(run.path / "model.safetensors")
-    data, teacher, w = load_data(**settings["data"]), load_denoiser(settings["teacher"]), settings["w"]
+    data, teacher, w = load_data(**settings["data"]), load_model(settings, "teacher", trains=True), settings["w"]
     check_data(data, teacher)
     student = guidance_student(teacher, tuple(w) if isinstance(w, list) else (w, w))
     initialize(student, settings["init"])
-    if settings["lora"]:
+    if isinstance(settings["lora"], dict):
         add_adapters(student, **settings["lora"])
     objective = GuidanceDistillation(
         teacher,

@@ -15,8 +15,8 @@ from omegaconf import DictConfig
 
 from common.command import command
 from common.configs import plain
+from common.models import load_model
 from common.results import check_data, provenance
-from diffdistill import load_denoiser
 from diffdistill.data import load_data
 from diffdistill.interop.diffusers import add_adapters
 from diffdistill.progressive.halving import Halving, halve_steps
@@ -31,9 +31,9 @@ from diffdistill.training.weighting import make_weighting
 def distill(config: DictConfig) -> dict[int, Path]:
     """Run stage 2 and return the student's path for each number of steps."""
     settings = plain(config)
-    data, teacher = load_data(**settings["data"]), load_denoiser(settings["teacher"])
+    data, teacher = load_data(**settings["data"]), load_model(settings, "teacher", trains=True)
     check_data(data, teacher)
-    if settings["lora"]:
+    if isinstance(settings["lora"], dict):
         add_adapters(teacher, **settings["lora"])
     sigmas = schedule_for(teacher, {"num_steps": settings["start_steps"], **settings["schedule"]})
     encoder = settings["sampler"] == "encoder"  # which makes no pictures

@@ -23,6 +23,7 @@ from omegaconf import DictConfig
 
 from common.command import command
 from common.configs import plain
+from common.models import adapted
 from diffdistill import load_denoiser
 from diffdistill.data import load_data
 from diffdistill.devices import device_of
@@ -54,8 +55,6 @@ OF_TASKS = {
     "encoder.model": ENCODED,
 }
 """Settings that only some tasks read."""
-STRENGTH = {"inpaint": 1.0}
-STRENGTH_OF_OTHERS = 0.6
 REPEATS = 5
 NUM_IMAGES = 10
 
@@ -98,6 +97,7 @@ def edit(settings: dict[str, Any]) -> Edited:
     """The images before and after, and between them what is known of those to be inpainted."""
     task, device = choose("task", settings["task"], TASKS), device_of(settings["device"])
     editor = load_editor(settings["model"], pipeline=settings["pipeline"], device=device)
+    adapted(editor.denoiser, settings)
     check_unused(settings, editor)
     model, size, labels, count = editor.denoiser, editor.shape[1:], None, settings["num_images"]
     pictures: list[Picture] = []
@@ -109,7 +109,7 @@ def edit(settings: dict[str, Any]) -> Edited:
         images, labels = first_images(load_data(**settings["data"]), count or NUM_IMAGES, editor.shape)
         labels = labels.to(device) if model.num_classes else None
         pictures = pictures_of(images)
-    inpaints, strength = settings["task"] == "inpaint", settings["strength"]
+    inpaints = settings["task"] == "inpaint"
     masks = read_masks(settings["mask"], pictures, size) if inpaints else []
     say_what_is_cut(pictures, masks, size)
     known = torch.stack([known_of(mask, size) for mask in masks]) if inpaints else None
@@ -124,7 +124,7 @@ def edit(settings: dict[str, Any]) -> Edited:
             plan=plan(model, **options),
             cond=after.to(device) if isinstance(after, torch.Tensor) else after,
             codec=editor.codec,
-            strength=STRENGTH.get(settings["task"], STRENGTH_OF_OTHERS) if strength is None else strength,
+            strength=settings["strength"],
             known=None if known is None else known.to(device),
             repeats=settings["repeats"] or REPEATS,
             source=None if source is None else encoding_plan(source, **encoder),

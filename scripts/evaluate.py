@@ -10,13 +10,15 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from omegaconf import DictConfig
 
 from common.checks import check_file, several
 from common.command import command
 from common.configs import plain
+from common.models import load_model
 from common.speed import faster
-from diffdistill import load_denoiser
 from diffdistill.devices import device_of
 from diffdistill.distributed import rank
 from diffdistill.metrics.evaluate import EvaluationOptions, describe, evaluate, write_record
@@ -24,6 +26,15 @@ from diffdistill.metrics.sources import Sampler, StoredImages, open_images
 from diffdistill.sampling.plans import plan
 
 PLAN = ("w", "num_steps", "solver", "schedule", "start")
+READING = ("resolution", "background", "skip_damaged")
+
+
+def check_unused(settings: dict[str, Any]) -> None:
+    """Refuse a setting that would have no effect."""
+    ours, others = (READING, "model") if settings["samples"] is None else ((*PLAN, "lora", "lora_strength"), "samples")
+    given = next((name for name in ours if settings.get(name) not in (None, False)), None)
+    if given is not None:
+        raise ValueError(f"{given} has no effect with {others}=: leave it out")
 
 
 @command("evaluate")
@@ -31,16 +42,17 @@ def main(config: DictConfig) -> None:
     settings = plain(config)
     if (settings["samples"] is None) == (settings["model"] is None):
         raise ValueError("give either samples=PATH (a folder, .zip or .npz) or model=NAME")
+    check_unused(settings)
     settings["measures"] = several(settings["measures"])
     check_file(settings["out"], ".json")
     options = EvaluationOptions(**{name: settings[name] for name in EvaluationOptions.__dataclass_fields__})
     device = device_of(settings["device"])
     if settings["samples"] is not None:
-        reading = {name: settings[name] for name in ("resolution", "background", "skip_damaged")}
+        reading = {name: settings[name] for name in READING if settings[name]}
         images = open_images(settings["samples"], **reading)
         source = StoredImages(images, limit=settings["num_samples"])
     else:
-        planned = plan(load_denoiser(settings["model"], device=device), **{name: settings.get(name) for name in PLAN})
+        planned = plan(load_model(settings, device=device), **{name: settings.get(name) for name in PLAN})
         source = Sampler(faster(planned, settings), settings["num_samples"] or 10_000, seed=settings["seed"])
     record = evaluate(source, options, data=settings["data"], device=device)
     if rank() == 0:

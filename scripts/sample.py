@@ -13,8 +13,8 @@ from omegaconf import DictConfig
 from common.checks import several
 from common.command import command
 from common.configs import plain
+from common.models import load_model
 from common.speed import faster
-from diffdistill import load_denoiser
 from diffdistill.devices import device_of
 from diffdistill.distributed import rank
 from diffdistill.registry import choose
@@ -29,7 +29,7 @@ HARMLESS = ("device", "out", "save", "num_samples", "compile", "cuda_graph")
 @command("sample")
 def main(config: DictConfig) -> None:
     settings = plain(config)
-    model = load_denoiser(settings["model"], device=device_of(settings["device"]))
+    model = load_model(settings, device=device_of(settings["device"]))
     planned = plan(
         model,
         w=settings["w"],

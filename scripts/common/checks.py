@@ -54,7 +54,9 @@ RULES: dict[str, Rule] = {
     "evaluations": (are_counts, "a list of integers of at least 1"),
     "lr": (is_rate, "a positive number"),
     "w": NUMBER,
-    "lora": (lambda value: isinstance(value, dict), "null or a mapping, such as {rank: 16}"),
+    "lora": (lambda value: is_name(value) or isinstance(value, dict), "null, a file or a mapping, such as {rank: 16}"),
+    "lora_strength": NUMBER,
+    "strength": NUMBER,
 }
 RANGE: Rule = (is_range, "a finite number, or the least and the greatest")
 

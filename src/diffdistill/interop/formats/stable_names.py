@@ -5,6 +5,7 @@ Records only: a convolution of one pixel becomes a linear layer, and a joint mat
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 from typing import Any
@@ -86,6 +87,32 @@ def unet(records: Mapping[str, Any], num_blocks: int) -> Records:
         return f"{place}.{UNET_RESIDUAL[rest] if residual else rest}.{kind}"
 
     return renamed(records, rename, "U-Net")
+
+
+ORIGINAL = re.compile(r"^(?:(input|output)_blocks_(\d+)_(\d)|middle_block_(\d))_(.+)$")
+
+
+def lora_name(name: str, num_blocks: int) -> str:
+    """The name that the kohya tools give a layer of the U-Net, with underscores, as `UNet2DConditionModel` has it.
+
+    Those that are no layers of the original code are returned as they are.
+    """
+    flat = {original.replace(".", "_"): ours for original, ours in UNET_TOP.items()}
+    residual = {original.replace(".", "_"): ours for original, ours in UNET_RESIDUAL.items()}
+    match = ORIGINAL.match(name)
+    if match is None:
+        return flat.get(name, name).replace(".", "_")
+    side, index, layer, middle, rest = match.groups()
+    if middle is not None:
+        place = MIDDLE[int(middle)] if int(middle) < len(MIDDLE) else name
+        return f"{place}.{residual.get(rest, rest) if middle != '1' else rest}".replace(".", "_")
+    down = side == "input"
+    block, within = divmod(int(index) - down, num_blocks + 1)
+    start = f"{'down' if down else 'up'}_blocks.{block}"
+    if rest in ("op", "conv"):
+        return f"{start}.{'down' if down else 'up'}samplers.0.conv".replace(".", "_")
+    kind = "resnets" if layer == "0" else "attentions"
+    return f"{start}.{kind}.{within}.{residual.get(rest, rest) if layer == '0' else rest}".replace(".", "_")
 
 
 def autoencoder(records: Mapping[str, Any], levels: int) -> Records:
