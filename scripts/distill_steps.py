@@ -1,9 +1,11 @@
-"""Stage 2: halve the number of sampling steps again and again, each student the next teacher.
+"""Stage 2: a model of few sampling steps, by halving them again and again, or by a method of one round.
 
     diffdistill distill-steps experiment=digits/stage2 teacher=runs/stage1 out=runs/stage2
+    diffdistill distill-steps experiment=digits/trajectory teacher=runs/stage1 out=runs/trajectory
     diffdistill distill-steps experiment=digits/encoder out=runs/encoder
 
-The second distils encoders, which carry images to the noise that leads to them.
+The third distils encoders, which carry images to the noise that leads to them. method=halving, trajectory, consistency
+or flow_map chooses the method, and brings its settings.
 Running the same command again continues the run, inside the stage where it stopped.
 """
 
@@ -19,8 +21,9 @@ from common.models import load_model
 from common.results import check_data, provenance
 from diffdistill.data import load_data
 from diffdistill.interop.diffusers import add_adapters
-from diffdistill.progressive.halving import Halving, halve_steps
-from diffdistill.progressive.stage2 import encoder_grid
+from diffdistill.progressive import methods
+from diffdistill.progressive.methods import METHODS
+from diffdistill.registry import choose
 from diffdistill.sampling.generation import preview
 from diffdistill.sampling.plans import schedule_for
 from diffdistill.training import Run
@@ -35,22 +38,18 @@ def distill(config: DictConfig) -> dict[int, Path]:
     check_data(data, teacher)
     if isinstance(settings["lora"], dict):
         add_adapters(teacher, **settings["lora"])
-    sigmas = schedule_for(teacher, {"num_steps": settings["start_steps"], **settings["schedule"]})
-    encoder = settings["sampler"] == "encoder"  # which makes no pictures
-    halving = Halving(
-        sigmas=encoder_grid(sigmas, teacher.sigma_min) if encoder else sigmas,
-        sampler=settings["sampler"],
-        weighting=make_weighting(settings["weighting"], sigma_data=teacher.sigma_data),
-        trainer=settings["trainer"],
-        stages=settings["stages"] or {},
-        last=settings["last_steps"],
-    )
-    return halve_steps(
+    options = choose("method", settings["method"], METHODS).__dataclass_fields__
+    return methods.distill(
         teacher,
         data,
-        halving,
         Run(settings["out"], settings, inputs=inputs_of(settings)),
-        on_samples=None if encoder else preview(teacher, **settings["preview"]),
+        method=settings["method"],
+        options={name: settings[name] for name in options if name in settings},
+        schedule=lambda num_steps: schedule_for(teacher, {"num_steps": num_steps, **settings["schedule"]}),
+        weighting=make_weighting(settings["weighting"], sigma_data=teacher.sigma_data),
+        trainer=settings["trainer"],
+        # An encoder makes no pictures.
+        on_samples=None if settings.get("sampler") == "encoder" else preview(teacher, **settings["preview"]),
         provenance=lambda stage: provenance(config, stage),
     )
 
@@ -58,7 +57,7 @@ def distill(config: DictConfig) -> dict[int, Path]:
 @command("distill_steps")
 def main(config: DictConfig) -> None:
     for num_steps, path in distill(config).items():
-        print(f"the student of {num_steps} step{'s' * (num_steps > 1)} is {path}")
+        print(f"the student of {num_steps or 'any number of'} step{'s' * (num_steps != 1)} is {path}")
 
 
 if __name__ == "__main__":

@@ -31,6 +31,7 @@ from diffdistill.editing.inputs import Editor, first_images, load_editor
 from diffdistill.editing.pictures import (
     Edited,
     Picture,
+    first_pictures,
     known_of,
     pictures_of,
     read_masks,
@@ -103,10 +104,12 @@ def edit(settings: dict[str, Any]) -> Edited:
     pictures: list[Picture] = []
     if settings["images"] is not None:
         reading = {"channels": editor.shape[0], "background": settings["background"] or "white"}
-        pictures = read_pictures(settings["images"], **reading)[:count]
+        pictures = first_pictures(read_pictures(settings["images"], **reading), count)
         images = torch.stack([picture.fitted(size) for picture in pictures])
     else:
-        images, labels = first_images(load_data(**settings["data"]), count or NUM_IMAGES, editor.shape)
+        images, labels = first_images(
+            load_data(**settings["data"]), NUM_IMAGES if count is None else count, editor.shape
+        )
         labels = labels.to(device) if model.num_classes else None
         pictures = pictures_of(images)
     inpaints = settings["task"] == "inpaint"

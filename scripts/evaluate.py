@@ -10,11 +10,9 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 from omegaconf import DictConfig
 
-from common.checks import check_file, several
+from common.checks import check_file, refuse_unread, several
 from common.command import command
 from common.configs import plain
 from common.models import load_model
@@ -29,20 +27,15 @@ PLAN = ("w", "num_steps", "solver", "schedule", "start")
 READING = ("resolution", "background", "skip_damaged")
 
 
-def check_unused(settings: dict[str, Any]) -> None:
-    """Refuse a setting that would have no effect."""
-    ours, others = (READING, "model") if settings["samples"] is None else ((*PLAN, "lora", "lora_strength"), "samples")
-    given = next((name for name in ours if settings.get(name) not in (None, False)), None)
-    if given is not None:
-        raise ValueError(f"{given} has no effect with {others}=: leave it out")
-
-
 @command("evaluate")
 def main(config: DictConfig) -> None:
     settings = plain(config)
     if (settings["samples"] is None) == (settings["model"] is None):
         raise ValueError("give either samples=PATH (a folder, .zip or .npz) or model=NAME")
-    check_unused(settings)
+    if settings["samples"] is None:
+        refuse_unread("evaluate", settings, READING, "with model=")
+    else:
+        refuse_unread("evaluate", settings, (*PLAN, "lora", "lora_strength"), "with samples=")
     settings["measures"] = several(settings["measures"])
     check_file(settings["out"], ".json")
     options = EvaluationOptions(**{name: settings[name] for name in EvaluationOptions.__dataclass_fields__})

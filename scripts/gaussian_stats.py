@@ -15,6 +15,7 @@ from pathlib import Path
 import torch
 from omegaconf import DictConfig
 
+from common.arguments import as_given
 from common.command import command
 from common.configs import plain
 from common.typed import typed_command
@@ -47,7 +48,7 @@ def main(config: DictConfig) -> None:
         x, y, classes = drawn.x, drawn.y, model.num_classes
     num_classes = classes if settings["per_class"] else 0
     statistics = GaussianStatistics.fit(x, y, num_classes=num_classes, form=settings["form"], rank=settings["rank"])
-    given = " ".join([typed_command(), *sys.argv[1:]])
+    given = " ".join([typed_command(), *map(as_given, sys.argv[1:])])
     statistics = replace(statistics, provenance={"command": given, "images": len(x), "settings": settings})
     paths = [run.path / "statistics.safetensors", *([path] if settings["beside"] else [])]
     for path in paths:

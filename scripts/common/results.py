@@ -9,6 +9,7 @@ from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig
 from torch import nn
 
+from common.arguments import as_given
 from common.configs import plain
 from common.typed import typed_command
 from diffdistill import load_denoiser
@@ -34,7 +35,7 @@ def provenance(config: DictConfig, run: Run) -> dict[str, Any]:
     overrides = HydraConfig.get().overrides.task if HydraConfig.initialized() else []
     metrics = run.metrics()
     return {
-        "command": " ".join([typed_command(), *overrides]),
+        "command": " ".join([typed_command(), *map(as_given, overrides)]),
         "settings": plain(config),
         "metrics": metrics[-1] if metrics else {},
     }

@@ -11,15 +11,15 @@ import torch
 from diffdistill.models import GaussianMixture, save_denoiser
 from diffdistill.solver_comparison import (
     Grid,
+    Measurement,
     Problem,
-    Row,
     best,
-    measure,
+    measure_candidate,
     num_steps_for,
     predictor_name,
     reference_endpoints,
 )
-from diffdistill.solver_comparison.report import comma_separated, gains, markdown, plot
+from diffdistill.solver_comparison.report import as_csv, as_markdown, gains, plot
 from diffdistill.solvers import GaussianStatistics, load_gaussian, make_solver
 from tests.builders import tiny_denoiser
 
@@ -46,11 +46,22 @@ def test_the_evaluations_are_those_asked_for(problem, name, afs, sigma_min):
     found = 0
     for evaluations in range(1, 8):
         for candidate in grid.candidates(name, options, evaluations, problem.part(2), started=False):
-            row, _ = measure(candidate, problem.part(2))
+            row, _ = measure_candidate(candidate, problem.part(2))
             assert row.nfe == evaluations
             found += 1
     assert found >= 2
     assert num_steps_for(make_solver("heun"), 3, to_zero=False) is None
+
+
+def test_a_base_is_tried_with_its_schedules_alone(problem):
+    schedules = {name: {"name": "polynomial", "rho": rho} for name, rho in (("steep", 7), ("flat", 3))}
+    grid = Grid(schedules, statistics=object(), starts=[2.0], analytic_first_step=True)
+    base = {"name": "euler", "afs": True, "schedules": ["flat"]}
+    (only,) = grid.candidates("base", base, 3, problem.part(2), started=False)
+    assert only.schedule == "flat" and only.solver.afs and measure(only, problem.part(2))[0].nfe == 3
+    assert grid.candidates("base", base, 3, problem.part(2), started=True) == []
+    with pytest.raises(ValueError, match="unknown schedule 'round': choose one of flat, steep"):
+        grid.parted({"name": "euler", "schedules": ["round"]})
 
 
 def test_the_reference_is_kept(problem, tmp_path):
@@ -89,26 +100,26 @@ def test_the_best_is_chosen_and_measured(problem):
     started = best(grid.candidates("dpmpp", solver, 5, problem, started=True), problem)
     assert (plain.schedule, plain.start) == ("good", None)
     assert started.start.sigma in (10.0, 5.0)
-    rows = [measure(candidate, problem, lambda x: float(len(x)))[0] for candidate in (plain, started)]
+    rows = [measure_candidate(candidate, problem, lambda x: float(len(x)))[0] for candidate in (plain, started)]
     assert rows[1].error < rows[0].error
     assert rows[0].frechet == 20
     exact = Grid({"fine": {"name": "polynomial"}}).candidates("unipc", {"name": "unipc"}, 100, problem, started=False)
-    assert measure(exact[0], problem)[0].error < 1e-10
+    assert measure_candidate(exact[0], problem)[0].error < 1e-10
     assert best([], problem) is None
 
 
 def test_tables(tmp_path):
     rows = [
-        Row("a", 3, None, "x", 2.0, None, 0.5),
-        Row("a", 3, 7.0, "x", 1.0, 0.25, 0.5),
-        Row("learned", 3, None, "learned", 0.1, None, 0.5, parameters=9, training_seconds=60.0),
+        Measurement("a", 3, None, "x", 2.0, None, 0.5),
+        Measurement("a", 3, 7.0, "x", 1.0, 0.25, 0.5),
+        Measurement("learned", 3, None, "learned", 0.1, None, 0.5, parameters=9, training_seconds=60.0),
     ]
-    table = markdown(rows)
+    table = as_markdown(rows)
     assert "| a | 3 |  | x | 2 |  | 0.5 | 0 |  |" in table
     assert "**0.1**" in table
     assert "**1**" not in table
     assert "| 3 | 2.000 | 1.000 | 0.500 |" in gains(rows)
-    read = list(csv.DictReader(comma_separated(rows).splitlines()))
+    read = list(csv.DictReader(as_csv(rows).splitlines()))
     assert [row["error"] for row in read] == ["2.0", "1.0", "0.1"]
     plot(rows, tmp_path / "plot.png")
     assert (tmp_path / "plot.png").stat().st_size > 5000

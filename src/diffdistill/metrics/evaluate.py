@@ -18,7 +18,6 @@ from diffdistill.metrics.collect import Source, collect, parts_of, shard
 from diffdistill.metrics.extractors import make_features
 from diffdistill.metrics.measures import MEASURES, Measured, measure, needed, spread
 from diffdistill.metrics.sources import reference_from
-from diffdistill.metrics.text import measured
 
 
 @dataclass(frozen=True)
@@ -134,7 +133,7 @@ def describe(record: Mapping[str, Any]) -> str:
     for name, values in record["measures"].items():
         label, found = MEASURES[name].label if name in MEASURES else name.replace("_", " "), Measured(**values)
         parts = "" if found.part_std is None else f" over {record.get('splits')} parts"
-        lines.append(f"{label}: {measured(found)}{parts}")
+        lines.append(f"{label}: {found}{parts}")
     return "\n".join(lines)
 
 

@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from diffdistill.data import ImageData, ImageFolder, TensorData, ZipData, load_data, say_what_was_found
+from diffdistill.data import Data, ImageData, ImageFolder, TensorData, ZipData, load_data, say_what_was_found
 from diffdistill.data.base import from_uint8
 from diffdistill.denoiser import image_shape, spread_labels
 from diffdistill.files.archives import open_npz
@@ -32,7 +32,7 @@ class StoredImages:
 
     mixed = False
 
-    def __init__(self, data: ImageData, *, limit: int | None = None) -> None:
+    def __init__(self, data: Data, *, limit: int | None = None) -> None:
         self.data, self.shape = data, data.shape
         if limit is not None and not 1 <= limit <= len(data):
             raise ValueError(f"num_samples={limit} is outside 1 to {len(data)}, the number of images there are")
@@ -64,7 +64,7 @@ class Sampler:
     """
 
     mixed = True
-    names = None
+    names: Sequence[str] | None = None
 
     def __init__(
         self,
@@ -107,7 +107,7 @@ def reference_from(
     device: torch.device,
     batch_size: int = 256,
 ) -> Reference:
-    """The reference of an extractor: read from `file`, a path, or computed from `data`, options of `load_data`.
+    """The reference of an extractor: read from `file`, a path, or computed from `data`, or its options for `load_data`.
 
     Raises:
         FileNotFoundError: the file or the data is not there.
@@ -115,7 +115,8 @@ def reference_from(
     """
     if "file" in given:
         return load_reference(given["file"], extractor=features.name)
-    keep, images = Keep(features=needs_reference_features(measures)), StoredImages(load_data(**given["data"]))
+    keep, data = Keep(features=needs_reference_features(measures)), given["data"]
+    images = StoredImages(load_data(**data) if isinstance(data, Mapping) else data)
     return reference_of(collect(images, features, keep=keep, batch_size=batch_size, device=device), features)
 
 

@@ -2,7 +2,13 @@
 
 from diffdistill.models.adm_unet import OpenAIUNet
 from diffdistill.models.autoencoder import Autoencoder, build_autoencoder, load_autoencoder, save_autoencoder
-from diffdistill.models.building import NETWORKS, build_denoiser, guidance_student, with_guidance_input
+from diffdistill.models.building import (
+    NETWORKS,
+    build_denoiser,
+    flow_map_student,
+    guidance_student,
+    with_guidance_input,
+)
 from diffdistill.models.classifier import ClassifierGuidance, EncoderUNet, NoisyClassifier
 from diffdistill.models.dhariwal_unet import DhariwalUNet
 from diffdistill.models.guidance import ClassifierFreeGuidance, GuidanceConditioned, Wrapper, guided
@@ -33,6 +39,7 @@ __all__ = [
     "build_autoencoder",
     "build_denoiser",
     "fingerprint",
+    "flow_map_student",
     "guidance_student",
     "guided",
     "load_autoencoder",

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from diffdistill.denoiser import Codec, Denoiser, as_denoiser, per_sample
 
-_FORWARDED = ("sigma_min", "sigma_max", "sigma_data", "data_shape", "num_classes", "distilled", "latents")
+_FORWARDED = ("sigma_min", "sigma_max", "sigma_data", "data_shape", "num_classes", "flow_map", "distilled", "latents")
 
 
 class Wrapper(Denoiser):
@@ -100,9 +100,10 @@ class GuidanceConditioned(_Guided):
         super().__init__(denoiser, w)
         self.cost = self.denoiser.cost
 
-    def forward(self, x: Tensor, sigma: Tensor, cond: Any = None) -> Tensor:
-        """Denoise `x: [B, ...]` at `sigma: [B]` under `cond`."""
-        return self.denoiser(x, sigma, cond, w=self.weights(x))
+    def forward(self, x: Tensor, sigma: Tensor, cond: Any = None, s: Tensor | None = None) -> Tensor:
+        """Denoise `x: [B, ...]` at `sigma: [B]` under `cond`; of a flow map, for a step that ends at `s: [B]`."""
+        ends = {} if s is None else {"s": s}
+        return self.denoiser(x, sigma, cond, w=self.weights(x), **ends)
 
 
 def guided(denoiser: Callable[..., Tensor], w: float | Tensor) -> Denoiser:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import hashlib
 import json
 import os
@@ -18,6 +19,7 @@ from diffdistill.devices import channels_last
 from diffdistill.errors import one_line
 from diffdistill.models.building import NETWORKS, build_denoiser, config_of, resolved_config
 from diffdistill.models.network import NetworkDenoiser
+from diffdistill.models.own.adapter import OwnNetwork
 from diffdistill.models.own.registration import UNREGISTERED
 from diffdistill.models.storage import DAMAGES, MODEL, load_state, shipped_models, write_model
 from diffdistill.registry import resolve
@@ -42,7 +44,9 @@ def save_denoiser(
     write_model(path, denoiser, resolved_config(config))
 
 
-def load_denoiser(name_or_path: str | os.PathLike[str], *, device: torch.device | str = "cpu") -> Denoiser:
+def load_denoiser(
+    name_or_path: str | os.PathLike[str], *, device: torch.device | str = "cpu", like: Denoiser | None = None
+) -> Denoiser:
     """Load a denoiser, ready for evaluation.
 
     Args:
@@ -50,13 +54,14 @@ def load_denoiser(name_or_path: str | os.PathLike[str], *, device: torch.device 
             `model.safetensors` or is of diffusers, or that of a run, whose newest average is taken if it is not
             finished.
         device: where to put it.
+        like: a denoiser whose network is copied where the file is of a network without a registered name.
 
     Raises:
         ValueError: there is no such model, or the file is truncated, of another format or another architecture.
     """
     name, (key, path) = os.fspath(name_or_path), find_model(name_or_path)
     # Channels last, because convolutions are faster so, on CPU as on GPU.
-    denoiser = resolve(READERS[key])(path).to(device).eval()
+    denoiser = (_read_like(path, like) or resolve(READERS[key])(path)).to(device).eval()
     denoiser.source = name if name in shipped_models() else str(path)
     channels_last(denoiser)
     return denoiser
@@ -81,6 +86,18 @@ def find_model(name_or_path: str | os.PathLike[str]) -> tuple[str, Path]:
     if path.suffix not in READERS:
         raise ValueError(f"cannot read {path}: models end in {', '.join(_keys(folder=False))}")
     return path.suffix, path
+
+
+def _read_like(path: Path, like: Denoiser | None) -> NetworkDenoiser | None:
+    """What a file of a network without a name holds, in a copy of a network; None for other files."""
+    if not isinstance(like, NetworkDenoiser) or not isinstance(like.model, OwnNetwork):
+        return None
+    config, state = MODEL.read(path)
+    if config["network"].get("name") != UNREGISTERED:
+        return None
+    denoiser = build_denoiser(config, network=copy.deepcopy(like.model))
+    load_state(denoiser, state, source=str(path))
+    return denoiser
 
 
 def _keys(*, folder: bool) -> list[str]:

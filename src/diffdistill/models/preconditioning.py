@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from diffdistill.discrete_time import iddpm_table, interpolate, make_table
 from diffdistill.registry import construct
+from diffdistill.solvers.levels import level_dtype
 
 
 class Preconditioning(nn.Module):
@@ -32,8 +33,12 @@ class Preconditioning(nn.Module):
         raise NotImplementedError
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Preconditioning:
-        # Constants follow the network to its device, but not to its dtype.
-        return super()._apply(lambda t: t.to(fn(t).device), recurse)
+        # Constants follow the network to its device, but not to its dtype; float32 where the device has no float64.
+        def move(t: Tensor) -> Tensor:
+            device = fn(t.float()).device
+            return t.to(device, level_dtype(device))
+
+        return super()._apply(move, recurse)
 
 
 class EDM(Preconditioning):

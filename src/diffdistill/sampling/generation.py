@@ -11,6 +11,7 @@ from torch import Tensor
 from diffdistill.denoiser import Denoiser, image_shape, spread_labels
 from diffdistill.devices import tuned_convolutions
 from diffdistill.registry import check_options
+from diffdistill.reports.previews import can_be_drawn
 from diffdistill.sampling.plans import Plan, plan
 from diffdistill.solvers import sample, seeded_noise
 
@@ -26,7 +27,14 @@ def generate(
         noise = seeded_noise(chunk, plan.denoiser.data_shape, device=device) if following is None else following
         with torch.autocast(device.type, torch.bfloat16, enabled=plan.bf16), tuned_convolutions():
             x = sample(
-                plan.denoiser, noise, solver=plan.solver, sigmas=plan.sigmas, cond=cond, seeds=chunk, start=plan.start
+                plan.denoiser,
+                noise,
+                solver=plan.solver,
+                sigmas=plan.sigmas,
+                cond=cond,
+                seeds=chunk,
+                start=plan.start,
+                thresholding=plan.thresholding,
             )
         # Drawn by the CPU while a GPU is still at work on this batch.
         rest = seeds[first + batch_size : first + 2 * batch_size]
@@ -46,17 +54,21 @@ def count_nfe(plan: Plan) -> int:
 
 def makes_pictures(denoiser: Denoiser) -> bool:
     """Whether samples are pictures: of 1 or 3 channels, and not latents whose autoencoder is elsewhere."""
-    codec = denoiser.codec
-    channels = image_shape(denoiser.data_shape, codec)[0]
-    return channels in (1, 3) and (codec is not None or not denoiser.latents)
+    shape = image_shape(denoiser.data_shape, denoiser.codec)
+    return len(shape) == 3 and shape[0] in (1, 3) and not _undecoded(denoiser)
+
+
+def _undecoded(denoiser: Denoiser) -> bool:
+    """Whether samples are latents whose autoencoder is elsewhere."""
+    return denoiser.codec is None and denoiser.latents
 
 
 def preview(
     trained: Denoiser, *, num_samples: int, w: float | None = None, num_steps: int | None = None
 ) -> Callable[[Denoiser], Tensor] | None:
-    """A function that draws the same `num_samples` seeds from a model each time, for the grids of a training run.
+    """A function that draws the same `num_samples` seeds from a model each time, for the pictures of a training run.
 
-    None where samples are no pictures. Those of a model that takes w are drawn at the nearest w that it is trained for.
+    None where samples cannot be drawn. Those of a model that takes w are drawn at the nearest w that it is trained for.
 
     Raises:
         ValueError: an option out of range.
@@ -65,7 +77,7 @@ def preview(
     for name, count in (("num_samples", num_samples), ("num_steps", num_steps)):
         if count is not None and count < 1:
             raise ValueError(f"preview: {name} must be at least 1, but is {count}")
-    if not makes_pictures(trained):
+    if _undecoded(trained) or not can_be_drawn(image_shape(trained.data_shape, trained.codec)):
         return None
 
     def draw(model: Denoiser) -> Tensor:

@@ -18,6 +18,7 @@ from diffdistill.progressive.stochastic import StochasticEuler
 from diffdistill.registry import choose
 from diffdistill.solvers import (
     Euler,
+    FlowMap,
     GaussianStart,
     Solver,
     load_gaussian,
@@ -38,7 +39,7 @@ WARM_UP_STEPS = 60
 
 @dataclass(frozen=True)
 class Plan:
-    """A denoiser with the solver, the noise levels and the analytic start to sample it with.
+    """A denoiser with the solver, the noise levels, the analytic start and the thresholding to sample it with.
 
     With `bf16` the network runs in bfloat16 by autocast; the solver's arithmetic stays in float32. `preparation_nfe`
     counts the network evaluations that choosing the noise levels took, over all trajectories.
@@ -48,6 +49,7 @@ class Plan:
     solver: Solver
     sigmas: Tensor
     start: GaussianStart | None = None
+    thresholding: str | None = None
     bf16: bool = False
     preparation_nfe: int = 0
 
@@ -104,7 +106,7 @@ def plan(
     Args:
         model: from `load_denoiser`.
         w: guidance weight; None leaves the model as it is.
-        solver: options of `make_solver`, "euler" by default, or `name` "learned" and `predictor`, the name or path of
+        solver: options of `make_solver`, "euler" by default and "flow_map" for a flow map, or `name` "learned" and `predictor`, the name or path of
             a learned solver. A few-step student brings its own sampler.
         schedule: options of `make_schedule`, by default "cosine" down to sigma = 0. Students and learned solvers bring
             their own. "gits" chooses the levels on trajectories of the model.
@@ -119,11 +121,11 @@ def plan(
         TypeError: an entry that a start does not have.
     """
     denoiser = model if w is None else guided(model, w)
-    solver_options = solver or {"name": "euler"}
+    solver_options = solver or {"name": "flow_map" if model.flow_map else "euler"}
     learned = solver_options["name"] == "learned"
     _check_fit(model, learned=learned, solver=solver, schedule=schedule, num_steps=num_steps, start=start)
     if model.distilled is not None:
-        return _student_plan(denoiser, model.distilled)
+        return _student_plan(denoiser, model.distilled, num_steps)
     if learned:
         return _learned_plan(denoiser, solver_options["predictor"], num_steps)
     begin = None if start is None else start_for(model, start)
@@ -144,28 +146,33 @@ def _check_fit(
     own = model.distilled
     if own is not None and own.sampler == "encoder":
         raise ValueError("this student carries images to noise, not noise to images: editing encodes with it")
-    if own is not None and num_steps not in (None, own.num_steps):
-        raise ValueError(f"num_steps={num_steps}: this student was distilled for {own.num_steps} steps only")
+    if own is not None:
+        own.levels(num_steps)
     if own is not None and any(option is not None for option in (solver, schedule, start)):
         raise ValueError(
             "a few-step student brings its own sampler and noise levels: leave out solver, schedule and start"
         )
+    if solver is not None and solver["name"] == "flow_map" and not model.flow_map:
+        raise ValueError("solver=flow_map is for flow maps, and this model is none: it takes no end of a step")
     if learned and (schedule is not None or start is not None):
         raise ValueError("a learned solver brings its own noise levels: leave out schedule and start")
     if num_steps is None and own is None and not learned:
         raise ValueError("num_steps is missing: this model was not distilled to a number of steps, so choose one")
 
 
-def _student_plan(denoiser: Denoiser, own: Distilled) -> Plan:
-    levels = torch.tensor(own.sigmas, dtype=torch.float64)
-    return Plan(denoiser, StochasticEuler() if own.sampler == "stochastic" else Euler(), levels)
+def _student_plan(denoiser: Denoiser, own: Distilled, num_steps: int | None) -> Plan:
+    levels = torch.tensor(own.levels(num_steps), dtype=torch.float64)
+    if own.sampler == "stochastic":
+        return Plan(denoiser, StochasticEuler(), levels)
+    return Plan(denoiser, FlowMap(afs=own.afs) if denoiser.flow_map else Euler(afs=own.afs), levels)
 
 
 def _learned_plan(denoiser: Denoiser, predictor: str, num_steps: int | None) -> Plan:
     device = device_of(denoiser)
     learned = load_predictor(predictor, device=device)
     learned.check(denoiser, num_steps=num_steps)
-    return Plan(denoiser, learned.solver, learned.sigmas, learned.gaussian_start(device=device))
+    start = learned.gaussian_start(device=device)
+    return Plan(denoiser, learned.solver, learned.sigmas, start, learned.thresholding)
 
 
 def _scheduled_plan(

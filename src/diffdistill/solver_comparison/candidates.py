@@ -11,6 +11,7 @@ from typing import Any
 from torch import Tensor
 
 from diffdistill.learned import load_predictor
+from diffdistill.registry import choose
 from diffdistill.solver_comparison.problem import Problem
 from diffdistill.solvers import GaussianStart, GaussianStatistics, Solver, make_schedule, make_solver, sample
 
@@ -21,7 +22,7 @@ class Candidate:
 
     Attributes:
         label: of the solver.
-        solver, sigmas, start: as for `sample`.
+        solver, sigmas, start, thresholding: as for `sample`.
         schedule: of the noise levels, in words.
         parameters: learned numbers.
         training_seconds: that learning took.
@@ -31,6 +32,7 @@ class Candidate:
     solver: Solver
     sigmas: Tensor
     start: GaussianStart | None = None
+    thresholding: str | None = None
     schedule: str = "own"
     parameters: int = 0
     training_seconds: float | None = None
@@ -44,6 +46,7 @@ class Candidate:
             sigmas=self.sigmas,
             cond=cond,
             start=self.start,
+            thresholding=self.thresholding,
             return_trajectory=True,
         )
         return run.x[-1], run.nfe
@@ -87,11 +90,15 @@ class Grid:
 
         Args:
             label: of the solver.
-            options: of `make_solver`.
+            options: of `make_solver`, and `schedules` where only these are to be tried, without start: the base that a
+                learned solver is set beside.
             evaluations: of the denoiser.
             problem: its denoiser and a few seeds.
             started: with analytic start.
         """
+        options, names = self.parted(options)
+        if started and names != list(self.schedules):
+            return []
         first_steps: dict[str, Any] = {"": False}
         if self.analytic_first_step and "afs" not in options:
             first_steps[", afs"] = "gaussian" if started else True
@@ -99,12 +106,25 @@ class Grid:
         for start in self.starts if started else (None,):
             for suffix, afs in first_steps.items():
                 solver = make_solver(**{"afs": afs, **options})
-                for name, schedule in self.schedules.items():
+                for name in names:
+                    schedule = self.schedules[name]
                     num_steps = num_steps_for(solver, evaluations, to_zero=schedule.get("sigma_min") == 0)
                     if num_steps is not None:
                         sigmas, begin = self._levels(name, num_steps, start, problem)
-                        found.append(Candidate(label, solver, sigmas, begin, name + suffix))
+                        found.append(Candidate(label, solver, sigmas, begin, schedule=name + suffix))
         return found
+
+    def parted(self, options: Mapping[str, Any]) -> tuple[dict[str, Any], list[str]]:
+        """The options of `make_solver`, and the labels of the schedules that the solver is tried with.
+
+        Raises:
+            ValueError: a schedule that is not one of the grid.
+        """
+        solver = dict(options)
+        names = list(solver.pop("schedules", self.schedules))
+        for name in names:
+            choose("schedule", name, self.schedules)
+        return solver, names
 
     @cache  # noqa: B019 (a grid lives as long as the comparison)
     def _levels(
@@ -142,6 +162,7 @@ def learned_candidate(predictor: str, denoiser: Any) -> Candidate:
         learned.solver,
         learned.sigmas,
         learned.gaussian_start(),
+        learned.thresholding,
         schedule="learned",
         parameters=sum(p.numel() for p in learned.solver.predictor.parameters()),
         training_seconds=learned.provenance.get("metrics", {}).get("seconds"),

@@ -13,6 +13,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 from math import factorial
+from operator import attrgetter
 
 from torch import Tensor
 
@@ -62,8 +63,8 @@ def _noise_form(sigma: Level, sigma_next: Level) -> LinearPart:
 
 
 FORMS = {
-    "x0": Form(lambda evaluation: evaluation.denoised, _data_form),
-    "eps": Form(lambda evaluation: evaluation.eps, _noise_form),
+    "x0": Form(attrgetter("denoised"), _data_form),
+    "eps": Form(attrgetter("eps"), _noise_form),
 }
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -31,7 +32,7 @@ class ProbabilityFlow:
 
     def __init__(
         self,
-        denoiser: Callable[[Tensor, Tensor, Any], Tensor],
+        denoiser: Callable[..., Tensor],
         cond: Any = None,
         *,
         thresholding: Callable[[Tensor], Tensor] | None = None,
@@ -45,10 +46,13 @@ class ProbabilityFlow:
         self.gaussian = gaussian
         self.nfe = 0
 
-    def __call__(self, x: Tensor, sigma: Level, *, scale_time: Tensor | None = None) -> Evaluation:
+    def __call__(
+        self, x: Tensor, sigma: Level, *, scale_time: Tensor | None = None, s: Tensor | None = None
+    ) -> Evaluation:
         """Evaluate at `x: [B, ...]` and `sigma: [B]`, or a number for all samples.
 
         `scale_time: [B]` multiplies the sigma that the network is given; the evaluation keeps the nominal one.
+        `s: [B]` is the level at which the step ends, for flow maps.
 
         Raises:
             ValueError: the denoiser answers in another shape than that of `x`.
@@ -56,7 +60,8 @@ class ProbabilityFlow:
         sigma = on_batch(sigma, x)
         given = sigma if scale_time is None else sigma * scale_time
         self.nfe += self.denoiser.cost
-        denoised = self.denoiser(x, given, self.cond)
+        ends = {} if s is None else {"s": s}
+        denoised = self.denoiser(x, given, self.cond, **ends)
         if denoised.shape != x.shape:  # which would broadcast
             raise ValueError(f"the denoiser answers {list(denoised.shape)} for x of the shape {list(x.shape)}")
         features = None if self.features is None else self.features()
@@ -85,12 +90,14 @@ class ProbabilityFlow:
         return denoised if self.thresholding is None else self.thresholding(denoised)
 
 
-def dynamic_thresholding(denoised: Tensor, *, quantile: float = 0.995, least: float = 1.0) -> Tensor:
-    """Clip each sample to the given quantile of its absolute values, at least `least`, and divide it by that.
+def dynamic_thresholding(
+    denoised: Tensor, *, quantile: float = 0.995, least: float = 1.0, most: float = math.inf
+) -> Tensor:
+    """Clip each sample to the given quantile of its absolute values, within `least` and `most`, and divide it by that.
 
     Source: Saharia et al. 2022 (Imagen), Section 2.3.
     """
     magnitude = denoised.abs().flatten(1)
     magnitude = magnitude.to(torch.promote_types(magnitude.dtype, torch.float32))  # quantile takes no half precision
-    bound = per_sample(torch.quantile(magnitude, quantile, dim=1).clamp(min=least), denoised)
+    bound = per_sample(torch.quantile(magnitude, quantile, dim=1).clamp(least, most), denoised)
     return denoised.clamp(-bound, bound) / bound

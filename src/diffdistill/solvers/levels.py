@@ -16,9 +16,14 @@ Level = Tensor | float
 _NUMBER = "_diffdistill_level"
 
 
+def level_dtype(device: torch.device | str) -> torch.dtype:
+    """float64, or float32 on devices that have no float64, such as Apple's: there numbers alone keep all digits."""
+    return torch.float64 if torch.device(device).type in ("cpu", "cuda") else torch.float32
+
+
 def shared(level: float, batch: int, device: torch.device | str) -> Tensor:
-    """The level of all samples as float64 `[B]`, which `plain` gives back as a number."""
-    sigma = torch.full((batch,), level, dtype=torch.float64, device=device)
+    """The level of all samples as `[B]` of `level_dtype`, which `plain` gives back as a number."""
+    sigma = torch.full((batch,), level, dtype=level_dtype(device), device=device)
     setattr(sigma, _NUMBER, level)
     return sigma
 

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from diffdistill.denoiser import per_sample
-from diffdistill.solvers.levels import Level, log, plain, shared
+from diffdistill.solvers.levels import Level, level_dtype, log, plain, shared
 
 if TYPE_CHECKING:
     from diffdistill.solvers.flow import ProbabilityFlow
@@ -87,7 +87,7 @@ def intervals(
     if ends_at_zero is None:
         ends_at_zero = bool(sigmas[-1] == 0)
     if isinstance(sigmas, Tensor):
-        levels = [level.expand(batch) for level in sigmas.to(device=device, dtype=torch.float64, non_blocking=True)]
+        levels = [level.expand(batch) for level in sigmas.to(device, level_dtype(device), non_blocking=True)]
     else:
         levels = [shared(level, batch, device) for level in sigmas]
     return [

@@ -6,7 +6,7 @@ import copy
 import logging
 import sys
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 from itertools import chain
 from typing import Any, NoReturn
@@ -18,10 +18,10 @@ from tqdm import tqdm
 from diffdistill import distributed
 from diffdistill.devices import channels_last, device_of, tuned_convolutions
 from diffdistill.errors import one_line
-from diffdistill.pictures import plot_curves, save_grid
 from diffdistill.training import sharding
 from diffdistill.training.average import WeightAverage
 from diffdistill.training.batches import Batches, DataError, MapData, split
+from diffdistill.training.callbacks import Callback, Pictures, as_callback
 from diffdistill.training.checkpoints import CheckpointError
 from diffdistill.training.config import TrainerConfig
 from diffdistill.training.journal import Journal, NonFiniteLossError
@@ -57,13 +57,16 @@ class Trainer:
         data: a map-style data set of dicts of tensors, or None (see `batches.Batches`).
         config: the settings.
         run: the folder to write to.
-        on_samples: maps the model (averaged, if there is an average) to images `[N, C, H, W]` in [-1, 1]; they become
-            a grid in `samples/` every `sample_every` updates.
+        on_samples: maps the model (averaged, if there is an average) to samples `[N, ...]`, such as images in [-1, 1];
+            they become a picture in `samples/` every `sample_every` updates.
+        callbacks: what is told of updates and of the log: `Callback` objects, or functions `(trainer, record)` that are
+            called after each line of the log.
         name: shown on the progress bar.
 
     Raises:
         ValueError: a batch that does not divide, an empty data set, a device that is not there, or a model that cannot
             be split.
+        TypeError: a callback that is none.
     """
 
     def __init__(
@@ -74,9 +77,11 @@ class Trainer:
         run: Run,
         *,
         on_samples: Callable[[nn.Module], Tensor] | None = None,
+        callbacks: Sequence[Callback | Callable[[Trainer, Mapping[str, Any]], object]] = (),
         name: str = "",
     ) -> None:
-        self.config, self.run, self.on_samples, self.name = config, run, on_samples, name
+        self.config, self.run, self.name = config, run, name
+        self.callbacks = [Pictures(on_samples), *map(as_callback, callbacks)]
         self.device = device_of(config.device)
         self.objective = objective.to(self.device)
         if config.channels_last:
@@ -133,6 +138,11 @@ class Trainer:
         return batches, generators
 
     @property
+    def splits(self) -> bool:
+        """Whether the model is split over the processes, which then evaluate it together."""
+        return self._result is not None
+
+    @property
     def model(self) -> nn.Module:
         """What is evaluated: the average of the weights, or the weights where there is no average."""
         return self.objective.trained if self.average is None else self.average.module
@@ -185,13 +195,15 @@ class Trainer:
                 done = self.update == config.updates
                 if self._log_due():
                     self._write_log(bar)
-                if done or (config.sample_every and self.update % config.sample_every == 0):
-                    self._write_pictures()
+                for callback in self.callbacks:
+                    callback.on_update(self)
                 stopped = self._stopped()
                 if done or stopped or self._checkpoint_due():
                     self.save()
                 if stopped:
                     self._end(bar, stopped)
+        for callback in self.callbacks:
+            callback.on_end(self)
 
     def _end(self, bar: Any, signum: int) -> NoReturn:
         bar.close()
@@ -223,6 +235,7 @@ class Trainer:
     def _streams(self, batch: Mapping[str, Tensor]) -> list[Iterator[Loss]]:
         """The losses of each part of a batch, and all generators where the update begins."""
         config, k = self.config, self.update
+        self.objective.progress = k / config.updates
         self._seed_network(seed_from(config.seed, "network", k, self._generators[0].start))
         if config.channels_last:
             batch = {n: t.contiguous(memory_format=torch.channels_last) if t.ndim == 4 else t for n, t in batch.items()}
@@ -307,6 +320,8 @@ class Trainer:
             "seconds": round(seconds, 3),
         }
         self.run.log(record)
+        for callback in self.callbacks:
+            callback.on_log(self, record)
         self._agree_every = self._updates_in(AGREE_SECONDS)
         bar.set_postfix(loss=f"{means['loss']:.4g}")
         if bar.disable and distributed.rank() == 0:
@@ -327,19 +342,6 @@ class Trainer:
     def _kept(self) -> str:
         last = self.run.newest_checkpoint()
         return f"the last good checkpoint is {last}" if last else "there is no checkpoint before it"
-
-    def _write_pictures(self) -> None:
-        main = distributed.rank() == 0
-        if self.on_samples is not None and self.config.sample_every is not None and (main or self._result is not None):
-            training = self.model.training
-            with torch.no_grad():
-                images = self.on_samples(self.model.eval())  # a split model is evaluated by all processes together
-            self.model.train(training)
-            if main:
-                save_grid(images, self.run.path / "samples" / f"{self.update:07d}.png")
-        if main:
-            plot_curves(self.run.metrics(), self.run.path / "curves.png")
-        distributed.barrier()
 
     def _stopped(self) -> int:
         """The signal that asks to stop, or 0. Several processes agree on it now and then."""

@@ -84,16 +84,17 @@ def test_any_solver_runs_in_a_stock_pipeline(name, schedule, teacher):
     noise = torch.randn(2, 4, 8, 8)
     stock = pipe(PROMPTS, latents=noise.clone(), num_inference_steps=4, guidance_scale=3.0, output_type="latent").images
     cond = teacher.prompts(PROMPTS)
-    sigmas = pipe.scheduler.sigmas
+    sigmas = pipe.scheduler.noise_levels
     run = sample(
         guided(teacher.denoiser, 2.0),
-        noise,
+        as_in_stock_pipelines(noise, float(sigmas[0])),
         solver=make_solver(**SOLVERS[name]),
         sigmas=sigmas,
         cond=cond,
         return_trajectory=True,
     )
-    torch.testing.assert_close(stock, run.x[-1], rtol=1e-4, atol=1e-4 * float(run.x[-1].abs().max()))
+    expected = run.x[-1] / (1 + float(sigmas[-1]) ** 2) ** 0.5  # latents of this pipeline have the network's units
+    torch.testing.assert_close(stock, expected, rtol=1e-4, atol=1e-4 * float(expected.abs().max()))
     assert run.nfe == 2 * len(pipe.scheduler.timesteps)
 
 
@@ -119,7 +120,9 @@ def test_amed_plugin_in_a_stock_pipeline(predictor, inner, teacher):
     noise = torch.randn(1, 4, 8, 8)
     stock = pipe("cat", latents=noise.clone(), num_inference_steps=3, guidance_scale=3.0, output_type="latent").images
     with torch.no_grad():
-        ours = sample(guided(teacher.denoiser, 2.0), noise, solver=plugin, sigmas=sigmas, cond=teacher.prompts(["cat"]))
+        start = as_in_stock_pipelines(noise, 14.0)
+        ours = sample(guided(teacher.denoiser, 2.0), start, solver=plugin, sigmas=sigmas, cond=teacher.prompts(["cat"]))
+    ours = ours / 1.01**0.5
     torch.testing.assert_close(stock, ours, rtol=1e-4, atol=1e-4 * float(ours.abs().max()))
 
 
@@ -143,7 +146,8 @@ def test_learned_solvers_from_their_files_in_a_stock_pipeline(form, teacher, tmp
     noise = torch.randn(1, 4, 8, 8)
     stock = pipe("cat", latents=noise.clone(), num_inference_steps=3, guidance_scale=3.0, output_type="latent").images
     with torch.no_grad():
-        ours = learned.sample(guided(teacher.denoiser, 2.0), noise, teacher.prompts(["cat"]))
+        start = as_in_stock_pipelines(noise, 14.0)
+        ours = learned.sample(guided(teacher.denoiser, 2.0), start, teacher.prompts(["cat"])) / 1.01**0.5
     torch.testing.assert_close(stock, ours, rtol=1e-4, atol=1e-4 * float(ours.abs().max()))
     assert len(pipe.scheduler.timesteps) == learned.nfe
     with pytest.raises(ValueError, match="brings its own"):
@@ -169,7 +173,8 @@ def test_the_stochastic_sampler_in_a_stock_pipeline(teacher):
     stream = SimpleNamespace(draw=lambda **_: torch.randn(noise.shape, generator=generator))
     flow = ProbabilityFlow(guided(student, 2.0), teacher.prompts(PROMPTS))
     with torch.no_grad():
-        *_, ours = integrate(flow, noise * grid(4)[0].float(), StochasticEuler(), intervals(grid(4), 2), stream)
+        start = as_in_stock_pipelines(noise, float(grid(4)[0])) * grid(4)[0].float()
+        *_, ours = integrate(flow, start, StochasticEuler(), intervals(grid(4), 2), stream)
     close(stock, ours)
     with pytest.raises(ValueError, match="4 steps"):
         pipe(PROMPTS, num_inference_steps=3)
@@ -177,7 +182,7 @@ def test_the_stochastic_sampler_in_a_stock_pipeline(teacher):
 
 def test_our_scheduler_in_image_to_image_and_as_a_file(teacher, tmp_path):
     base = pipeline(network=teacher.pipeline.unet)
-    scheduler_for(base, solver={"name": "dpm2"}).save_pretrained(tmp_path)
+    scheduler_for(base, solver="dpm2", schedule="trailing").save_pretrained(tmp_path)
     base.scheduler = SolverScheduler.from_pretrained(tmp_path)
     pipe = components(base, "StableDiffusionImg2ImgPipeline")
     images = torch.rand(2, 3, 16, 16) * 2 - 1

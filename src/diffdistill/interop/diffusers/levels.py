@@ -49,7 +49,7 @@ def levels_of(scheduler: Any, *, time_scale: float = 1000.0) -> Levels:
     scheduler = stock(scheduler)
     config, name = scheduler.config, type(scheduler).__name__
     prediction = config.get("prediction_type", "epsilon")
-    if name.startswith("FlowMatch") or prediction == "flow_prediction":
+    if is_flow(scheduler):
         end = FLOW_END / (1 - FLOW_END)
         return Levels({"name": "flow", "time_scale": time_scale}, 1 / end, end)
     if config.get("timestep_type") == "continuous":
@@ -62,22 +62,46 @@ def levels_of(scheduler: Any, *, time_scale: float = 1000.0) -> Levels:
     return Levels({"name": kind, "table": table.tolist()}, float(table[0]), float(table[-1]))
 
 
-def sigma_table(scheduler: Any) -> Tensor:
+def is_flow(scheduler: Any) -> bool:
+    """Whether a stock scheduler is one of flow matching.
+
+    Raises:
+        ValueError: times of flow matching for a network of another kind, or the other way round.
+    """
+    config, name = scheduler.config, type(scheduler).__name__
+    predicts, steps = config.get("prediction_type") == "flow_prediction", bool(config.get("use_flow_sigmas"))
+    if "use_flow_sigmas" in config and predicts != steps:
+        raise ValueError(
+            f"{name} has use_flow_sigmas={steps} and prediction_type={config.prediction_type!r}: "
+            'flow matching needs use_flow_sigmas=True and prediction_type="flow_prediction" together'
+        )
+    return name.startswith("FlowMatch") or predicts
+
+
+def sigma_table(scheduler: Any, *, noise_alone: float = 2.0**12) -> Tensor:
     """The noise levels of a scheduler of discrete time, increasing, float64 `[T]`.
 
     They follow from `alphas_cumprod`, which the stock schedulers compute in float32 and all use.
 
+    Args:
+        scheduler: one of diffusers, or of ours.
+        noise_alone: the last level where betas are rescaled to zero terminal SNR and it is infinite; by default what
+            the stock solvers put in its place.
+
     Raises:
         ValueError: the scheduler has none.
     """
-    alphas = getattr(stock(scheduler), "alphas_cumprod", None)
+    own = stock(scheduler)
+    alphas = getattr(own, "alphas_cumprod", None)
     if not isinstance(alphas, Tensor):
         raise ValueError(
             f"{type(scheduler).__name__} has no alphas_cumprod: it is neither of discrete time nor of flow matching"
         )
-    # Where betas are rescaled to zero terminal SNR the last level is infinite; the stock solvers put this in its place.
-    alpha_bar = alphas.detach().cpu().double().clamp(min=2**-24)
-    return ((1 - alpha_bar) / alpha_bar).sqrt()
+    alpha_bar = alphas.detach().cpu().double()
+    if not (alpha_bar[1:] < alpha_bar[:-1]).all() or alpha_bar[0] >= 1:  # float32 does not tell all levels apart
+        alpha_bar = torch.cumprod(1 - own.betas.detach().cpu().double(), 0)
+    levels = ((1 - alpha_bar) / alpha_bar).sqrt()
+    return torch.where(alpha_bar == 0, noise_alone, levels)
 
 
 def flow_shift(sigmas: Sequence[float]) -> float | None:

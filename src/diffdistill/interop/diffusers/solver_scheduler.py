@@ -7,6 +7,7 @@ it asks for one that is not: that is what the pipeline evaluates next. What is r
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -14,85 +15,96 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from diffdistill.denoiser import per_sample
-from diffdistill.discrete_time import interpolate
 from diffdistill.interop.diffusers.extra import diffusers
-from diffdistill.interop.diffusers.levels import levels_of, sigma_table
-from diffdistill.models.preconditioning import Preconditioning, make_preconditioning
+from diffdistill.interop.diffusers.scheduler_features import Bottleneck
+from diffdistill.interop.diffusers.scheduler_plan import Ask, Replay, advance, halted, moves_of, visits_of
+from diffdistill.interop.diffusers.scheduler_sources import Source, class_of, read_source, to_flow
 from diffdistill.progressive.stochastic import StochasticEuler
 from diffdistill.solvers import (
     EDMStochastic,
+    Euler,
+    EulerAncestral,
     Evaluation,
-    FeatureTap,
-    ProbabilityFlow,
     Solver,
-    intervals,
     make_schedule,
     make_solver,
 )
-from diffdistill.solvers.levels import Level, on_batch
 
 diffusers()  # so that a missing extra is named here
-from diffusers.configuration_utils import ConfigMixin, FrozenDict, register_to_config  # noqa: E402
-from diffusers.schedulers.scheduling_utils import SchedulerMixin, SchedulerOutput  # noqa: E402
+from diffusers.configuration_utils import ConfigMixin, FrozenDict  # noqa: E402
+from diffusers.schedulers.scheduling_utils import SchedulerMixin  # noqa: E402
+from diffusers.utils import BaseOutput  # noqa: E402
 from diffusers.utils.torch_utils import randn_tensor  # noqa: E402
 
 AFS = "an analytical first step has no place in image-to-image, which begins at a timestep: set afs=False"
+OWN = ("solver", "schedule", "sigmas", "source", "inverse")
+"""The settings of `SolverScheduler` beside those of the stock scheduler."""
+HALF = (torch.float16, torch.bfloat16)
 
 
-class _Ask(Exception):
-    """The evaluation that a step needs next: at `x`, with the noise level `given: [B]` for the network."""
+@dataclass
+class SolverSchedulerOutput(BaseOutput):
+    """What a step returns.
 
-    def __init__(self, x: Tensor, sigma: Tensor, given: Tensor) -> None:
-        super().__init__("an evaluation is needed")
-        self.x, self.sigma, self.given = x, sigma, given
+    Attributes:
+        prev_sample: latents for the next evaluation.
+        pred_original_sample: the image that the network sees in the latents it was given.
+    """
 
-
-class _Replay(ProbabilityFlow):
-    """A flow that knows some answers, in order, and asks for the next."""
-
-    def __init__(self, answers: Sequence[Evaluation]) -> None:
-        super().__init__(lambda x, sigma, cond: x)
-        self.answers = iter(answers)
-
-    def __call__(self, x: Tensor, sigma: Level, *, scale_time: Tensor | None = None) -> Evaluation:
-        known = next(self.answers, None)
-        if known is None:
-            sigma = on_batch(sigma, x)
-            raise _Ask(x, sigma, sigma if scale_time is None else sigma * scale_time)
-        return known
+    prev_sample: Tensor
+    pred_original_sample: Tensor
 
 
 @dataclass(frozen=True, eq=False)
 class _Place:
-    """Where a run is: in a step that began at `start`, with the answers so far, and what it asks for."""
+    """Where a run is: in a move that began at `start`, with the answers so far, and what it asks for."""
 
-    step: int
+    move: int
     start: Tensor | None = None
     history: Any = ()
     answers: tuple[Evaluation, ...] = ()
-    ask: _Ask | None = None
+    ask: Ask | None = None
+    noise: Tensor | None = None
+
+
+@dataclass(frozen=True, eq=False)
+class _Left:
+    """Latents as a pipeline got them, in its dtype, and the state of the solver that they are made of."""
+
+    latents: Tensor
+    version: int
+    x: Tensor
+
+    def unchanged(self, sample: Tensor) -> bool:
+        return sample is self.latents and not sample.is_inference() and sample._version == self.version
 
 
 class SolverScheduler(SchedulerMixin, ConfigMixin):
     """A solver with its noise levels, in place of a pipeline's scheduler: `pipeline.scheduler = scheduler_for(...)`.
 
-    Latents are those of the package, `x = x0 + sigma n`. Every evaluation of the solver is a timestep of the pipeline,
-    so that a solver of two stages makes about twice as many as `num_inference_steps`.
+    Latents, timesteps, `sigmas` and the config are those of the stock scheduler that it stands in for. Every evaluation
+    of the solver is a timestep of the pipeline, so that a solver of two stages makes about twice as many as
+    `num_inference_steps`. Between steps the state is held in float32 at least. A scheduler holds one run: threads
+    need one each.
 
     Args:
         solver: options of `make_solver` with `name`; or `{"name": "stochastic"}`, the stochastic N-step sampler.
-        schedule: options of `make_schedule` with `name`, without the ends and the number of steps.
+        schedule: options of `make_schedule` with `name`, without the ends and the number of steps; None for the levels
+            that the stock scheduler chooses.
         sigmas: the noise levels themselves, such as those of a few-step student, in place of `schedule`.
-        source: the class of the pipeline's own scheduler, which says what the network predicts at which noise levels.
+        source: the class of the stock scheduler, which says what the network predicts at which noise levels.
         source_config: its config.
+        inverse: encode: run the levels upwards, from images to noise.
+
+    Raises:
+        ValueError: a stock scheduler, a solver or a schedule that is not known.
     """
 
     config_name = "scheduler_config.json"
     _compatibles: list[str] = []  # noqa: RUF012 (diffusers declares it so)
     config: Any
+    timesteps: Tensor
 
-    @register_to_config
     def __init__(
         self,
         *,
@@ -101,16 +113,43 @@ class SolverScheduler(SchedulerMixin, ConfigMixin):
         sigmas: Sequence[float] | None = None,
         source: str = "DDIMScheduler",
         source_config: Mapping[str, Any] | None = None,
+        inverse: bool = False,
     ) -> None:
-        options = dict(solver or {"name": "euler"})
-        stochastic = options.get("name") == "stochastic"
-        self.solver = self.usable(StochasticEuler() if stochastic else make_solver(**options))
-        self.source: Any = getattr(diffusers(), source).from_config(dict(source_config or {}))
-        self.levels = levels_of(self.source)
-        self.preconditioning: Preconditioning = make_preconditioning(**self.levels.preconditioning)
-        self.table = sigma_table(self.source) if "table" in self.levels.preconditioning else None
-        self.features: FeatureTap | None = None
-        self.set_timesteps(len(sigmas) - 1 if sigmas is not None else 10)
+        class_of({"_class_name": source})
+        stock = getattr(diffusers(), source).from_config(dict(source_config or {}))
+        own = {"solver": dict(solver or {"name": "euler"}), "schedule": None if schedule is None else dict(schedule)}
+        self.register_to_config(**{**stock.config, **own, "sigmas": sigmas, "source": source, "inverse": inverse})
+        self._origin, self._origin_config = read_source(stock), self.config
+        self.bottleneck: Bottleneck | None = None
+        options = dict(own["solver"])
+        self.use(StochasticEuler() if options.get("name") == "stochastic" else make_solver(**options))
+
+    def use(self, solver: Solver) -> None:
+        """Run this solver from now on; one that was not made from the config is not saved with it."""
+        self.solver = self.usable(solver)
+        if self.config.inverse and solver.stochastic:
+            raise ValueError(f"{type(solver).__name__} is stochastic: it does not encode")
+        self.set_timesteps(len(self.config.sigmas) - 1 if self.config.sigmas is not None else 10)
+
+    @classmethod
+    def from_config(cls, config: Any = None, return_unused_kwargs: bool = False, **changes: Any) -> Any:
+        """Make one from the config of another, or from that of a stock scheduler; `changes` replace settings.
+
+        Raises:
+            ValueError: the config is of no known scheduler.
+        """
+        if not isinstance(config, Mapping):
+            raise ValueError(f"from_config takes the config of a scheduler, not {config!r}")
+        given = {**config, **changes}
+        own = {name: given.pop(name) for name in (*OWN, "source_config") if name in given}
+        given = {**(own.pop("source_config", None) or {}), **given}
+        if getattr(diffusers(), str(given.get("_class_name")), None) is None:
+            given.pop("_class_name", None)  # that of ours
+        named = "_class_name" in given or "source" not in own
+        source = class_of(given) if named else own["source"]
+        settings = {name: value for name, value in given.items() if name != "_class_name"}
+        made = cls(**{**own, "source": source, "source_config": settings})
+        return (made, {}) if return_unused_kwargs else made
 
     @staticmethod
     def usable(solver: Solver) -> Solver:
@@ -125,188 +164,498 @@ class SolverScheduler(SchedulerMixin, ConfigMixin):
             )
         if solver.stochastic and solver.afs:
             raise ValueError("a stochastic solver takes no analytical first step in a stock pipeline: set afs=False")
+        if solver.afs == "gaussian":
+            raise ValueError('afs="gaussian" needs the statistics of the data, for which stock pipelines have no place')
         return solver
 
     @property
+    def _source(self) -> Source:
+        """The stock scheduler, read again where a pipeline has replaced settings of the config."""
+        if self.config is not self._origin_config:
+            stock = self._origin.scheduler
+            mine = {name: value for name, value in self.config.items() if name not in OWN and name != "_class_name"}
+            if any(stock.config.get(name) != value for name, value in mine.items()):
+                self._origin = read_source(type(stock).from_config(mine))
+            self._origin_config = self.config
+        return self._origin
+
+    @property
+    def source(self) -> Any:
+        """The stock scheduler that this one stands in for."""
+        return self._source.scheduler
+
+    @property
+    def alphas_cumprod(self) -> Tensor:
+        """Of the stock scheduler; an AttributeError where it has none."""
+        return self.source.alphas_cumprod
+
+    @property
+    def betas(self) -> Tensor:
+        """Of the stock scheduler; an AttributeError where it has none."""
+        return self.source.betas
+
+    @property
+    def step_index(self) -> int | None:
+        """The evaluation that comes next, counted from 0; None before the first."""
+        return self._step_index
+
+    @property
+    def begin_index(self) -> int | None:
+        """Where `set_begin_index` says that the run begins."""
+        return self._begin_index
+
+    @property
     def order(self) -> int:
-        """Evaluations of a step, by which image-to-image pipelines find the step to begin with."""
-        return self.solver.stages
+        """By what pipelines multiply a number of steps to count timesteps.
+
+        Where they chose the levels themselves they count evaluations already.
+        """
+        return 1 if self._custom else self.solver.stages
 
     @property
     def init_noise_sigma(self) -> float:
         """What pipelines multiply noise by to begin."""
-        return float(self.sigmas[0])
+        return self._source.start(self._levels[0])
+
+    @property
+    def noise_levels(self) -> Tensor:
+        """The levels of the steps in the package's sense, for `sample`: float64 `[num_inference_steps + 1]`."""
+        return torch.tensor(self._levels, dtype=torch.float64)
 
     def set_timesteps(
         self,
         num_inference_steps: int | None = None,
         device: torch.device | str | None = None,
         *,
+        timesteps: Sequence[float] | Tensor | None = None,
         sigmas: Sequence[float] | Tensor | None = None,
+        **options: Any,
     ) -> None:
-        """Choose the noise levels: those given here, those of the config, or `num_inference_steps` of the schedule.
+        """Choose the noise levels: those given here, those of the config, or those that the stock scheduler chooses.
+
+        Args:
+            num_inference_steps: the number of steps.
+            device: of the timesteps.
+            timesteps: those of the steps, in place of a number.
+            sigmas: the levels of the steps in the stock scheduler's sense, in place of a number.
+            options: others that the stock scheduler's `set_timesteps` takes.
 
         Raises:
-            ValueError: another number of steps than the config's noise levels have.
+            ValueError: another number of steps than the config's noise levels have, or levels that repeat.
+            TypeError: an option that the stock scheduler does not have.
         """
-        own = self.config.sigmas if sigmas is None else sigmas
-        if own is not None:
-            self.sigmas = make_schedule(own)
-            if num_inference_steps not in (None, len(self.sigmas) - 1):
-                raise ValueError(
-                    f"num_inference_steps={num_inference_steps}: these noise levels have {len(self.sigmas) - 1} steps"
-                )
+        given = {"timesteps": timesteps, "sigmas": sigmas}
+        given = {name: [float(v) for v in values] for name, values in given.items() if values is not None}
+        if len(given) > 1:
+            raise ValueError("give timesteps or sigmas, not both")
+        self._custom = bool(given)
+        levels, times = self._choose(num_inference_steps, given, options)
+        if self.config.inverse:
+            low = self._source.ends["sigma_min"]
+            levels = [max(level, low) if i == 0 else level for i, level in enumerate(levels[::-1])]
+            times = [self._source.time(level) for level in levels[:-1]]
+        self._levels, self.num_inference_steps = levels, len(levels) - 1
+        self._moves = moves_of(levels, self.solver, self._source.noise_alone)
+        self._visits = visits_of(self._moves, self.solver, dict(zip(levels, times, strict=False)), self._source.time)
+        listed = torch.tensor([visit.time for visit in self._visits], dtype=torch.float64)
+        whole = all(visit.exact and isinstance(visit.time, int) for visit in self._visits)
+        dtype = torch.int64 if whole else torch.float32
+        self.timesteps = listed.to(dtype).to(device or "cpu")
+        self.sigmas = torch.tensor([self._public(level) for level in (*(v.sigma for v in self._visits), levels[-1])])
+        self._step_index: int | None = None
+        self._begin_index: int | None = None
+        self._place, self._left, self._asked, self._warned = _Place(0), None, False, False
+        self._level, self._expected, self._coefficients = levels[0], None, {}
+        if self.bottleneck is not None:
+            self.bottleneck.listen()
+
+    def _choose(
+        self, count: int | None, given: Mapping[str, Sequence[float]], options: Mapping[str, Any]
+    ) -> tuple[list[float], list[float]]:
+        """Levels `[N + 1]` and timesteps `[N]`."""
+        source, config = self._source, self.config
+        if given or (config.sigmas is None and config.schedule is None):
+            levels, times = source.levels(num_inference_steps=None if given else count, **given, **options)
+            return self._decreasing(levels), times
+        if options:
+            raise TypeError(f"set_timesteps takes no {', '.join(options)}: this scheduler has levels of its own")
+        if config.sigmas is not None:
+            levels = make_schedule(config.sigmas).tolist()
+            if count not in (None, len(levels) - 1):
+                raise ValueError(f"num_inference_steps={count}: these noise levels have {len(levels) - 1} steps")
         else:
-            options = dict(self.config.schedule or {"name": "trailing"})
-            ends: dict[str, Any] = {"sigma_min": self.levels.sigma_min, "sigma_max": self.levels.sigma_max}
-            if options["name"] in ("trailing", "discrete") and self.table is not None:
-                ends["table"] = self.table
-            if options["name"] in ("trailing", "flow"):
-                ends["sigma_min"] = 0.0
-            self.sigmas = make_schedule(num_steps=num_inference_steps, **{**ends, **options})
-        self.num_inference_steps = len(self.sigmas) - 1
-        steps = intervals(self.sigmas, 1)
-        skipped = int(bool(self.solver.afs))
-        counts = [1 if step.to_zero else self.solver.stages for step in steps]
-        counts[0] -= skipped
-        self._firsts = [sum(counts[:i]) for i in range(len(counts))]
-        # The places of later stages are known once they are reached; until then they stand at the geometric mean.
-        times = [
-            self._time(step.sigma if stage + (skipped and i == 0) == 0 else (step.sigma * step.sigma_next).sqrt())
-            for i, (step, count) in enumerate(zip(steps, counts, strict=True))
-            for stage in range(count)
-        ]
-        self.timesteps = torch.cat(times).to(torch.float32).to(device or "cpu")
-        self._restart(0, 0)
+            levels = self._scheduled(dict(config.schedule), count)
+        return levels, [source.time(level) for level in levels[:-1]]
+
+    def _scheduled(self, options: dict[str, Any], count: int | None) -> list[float]:
+        ends = self._source.ends
+        table = ends.pop("table", None)
+        name = options["name"]
+        if name in WITH_TABLE and table is not None:
+            ends["table"] = table
+        if name in ("trailing", "flow"):
+            ends["sigma_min"] = 0.0
+        return make_schedule(num_steps=count, **{**ends, **options}).tolist()
+
+    @staticmethod
+    def _decreasing(levels: list[float]) -> list[float]:
+        """Levels that decrease; the last may be there twice, where a config ends at the lowest level itself."""
+        for i, (level, below) in enumerate(zip(levels[:-1], levels[1:], strict=True)):
+            if not (level > below or (level == below and i + 2 == len(levels))):
+                raise ValueError(
+                    f"noise levels must decrease, but step {i} of {len(levels) - 1} goes from {level:.6g} to "
+                    f"{below:.6g}: take fewer steps, or a schedule of another name"
+                )
+        return levels
+
+    def _public(self, sigma: float) -> float:
+        """A noise level as the `sigmas` of the stock scheduler hold it."""
+        return to_flow(sigma) if self._source.flow else sigma
 
     def set_begin_index(self, begin_index: int = 0) -> None:
-        """Begin at an evaluation that is the first of a step: where image-to-image pipelines do.
+        """Begin at this evaluation, as image-to-image pipelines do.
+
+        Where it is not the first of a step, the run begins with the step from which the evaluations left suffice;
+        `timesteps` are changed from there on, and evaluations that are left over change nothing.
 
         Raises:
-            ValueError: no step begins there, or the solver takes an analytical first step.
+            ValueError: too few evaluations are left for a step, or the solver takes an analytical first step.
         """
         if begin_index and self.solver.afs:
             raise ValueError(AFS)
-        if begin_index not in self._firsts:
-            raise ValueError(
-                f"begin_index={begin_index}: steps begin at {self._firsts}, and a strength below 1 / "
-                f"{self.num_inference_steps} leaves none"
-            )
-        self._restart(self._firsts.index(begin_index), begin_index)
+        firsts = {visit.move: i for i, visit in reversed(list(enumerate(self._visits)))}
+        if begin_index not in firsts.values():
+            left = len(self._visits) - begin_index
+            move = min((m for m, first in firsts.items() if len(self._visits) - first <= left), default=None)
+            if move is None:
+                raise ValueError(
+                    f"begin_index={begin_index}: steps begin at {sorted(firsts.values())}, and a strength below 1 / "
+                    f"{self.num_inference_steps} leaves none"
+                )
+            self._pad(begin_index, move, left - (len(self._visits) - firsts[move]))
+        self._begin_index, self._step_index = begin_index, None
 
-    def _restart(self, step: int, evaluations: int) -> None:
-        self._evaluations = evaluations
-        self._place: _Place = _Place(step)
+    def _pad(self, index: int, move: int, spare: int) -> None:
+        """Let evaluation `index` be the first of `spare` that change nothing, before this move."""
+        first = next(visit for visit in self._visits if visit.move == move)
+        still = [replace(first, move=move + i) for i in range(spare)]
+        rest = [replace(visit, move=visit.move + spare) for visit in self._visits if visit.move >= move]
+        self._visits = [*self._visits[:index], *still, *rest]
+        self._moves = [*self._moves[:move], *[halted(self._moves[move])] * spare, *self._moves[move:]]
+        for i in range(index, len(self._visits)):  # in place: the pipeline may hold views of this tensor
+            self.timesteps[i] = self._visits[i].time
 
-    def _time(self, sigma: Tensor) -> Tensor:
-        return self.preconditioning.c_noise(sigma.detach().cpu().double())
-
-    def _given(self, ask: _Ask) -> Tensor:
-        """The noise level for the network, one for the batch, as a vector of length 1 on the CPU.
+    def index_for_timestep(self, timestep: Any, schedule_timesteps: Tensor | None = None) -> int:
+        """The evaluation of a timestep: the first of a step where several have the same.
 
         Raises:
-            ValueError: a learned solver that gives the images of a batch different noise levels.
+            ValueError: it is none of the schedule.
         """
-        given = ask.given.detach().cpu().double()
-        if not torch.allclose(given, given[:1], rtol=1e-6, atol=0):
-            raise ValueError(
-                "this learned solver gives every image a noise level of its own, but a stock pipeline has one for the "
-                "batch: draw one image at a time"
-            )
-        return given[:1]
+        place = self._view(timestep)
+        if place is not None and schedule_timesteps is None:
+            return place
+        time = _number(timestep)
+        listed = [visit.time for visit in self._visits] if schedule_timesteps is None else schedule_timesteps.tolist()
+        found = [i for i, known in enumerate(listed) if _same(known, time)]
+        if not found:
+            known = ", ".join(f"{time:g}" for time in listed)
+            raise ValueError(f"timestep {time:g} is none of this schedule: {known}")
+        begins = [i for i in found if schedule_timesteps is None and self._begins(i)]
+        return (begins or found[1:] or found)[0]
+
+    def _begins(self, index: int) -> bool:
+        return index == 0 or self._visits[index].move != self._visits[index - 1].move
+
+    def _view(self, timestep: Any) -> int | None:
+        """Where `timestep` lies in `timesteps`, if it is a view of it, without reading it from its device."""
+        own = self.timesteps
+        if not isinstance(timestep, Tensor) or timestep.numel() != 1 or timestep.dtype != own.dtype:
+            return None
+        storage = timestep.untyped_storage().data_ptr()
+        inside = storage and storage == own.untyped_storage().data_ptr()
+        return timestep.storage_offset() - own.storage_offset() if inside else None
+
+    def _enter(self, timestep: Any) -> None:
+        """Be where the pipeline is.
+
+        Raises:
+            ValueError: a timestep that is not of the schedule, or not the next of a solver that remembers.
+            IndexError: the schedule is at its end.
+        """
+        index = self._step_index
+        if index is None:
+            begin = self._begin_index
+            if begin is None:
+                begin = 0 if timestep is None else self.index_for_timestep(timestep)
+            self._begin(begin)
+        elif index != self._expected or not self._is_next(timestep, index):
+            target = index if index != self._expected else self.index_for_timestep(timestep)
+            if self.solver.memory == 0 and self.solver.stages == 1 and target < len(self._visits):
+                self._begin(target)
+            elif index >= len(self._visits):
+                raise IndexError("the schedule is at its end: call set_timesteps before another run")
+            else:
+                raise ValueError(
+                    f"timestep {_number(timestep):g} comes out of turn, the next is {self._visits[index].time:g}: "
+                    "call set_timesteps or set_begin_index to begin anew, and give every run at the same time a "
+                    "scheduler of its own"
+                )
+
+    def _is_next(self, timestep: Any, index: int) -> bool:
+        if index >= len(self._visits):
+            return False
+        place = self._view(timestep)
+        if timestep is None or place == index:
+            return True
+        return place is None and _same(self._visits[index].time, _number(timestep))
+
+    def _begin(self, index: int) -> None:
+        """Begin a run at an evaluation.
+
+        Raises:
+            ValueError: it is amid a step, at a level at which none begins.
+        """
+        visit = self._visits[index]
+        if not self._begins(index):
+            beyond = next((i for i in range(index, len(self._visits)) if self._begins(i)), None)
+            if beyond is None or not _same(self._visits[beyond].sigma, visit.sigma):
+                begins = [i for i in range(len(self._visits)) if self._begins(i)]
+                raise ValueError(f"timestep {visit.time:g} is amid a step: steps begin at {begins} of timesteps")
+            self._pad(index, self._visits[beyond].move, beyond - index)
+            visit = self._visits[index]
+        if index and self.solver.afs:
+            raise ValueError(AFS)
+        self._place, self._left = _Place(visit.move if index else 0), None  # an analytical step asks for nothing
+        self._step_index = self._expected = index
+        self._level = self._levels[0] if index == 0 else visit.sigma
 
     def scale_model_input(self, sample: Tensor, timestep: Any = None) -> Tensor:
         """What the network is given for `sample`, which guidance may have doubled along the batch."""
-        ask = self._next(sample).ask
-        assert ask is not None
-        given = self._given(ask)
-        # In place: the pipeline iterates over views of this tensor, so that it sees the place of a learned stage.
-        self.timesteps[self._evaluations] = float(self._time(given))
-        return per_sample(self.preconditioning.c_in(given).to(sample.device).expand(len(ask.x)), ask.x) * ask.x
+        self._enter(timestep)
+        self._asked = True
+        if self.bottleneck is not None:
+            self.bottleneck.listen()
+        x = self._state(sample)
+        ask = self._next(x).ask
+        assert ask is not None and self._step_index is not None
+        self._tell(self._step_index, ask.given)
+        into = self._at(ask.given)[2]
+        if ask.x is not x:
+            return (into * ask.x).to(sample.dtype)
+        ratio = into / self._scale(self._level)
+        return sample if ratio == 1 else sample * ratio
 
-    def _next(self, sample: Tensor) -> _Place:
-        """Where the next evaluation is made; pipelines may have changed `sample` since the last one."""
+    def _tell(self, index: int, given: float) -> None:
+        """Correct the timestep of an evaluation, whose level only the run could tell."""
+        visit = self._visits[index]
+        if given != visit.given:
+            time = self._source.time(given)
+            self._visits[index] = replace(visit, given=given, time=time)
+            self.timesteps[index] = time  # in place: the pipeline iterates over views of this tensor
+
+    def _at(self, level: float) -> tuple[float, float, float]:
+        """`c_skip`, `c_out` and `c_in`."""
+        known = self._coefficients.get(level)
+        if known is None:
+            sigma, network = torch.tensor([level], dtype=torch.float64), self._source.preconditioning
+            known = float(network.c_skip(sigma)), float(network.c_out(sigma)), float(network.c_in(sigma))
+            self._coefficients[level] = known
+        return known
+
+    def _scale(self, level: float) -> float:
+        """What latents are over x."""
+        return self._at(level)[2] if self._source.scaled else 1.0
+
+    def _state(self, sample: Tensor) -> Tensor:
+        """A pipeline's latents as the state of the solver, in float32 at least.
+
+        In half precision latents are rounded for the pipeline; what it has not changed since goes on unrounded.
+        """
+        left = self._left
+        if left is not None and left.unchanged(sample):
+            return left.x
+        scale, dtype = self._scale(self._level), torch.promote_types(sample.dtype, torch.float32)
+        if left is not None and sample.dtype in HALF and sample.shape == left.latents.shape:
+            return left.x + (sample.to(dtype) - left.latents.to(dtype)) / scale
+        return sample.to(dtype) / scale
+
+    def _next(self, x: Tensor) -> _Place:
+        """Where the next evaluation is made; pipelines may have changed the state `x` since the last one."""
         place = self._place
         if place.ask is not None:
-            count = len(sample) // len(place.ask.sigma)
-            return replace(place, ask=_Ask(sample, place.ask.sigma.repeat(count), place.ask.given.repeat(count)))
-        place = replace(place, start=sample)
+            ask = place.ask
+            if len(x) != len(ask.x) and isinstance(ask.sigma, Tensor):
+                ask = replace(ask, sigma=ask.sigma.repeat(len(x) // len(ask.x)))
+            return replace(place, ask=replace(ask, x=x))
+        place = replace(place, start=x)
         # A loop, because an analytical first step asks for nothing.
         while place.ask is None:
-            if place.step == self.num_inference_steps:
-                raise ValueError("the schedule is at its end: call set_timesteps before another run")
-            # Zeros in place of noise: the step stops before it uses them.
-            place = self._advance(place, torch.zeros_like(sample) if self.solver.stochastic else None)
+            if place.move == len(self._moves):
+                raise IndexError("the schedule is at its end: call set_timesteps before another run")
+            place = self._advance(place, self.solver)
         return place
 
-    def _advance(self, place: _Place, noise: Tensor | None) -> _Place:
-        """Run a step of the solver with the answers there are: to what it asks for, or to the next step."""
+    def _advance(self, place: _Place, solver: Solver) -> _Place:
+        """Run a move with the answers there are: to what it asks for, or to the next move."""
         assert place.start is not None
-        interval = intervals(self.sigmas, len(place.start), place.start.device)[place.step]
-        try:
-            x, history = self.solver.step(_Replay(place.answers), place.start, interval, place.history, noise=noise)
-        except _Ask as ask:
-            return replace(place, ask=ask)
-        return _Place(place.step + 1, x, history)
+        noise = place.noise
+        if noise is None and solver.stochastic:
+            noise = torch.zeros_like(place.start)  # the move stops before it uses them
+        done = advance(self._moves[place.move], solver, Replay(place.answers), place.start, place.history, noise)
+        if isinstance(done, Ask):
+            return replace(place, ask=done)
+        return _Place(place.move + 1, *done)
 
     def step(
         self,
         model_output: Tensor,
         timestep: Any,
         sample: Tensor,
+        *,
+        eta: float = 0.0,
+        use_clipped_model_output: bool | None = False,
         generator: Any = None,
+        variance_noise: Tensor | None = None,
         return_dict: bool = True,
     ) -> Any:
-        """Take the network's answer at `sample`, and return where the next evaluation or the next step begins."""
-        dtype, sample = sample.dtype, self._entered(sample)
-        place = self._next(sample)
-        assert place.ask is not None
-        answers = (*place.answers, self._evaluation(model_output, place.ask))
-        noise = None
-        if self.solver.stochastic:
-            noise = randn_tensor(sample.shape, generator=generator, device=sample.device, dtype=sample.dtype)
-        self._place = self._advance(replace(place, answers=answers, ask=None), noise)
-        self._evaluations += 1
-        x = self._place.start if self._place.ask is None else self._place.ask.x
-        assert x is not None
-        x = self._left(x).to(dtype)
-        return SchedulerOutput(prev_sample=x) if return_dict else (x,)
+        """Take the network's answer at `sample`, and return where the next evaluation or the next step begins.
 
-    def _entered(self, sample: Tensor) -> Tensor:
-        """A pipeline's latents as the state of the solver."""
-        return sample
-
-    def _left(self, x: Tensor) -> Tensor:
-        """The state of the solver, after a step has been taken, as a pipeline's latents."""
-        return x
-
-    def _evaluation(self, model_output: Tensor, ask: _Ask) -> Evaluation:
-        """The network's answer as one of the denoiser."""
-        given = self._given(ask).to(ask.x.device).expand(len(ask.x))
-        skip, out = self.preconditioning.c_skip(given), self.preconditioning.c_out(given)
-        denoised = per_sample(skip, ask.x) * ask.x + per_sample(out, ask.x) * model_output[:, : ask.x.shape[1]]
-        features = None if self.features is None else self.features()
-        # Under guidance stock pipelines put the conditional half last.
-        return Evaluation(ask.x, ask.sigma, denoised, None if features is None else features[-len(ask.x) :])
-
-    def add_noise(self, original_samples: Tensor, noise: Tensor, timesteps: Tensor) -> Tensor:
-        """`x0 + sigma noise` at timesteps `[B]` or `[1]`.
+        Args:
+            model_output: the network's answer; channels beyond those of the latents, of a variance, do not count.
+            timestep: one of `timesteps`.
+            sample: the latents at which the network was asked.
+            eta: share of the noise of DDIM (Song et al. 2021, Eq. 16), for the solver "ddim" alone.
+            use_clipped_model_output: whether "ddim" keeps the noise that belongs to the image as the config's
+                clipping leaves it, in place of the network's own. All other solvers do.
+            generator: of the noise of stochastic solvers.
+            variance_noise: that noise itself.
+            return_dict: whether to return a `SolverSchedulerOutput`, or a tuple of the same.
 
         Raises:
-            ValueError: at the first timestep, if the solver takes an analytical first step, which comes before it.
+            ValueError: a timestep that is not of the schedule or out of turn, an answer of another shape, an `eta` or a
+                noise that the solver has no use for.
+            IndexError: the schedule is at its end.
         """
-        if self.solver.afs and bool((torch.as_tensor(timesteps).cpu() == self.timesteps[0].cpu()).any()):
-            raise ValueError(AFS)
-        sigma = self._sigma_at(torch.as_tensor(timesteps).reshape(-1).cpu().double()).to(original_samples.device)
-        return original_samples + per_sample(sigma.expand(len(original_samples)), noise) * noise
+        self._enter(timestep)
+        solver = self._solver(eta, variance_noise)
+        place = self._next(self._state(sample))
+        ask, index = place.ask, self._step_index
+        assert ask is not None and index is not None
+        self._check_asked(ask)
+        evaluation = self._evaluation(
+            model_output, ask, raw=type(self.solver) is Euler and not use_clipped_model_output
+        )
+        noise = place.noise
+        if solver.stochastic and noise is None:
+            noise = variance_noise
+            if noise is None:
+                noise = randn_tensor(ask.x.shape, generator, ask.x.device, model_output.dtype)
+            noise = noise.to(ask.x)
+        answers = (*place.answers, evaluation)
+        self._place = place = self._advance(replace(place, answers=answers, ask=None, noise=noise), solver)
+        self._step_index = self._expected = index + 1
+        x = self._left_at(index + 1)
+        if self.bottleneck is not None and index + 1 == len(self._visits):
+            self.bottleneck.forget()
+        denoised = evaluation.denoised.to(sample.dtype)
+        latents = (x if self._scale(self._level) == 1 else x * self._scale(self._level)).to(sample.dtype)
+        self._left, self._asked = _Left(latents, 0 if latents.is_inference() else latents._version, x), False
+        return SolverSchedulerOutput(latents, denoised) if return_dict else (latents, denoised)
 
-    def _sigma_at(self, times: Tensor) -> Tensor:
-        assert self.table is not None
-        places = torch.arange(len(self.table), dtype=torch.float64)
-        return interpolate(times, places, self.table.log()).exp()
+    def _left_at(self, index: int) -> Tensor:
+        """The state after a step, before evaluation `index`, at which level latents are given back."""
+        place = self._place
+        if place.ask is not None:
+            self._tell(index, place.ask.given)
+            self._level = place.ask.given
+            return place.ask.x
+        assert place.start is not None
+        self._level = self._visits[index].given if index < len(self._visits) else self._levels[-1]
+        return place.start
+
+    def _solver(self, eta: float, variance_noise: Tensor | None) -> Solver:
+        solver = self.solver
+        if eta:
+            if type(solver) is not Euler or solver.afs:
+                raise ValueError(f"eta={eta}: {type(solver).__name__} takes none; ddim does")
+            solver = EulerAncestral(eta=eta)
+        if variance_noise is not None and not solver.stochastic:
+            raise ValueError(f"variance_noise: {type(solver).__name__} is deterministic here, and has no use for noise")
+        return solver
+
+    def _check_asked(self, ask: Ask) -> None:
+        """Latents that the network was given without `scale_model_input` have to be what it should be given."""
+        if self._asked:
+            return
+        if not self._source.scaled:
+            if not self._warned:
+                logging.getLogger("diffdistill").warning("scale_model_input should be called before the network is")
+            self._warned = True
+        elif self.solver.afs and self._step_index == 0:
+            raise ValueError("this pipeline has no place for an analytical first step: set afs=False")
+        elif not _same(ask.given, self._level):
+            raise ValueError("this learned solver moves the first evaluation, for which this pipeline has no place")
+
+    def _evaluation(self, model_output: Tensor, ask: Ask, *, raw: bool) -> Evaluation:
+        """The network's answer as one of the denoiser; `raw` keeps its noise where the config clips the image."""
+        x, output = ask.x, model_output
+        if output.shape != x.shape and output.ndim > 1:
+            output = output[:, : x.shape[1]]
+        if output.shape != x.shape:
+            raise ValueError(f"the network answers {list(model_output.shape)} for latents {list(x.shape)}")
+        output = output.to(x.dtype)
+        skip, out, _ = self._at(ask.given)
+        denoised = torch.add(skip * x, output, alpha=out)
+        clip = self._source.thresholding
+        features = None if self.bottleneck is None else self.bottleneck.output
+        # Under guidance stock pipelines put the conditional half last.
+        features = None if features is None else features[-len(x) :]
+        evaluation = Evaluation(x, ask.on_batch(), denoised if clip is None else clip(denoised), features)
+        if isinstance(ask.sigma, float) and (clip is None or raw):
+            # Of the network's own answer, since x - denoised loses digits at small sigma.
+            slope = torch.add((1 - skip) / ask.sigma * x, output, alpha=-out / ask.sigma)
+            evaluation.__dict__["eps"] = slope
+        return evaluation
+
+    def add_noise(self, original_samples: Tensor, noise: Tensor, timesteps: Tensor) -> Tensor:
+        """Latents of `x0 + sigma noise` at timesteps `[B]` or `[1]`.
+
+        Raises:
+            ValueError: a timestep without a noise level; the first, if the solver takes an analytical first step, which
+                comes before it.
+        """
+        times = torch.as_tensor(timesteps).reshape(-1)
+        if self.solver.afs and bool((times.cpu() == self.timesteps[0].cpu()).any()):
+            raise ValueError(AFS)
+        levels = [self._level_of(time) for time in times.tolist()]
+        scales = [self._scale(level) for level in levels]
+        if len(set(levels)) == 1:
+            return scales[0] * original_samples + (scales[0] * levels[0]) * noise
+        shape = (-1, *(1,) * (original_samples.ndim - 1))
+        scale = torch.tensor(scales).view(shape).to(original_samples)
+        spread = torch.tensor([s * level for s, level in zip(scales, levels, strict=True)]).view(shape)
+        return scale * original_samples + spread.to(original_samples) * noise
+
+    def _level_of(self, time: float) -> float:
+        visit = next((visit for visit in self._visits if _same(visit.time, time)), None)
+        if visit is None:
+            return self._source.sigma(time)
+        return visit.sigma if self._step_index is None else visit.given
 
     def __len__(self) -> int:
         return len(self.timesteps)
 
 
-__all__ = ["FrozenDict", "SchedulerMixin", "SolverScheduler"]
+def _number(timestep: Any) -> float:
+    return float(timestep.reshape(-1)[0]) if isinstance(timestep, Tensor) else float(timestep)
+
+
+def _same(known: float, other: float) -> bool:
+    """Whether two numbers are one, in float32."""
+    return abs(known - other) <= 1e-5 * max(1.0, abs(known))
+
+
+WITH_TABLE = ("trailing", "discrete", "simple", "sgm_uniform", "ddim_uniform")
+"""The schedules that are made from the levels of a model of discrete time."""
+
+__all__ = ["FrozenDict", "SchedulerMixin", "SolverScheduler", "SolverSchedulerOutput"]

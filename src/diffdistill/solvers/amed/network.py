@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from diffdistill.registry import choose
 from diffdistill.solvers.amed.predictors import Predictor, check_bound, initial_logits, scale_within
+from diffdistill.solvers.levels import level_dtype
 from diffdistill.solvers.step import Correction, Interval
 
 SIZE = 8
@@ -110,7 +111,10 @@ class AMEDPredictor(Predictor):
             encoded = self.enc_layer1(F.silu(self.enc_layer0(pooled)))
             levels = [F.silu(self.map_layer0(embed(s.expand(len(pooled))).to(dtype))) for s in (sigma, sigma_next)]
             inputs = torch.cat([encoded, *levels], dim=1)
-            logits = {name: self.get_submodule(f"fc_{name}")(inputs)[:, 0].double() for name in ("r", *self.scales)}
+            logits = {
+                name: self.get_submodule(f"fc_{name}")(inputs)[:, 0].to(level_dtype(device))
+                for name in ("r", *self.scales)
+            }
         scales = {name: scale_within(bound, logits[name]) for name, bound in self.scales.items()}
         return Correction(r=torch.sigmoid(logits["r"] + offset), **scales)
 
@@ -133,6 +137,7 @@ def pool(features: Tensor) -> Tensor:
 def embed(sigma: Tensor) -> Tensor:
     """Sines, then cosines, of `sigma: [B]` at frequencies from 1 down to 1/10000: `[B, 8]`, float64."""
     half = NOISE_CHANNELS // 2
-    exponents = torch.arange(half, dtype=torch.float64, device=sigma.device) / (half - 1)
-    phases = sigma.double()[:, None] * torch.exp(-math.log(10_000) * exponents)
+    dtype = level_dtype(sigma.device)
+    exponents = torch.arange(half, dtype=dtype, device=sigma.device) / (half - 1)
+    phases = sigma.to(dtype)[:, None] * torch.exp(-math.log(10_000) * exponents)
     return torch.cat([phases.sin(), phases.cos()], dim=1)

@@ -9,6 +9,7 @@ from typing import Any, ClassVar, Literal
 import torch
 from torch import Tensor, nn
 
+from diffdistill.solvers.levels import level_dtype
 from diffdistill.solvers.step import Correction, Interval
 
 Features = Literal["unused", "optional", "required"]
@@ -38,6 +39,11 @@ class Predictor(nn.Module):
         """
         self.check(interval)
         return self(features, interval.sigma, interval.sigma_next)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Predictor:
+        if level_dtype(fn(torch.zeros(())).device) == torch.float64:
+            return super()._apply(fn, recurse)
+        return super()._apply(lambda t: fn(t.float() if t.dtype == torch.float64 else t), recurse)
 
     def check(self, interval: Interval) -> None:
         """Raise `ValueError` if the schedule has another number of intervals; one that ends at 0 has one more."""
@@ -186,8 +192,12 @@ class LearnedTable(Table):
     def row(self, index: int, batch: int) -> Correction:
         """The correction of interval `index`, the same for all samples."""
         scales = {
-            name: scale_within(bound, self.get_parameter(f"logit_{name}")[index].double()).expand(batch)
+            name: scale_within(
+                bound, self.get_parameter(f"logit_{name}")[index].to(level_dtype(self.logit_r.device))
+            ).expand(batch)
             for name, bound in self.bounds.items()
             if bound
         }
-        return Correction(r=torch.sigmoid(self.logit_r[index].double()).expand(batch), **scales)
+        return Correction(
+            r=torch.sigmoid(self.logit_r[index].to(level_dtype(self.logit_r.device))).expand(batch), **scales
+        )
