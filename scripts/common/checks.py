@@ -37,10 +37,7 @@ HINTS: dict[str, Any] = {
     "lr": Positive,
     "w": Finite,
     "lora": Annotated[
-        dict | str,
-        Limit(
-            "null, a file or a mapping, such as {rank: 16}", lambda value: value != "" and isinstance(value, dict | str)
-        ),
+        Any, Limit("null, a file or a mapping, such as {rank: 16}", lambda v: isinstance(v, (dict, str)) and v != "")
     ],
     "lora_strength": Finite,
     "strength": Finite,

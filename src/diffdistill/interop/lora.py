@@ -152,9 +152,7 @@ def _read(path: Path) -> _File:
         for mark, kind in OTHERS.items():
             name = next((name for name in records if f".{mark}" in name or f"_{mark}" in name), None)
             if name is not None:
-                raise ForeignFileError(
-                    f"{path} holds adapters of another form ({kind}: {name[:80]}), which is not read"
-                )
+                raise ForeignFileError(f"{path} holds adapters of a form that is not read ({kind}: {name[:80]})")
         tensors = checkpoint.tensors({n: r for n, r in records.items() if isinstance(r, (TensorRecord, ArrayRecord))})
     alphas = {}
     for name, tensor in tensors.items():
