@@ -80,3 +80,29 @@ def test_weights_of_8_bits_are_multiplied_by_their_scales(end, network, tmp_path
     save_file({**state, some: torch.ones(3)}, tmp_path / "scaled.safetensors")
     with pytest.raises(ForeignFileError, match="is not one number"):
         denoised(tmp_path / "scaled.safetensors")
+
+
+@pytest.mark.parametrize("kind", ["F16", "Q8_0", "Q4_0"])
+def test_gguf_holds_the_weights_that_its_package_decodes(kind, network, tmp_path):
+    gguf = pytest.importorskip("gguf")
+    writer, expected = gguf.GGUFWriter(tmp_path / "model.gguf", "adm"), {}
+    quantized = gguf.GGMLQuantizationType[kind]
+    for name, value in network.state_dict().items():
+        array, stored = value.numpy(), gguf.GGMLQuantizationType.F32
+        if value.ndim > 1 and value.numel() % 32 == 0:
+            if array.shape[-1] % 32:  # as programs store convolutions
+                writer.add_array(f"comfy.gguf.orig_shape.{name}", [int(n) for n in array.shape])
+                array = array.reshape(-1, 32)
+            stored = quantized
+        data = gguf.quantize(array, stored)
+        writer.add_tensor(name, data, raw_dtype=stored)
+        expected[name] = torch.from_numpy(gguf.dequantize(data, stored)).float().reshape(value.shape)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    torch.save(expected, tmp_path / "expected.pt")
+    torch.testing.assert_close(denoised(tmp_path / "model.gguf"), denoised(tmp_path / "expected.pt"))
+    (tmp_path / "short.gguf").write_bytes((tmp_path / "model.gguf").read_bytes()[:2000])
+    with pytest.raises(ForeignFileError, match="damaged file of GGUF"):
+        read_foreign(tmp_path / "short.gguf", HINTS)

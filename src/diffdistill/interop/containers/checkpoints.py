@@ -1,4 +1,4 @@
-"""The containers of checkpoints: pickles, the two formats of `torch.save` (without torch's unpickler), safetensors."""
+"""The containers of checkpoints: pickles, both formats of `torch.save` (not by its unpickler), safetensors, GGUF."""
 
 from __future__ import annotations
 
@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 
 from diffdistill.errors import one_line
+from diffdistill.interop.containers.gguf import MAGIC, read_gguf
 from diffdistill.interop.containers.pickles import Machine
 from diffdistill.interop.containers.records import MAX_TENSORS, AllowList, Budget, ForeignFileError, Name, shown
 from diffdistill.interop.containers.tensors import ALLOWED, CALLS, STORAGES, ArrayRecord, Raw, Storage, TensorRecord
@@ -98,6 +99,9 @@ def open_checkpoint(path: str | os.PathLike[str]) -> Iterator[ForeignCheckpoint]
             size = path.stat().st_size
             if start[8:] == b"{" and int.from_bytes(start[:8], "little") <= size - 8:
                 root, metadata = _read_safetensors(path, size)
+            elif start.startswith(MAGIC):
+                root = read_gguf(path)
+                size = sum(record.nbytes for record in root.values())  # decoded, which the blocks in the file bound
             elif start.startswith(b"PK\x03\x04"):
                 with _damaged_archives():
                     archive = stack.enter_context(zipfile.ZipFile(path))
