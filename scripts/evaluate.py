@@ -23,8 +23,9 @@ from diffdistill.metrics.evaluate import EvaluationOptions, describe, evaluate, 
 from diffdistill.metrics.sources import Sampler, StoredImages, open_images
 from diffdistill.sampling.plans import plan
 
+OF_SAMPLES = ("resolution", "background", "skip_damaged")
+OF_MODELS = ("lora", "lora_strength", "precision", "channels_last", "compile", "cuda_graph", "seed")
 PLAN = ("w", "num_steps", "solver", "schedule", "start")
-READING = ("resolution", "background", "skip_damaged")
 
 
 @command("evaluate")
@@ -32,16 +33,16 @@ def main(config: DictConfig) -> None:
     settings = plain(config)
     if (settings["samples"] is None) == (settings["model"] is None):
         raise ValueError("give either samples=PATH (a folder, .zip or .npz) or model=NAME")
-    if settings["samples"] is None:
-        refuse_unread("evaluate", settings, READING, "with model=")
+    if settings["samples"] is not None:
+        refuse_unread("evaluate", settings, [*PLAN, *OF_MODELS], "on samples that are there: it is for model=")
     else:
-        refuse_unread("evaluate", settings, (*PLAN, "lora", "lora_strength"), "with samples=")
+        refuse_unread("evaluate", settings, OF_SAMPLES, "on what a model draws: it is for samples=PATH")
     settings["measures"] = several(settings["measures"])
     check_file(settings["out"], ".json")
     options = EvaluationOptions(**{name: settings[name] for name in EvaluationOptions.__dataclass_fields__})
     device = device_of(settings["device"])
     if settings["samples"] is not None:
-        reading = {name: settings[name] for name in READING if settings[name]}
+        reading = {name: settings[name] for name in OF_SAMPLES if settings[name]}
         images = open_images(settings["samples"], **reading)
         source = StoredImages(images, limit=settings["num_samples"])
     else:

@@ -38,3 +38,8 @@ def adapted(denoiser: Denoiser, settings: Mapping[str, Any], *, trains: bool = F
     if strength is not None:
         raise ValueError(f"lora_strength={strength} has no effect without lora=FILE")
     return denoiser
+
+
+def trained_adapters(settings: Mapping[str, Any]) -> dict[str, Any] | None:
+    """The options of adapters to train, where `lora` is a mapping of these and no file."""
+    return settings["lora"] if isinstance(settings["lora"], dict) else None

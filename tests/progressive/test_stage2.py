@@ -19,8 +19,8 @@ from diffdistill.progressive.stage2 import (
     encoder_steps,
     stochastic_steps,
 )
-from diffdistill.progressive.targets import two_hop_target
 from diffdistill.progressive.stochastic import StochasticEuler
+from diffdistill.progressive.targets import two_hop_target
 from diffdistill.solvers import Interval, ProbabilityFlow, make_schedule, sample
 from diffdistill.training import Run
 from diffdistill.training.weighting import make_weighting

@@ -58,7 +58,7 @@ def test_a_base_is_tried_with_its_schedules_alone(problem):
     grid = Grid(schedules, statistics=object(), starts=[2.0], analytic_first_step=True)
     base = {"name": "euler", "afs": True, "schedules": ["flat"]}
     (only,) = grid.candidates("base", base, 3, problem.part(2), started=False)
-    assert only.schedule == "flat" and only.solver.afs and measure(only, problem.part(2))[0].nfe == 3
+    assert only.schedule == "flat" and only.solver.afs and measure_candidate(only, problem.part(2))[0].nfe == 3
     assert grid.candidates("base", base, 3, problem.part(2), started=True) == []
     with pytest.raises(ValueError, match="unknown schedule 'round': choose one of flat, steep"):
         grid.parted({"name": "euler", "schedules": ["round"]})

@@ -12,8 +12,9 @@ import torch
 from torch import Tensor
 
 from diffdistill.data.archives import ZipData
+from diffdistill.data.arrays import load_samples
 from diffdistill.data.base import ImageData
-from diffdistill.data.folders import ImageFolder, load_samples
+from diffdistill.data.folders import ImageFolder
 from diffdistill.data.latents import INDEX, LatentData
 from diffdistill.denoiser import NULL_LABEL, Denoiser
 
@@ -44,12 +45,16 @@ class Data(Protocol):
     def __len__(self) -> int: ...
     def __getitem__(self, index: int, /) -> dict[str, Tensor]: ...
     def stack(self, indices: Sequence[int]) -> dict[str, Tensor]: ...
+    def tensors(self) -> dict[str, Tensor]: ...
 
 
 class _Given:
     """What is not known of data that are given as they are."""
 
     autoencoder = found = names = None
+
+    def __len__(self) -> int:
+        raise NotImplementedError(f"{type(self).__name__} defines no __len__")
 
     def __getitem__(self, index: int) -> dict[str, Tensor]:
         raise NotImplementedError(f"{type(self).__name__} defines no __getitem__")
@@ -58,6 +63,10 @@ class _Given:
         """Some of the set, `{name: [n, ...]}`."""
         items = [self[i] for i in indices]
         return {name: torch.stack([item[name] for item in items]) for name in items[0]}
+
+    def tensors(self) -> dict[str, Tensor]:
+        """The whole set in memory."""
+        return self.stack(range(len(self)))
 
 
 def say_what_was_found(data: Data) -> None:

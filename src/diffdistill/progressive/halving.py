@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
-from torch import Tensor, nn
+from torch import Tensor
 
 from diffdistill.denoiser import Denoiser, Distilled
 from diffdistill.distributed import rank
@@ -76,7 +76,7 @@ def halve_steps(
     halving: Halving,
     run: Run,
     *,
-    on_samples: Callable[[nn.Module], Tensor] | None = None,
+    on_samples: Callable[[Any], Tensor] | None = None,
     callbacks: Sequence[Any] = (),
     provenance: Callable[[Run], Mapping[str, Any]] | None = None,
 ) -> dict[int, Path]:

@@ -9,13 +9,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from tqdm import tqdm
 
 from diffdistill import distributed
 from diffdistill.files.atomic import write_text
 from diffdistill.files.hashes import sha256
 from diffdistill.metrics.extractors import make_features
 from diffdistill.metrics.sources import reference_from
+from diffdistill.progress import progress
 from diffdistill.tables.cells import CellEvaluator, Clock, Models, Result, count_evaluations, prepare
 from diffdistill.tables.tables import Cell, Need, Table, located
 from diffdistill.training.progress import duration
@@ -140,7 +140,7 @@ def reproduce(
         reference = reference_from(table.reference, features, table.measures, device=device)
         evaluator = CellEvaluator(features, reference, models, batch_size, save_samples, switches or {})
         total, mine = len(todo) * table.num_samples, distributed.rank() == 0
-        with tqdm(total=total, desc=table.name, unit="image", disable=None if mine else True) as bar:
+        with progress(total=total, desc=table.name, unit="image", hidden=not mine) as bar:
             update = _scaled(bar)
             for cell in todo:
                 bar.set_postfix_str(f"{cell.row}, {table.column} {cell.column:g}")

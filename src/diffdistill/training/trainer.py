@@ -18,6 +18,7 @@ from tqdm import tqdm
 from diffdistill import distributed
 from diffdistill.devices import channels_last, device_of, tuned_convolutions
 from diffdistill.errors import one_line
+from diffdistill.progress import shows_bars
 from diffdistill.training import sharding
 from diffdistill.training.average import WeightAverage
 from diffdistill.training.batches import Batches, DataError, MapData, split
@@ -78,7 +79,7 @@ class Trainer:
         config: TrainerConfig,
         run: Run,
         *,
-        on_samples: Callable[[nn.Module], Tensor] | None = None,
+        on_samples: Callable[[Any], Tensor] | None = None,
         callbacks: Sequence[Callback | Callable[[Trainer, Mapping[str, Any]], object]] = (),
         name: str = "",
     ) -> None:
@@ -183,7 +184,7 @@ class Trainer:
             batches = chain([first], batches)
         if config.compile:
             self.objective.compile_networks()
-        hidden = None if distributed.rank() == 0 else True
+        hidden = distributed.rank() != 0 or not shows_bars()
         with tqdm(total=config.updates, initial=self.update, desc=self.name or None, disable=hidden) as bar:
             for batch in batches:
                 self._stop.waits_for = f"update {self.update + 1} to end"

@@ -13,6 +13,7 @@ from safetensors import SafetensorError
 from torch import nn
 
 from diffdistill.errors import one_line
+from diffdistill.files.remote import local_path
 from diffdistill.interop.diffusers.extra import diffusers
 from diffdistill.interop.diffusers.networks import FAMILIES
 from diffdistill.interop.diffusers.parts import Parts, from_network, from_pipeline
@@ -40,12 +41,12 @@ DAMAGES = (
 
 
 def load_pipeline(folder: str | Path, **options: Any) -> Parts:
-    """Load a diffusers folder, in float32; nothing is downloaded, and no code of the folder runs.
+    """Load a diffusers folder, in float32; no code of the folder runs.
 
     Weights are safetensors, or, in parts without these, `.bin`, which torch reads with weights_only.
 
     Args:
-        folder: it holds `model_index.json`.
+        folder: it holds `model_index.json`. What `hf:OWNER/NAME` names is fetched first, see `files.remote`.
         options: those of `from_pipeline`.
 
     Raises:
@@ -53,7 +54,7 @@ def load_pipeline(folder: str | Path, **options: Any) -> Parts:
         ImportError: the extra is missing.
     """
     library = diffusers()
-    folder = Path(folder)
+    folder = local_path(folder)
     try:
         index = json.loads((folder / "model_index.json").read_text(encoding="utf-8"))
         _check(folder, index)

@@ -140,7 +140,9 @@ class SolverScheduler(SchedulerMixin, ConfigMixin):
         """
         if not isinstance(config, Mapping):
             raise ValueError(f"from_config takes the config of a scheduler, not {config!r}")
-        given = {**config, **changes}
+        # Settings that were left at their defaults are those of the class that is made, unless they are changed here.
+        unset = [name for name in config.get("_use_default_values", ()) if name not in changes]
+        given = {**config, **changes, "_use_default_values": unset}
         own = {name: given.pop(name) for name in (*OWN, "source_config") if name in given}
         given = {**(own.pop("source_config", None) or {}), **given}
         if getattr(diffusers(), str(given.get("_class_name")), None) is None:
@@ -373,7 +375,7 @@ class SolverScheduler(SchedulerMixin, ConfigMixin):
             return None
         storage = timestep.untyped_storage().data_ptr()
         inside = storage and storage == own.untyped_storage().data_ptr()
-        return timestep.storage_offset() - own.storage_offset() if inside else None
+        return int(timestep.storage_offset() - own.storage_offset()) if inside else None
 
     def _enter(self, timestep: Any) -> None:
         """Be where the pipeline is.
