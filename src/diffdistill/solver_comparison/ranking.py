@@ -13,11 +13,11 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
 from diffdistill.files.atomic import write_text
 from diffdistill.files.hashes import sha256
 from diffdistill.learned.storage import PREDICTOR
+from diffdistill.progress import progress
 from diffdistill.solver_comparison.candidates import Candidate, Grid, learned_candidate, predictor_name
 from diffdistill.solver_comparison.problem import Problem
 
@@ -94,17 +94,19 @@ Entry = tuple[str, Callable[[], Candidate | None]]
 def entries(
     grid: Grid,
     solvers: Mapping[str, Mapping[str, Any]],
+    bases: Mapping[str, Mapping[str, Any]],
     evaluations: Sequence[int],
     predictors: Sequence[str],
     problem: Problem,
     *,
     tuning_samples: int,
 ) -> Iterator[Entry]:
-    """Who takes part: every solver at every number of evaluations, with and without start, and learned solvers.
+    """Who takes part: every solver at every number of evaluations, with and without start, bases, and learned solvers.
 
     Args:
         grid: what each solver is tried with.
         solvers: options of `make_solver` by label.
+        bases: options of `Grid.base` by label: `solver` and `schedule`.
         evaluations: of the denoiser.
         predictors: what `load_predictor` takes.
         problem: its first `tuning_samples` seeds choose the best of the grid.
@@ -119,6 +121,9 @@ def entries(
         for count in evaluations:
             for started in (False, True) if grid.starts else (False,):
                 yield f"{label}_{count}{'_start' if started else ''}", partial(choose, label, count, started)
+    for label, base in bases.items():
+        for count in evaluations:
+            yield f"{label}_{count}", partial(grid.base, label, evaluations=count, problem=few, **base)
     for name in predictors:
         row = f"learned_{predictor_name(name)}_{sha256(PREDICTOR.find(name))[:8]}"
         yield row, partial(learned_candidate, name, problem.denoiser)
@@ -129,7 +134,7 @@ def compare(
 ) -> list[Measurement]:
     """Measure every entry, in the order of evaluations; each measurement is a file of `folder`, made once."""
     rows = []
-    for name, choose in tqdm(list(candidates), desc="solvers", disable=None):
+    for name, choose in progress(list(candidates), desc="solvers"):
         path = folder / f"{name}.json"
         if not path.exists():
             candidate = choose()
