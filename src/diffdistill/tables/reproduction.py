@@ -23,7 +23,7 @@ from diffdistill.training.progress import duration
 
 @dataclass(frozen=True)
 class Outcome:
-    """A table with what is known of it.
+    """A table with its results and the files that it still needs.
 
     Attributes:
         table: the table.
