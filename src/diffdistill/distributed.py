@@ -163,7 +163,8 @@ class GradientAverage:
     """Averages gradients over the processes, in flat buckets that are sent while the backward pass goes on.
 
     The gradients of the last layers are ready first, so that buckets are filled from the end; they are sent in that
-    order in every process.
+    order in every process. DistributedDataParallel would want the network called through its wrapper, once for each
+    backward pass, and rebuilds its buckets after the first one, so that a resumed run might add in another order.
     """
 
     def __init__(self, parameters: Sequence[nn.Parameter]) -> None:
