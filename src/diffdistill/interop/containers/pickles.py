@@ -19,8 +19,8 @@ __all__ = ["Machine", "make_set"]
 MAX_INTEGER = 1024
 """Bytes of an integer."""
 CODES = {instruction.name: ord(instruction.code) for instruction in pickletools.opcodes}
-"""The instructions' codes by their names. `pickletools` could read their arguments too, but it copies every array out of
-the file, and bounds no integer."""
+"""The instructions' codes by their names. `pickletools` could read their arguments too, but it copies every array out
+of the file, and bounds no integer."""
 
 
 def _operation(name: str) -> Callable[[Callable[[Machine], None]], Callable[[Machine], None]]:
