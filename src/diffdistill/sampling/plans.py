@@ -114,7 +114,7 @@ def plan(
     num_steps: int | None = None,
     start: float | Mapping[str, Any] | None = None,
 ) -> Plan:
-    """Say how to sample `model`.
+    """Choose the denoiser, solver, noise levels and start to sample `model` with.
 
     Args:
         model: from `load_denoiser`.

@@ -34,7 +34,7 @@ class Failure:
 
 @dataclass(frozen=True)
 class Outcome:
-    """A table with what is known of it.
+    """A table with its results and the files that it still needs.
 
     Attributes:
         table: the table.

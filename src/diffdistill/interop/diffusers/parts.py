@@ -76,7 +76,7 @@ class LatentCodec:
 
 @dataclass(frozen=True, eq=False)
 class Parts:
-    """What a pipeline is made of, for use without it.
+    """The denoiser, autoencoder and text encoder of a pipeline, for use without it.
 
     Attributes:
         denoiser: of latents, or of images where there is no codec.
