@@ -35,13 +35,23 @@ def done(name, *arguments):
 def test_commands_alone_make_a_student_of_four_steps(here):
     network = ["network@model=own", "model.network.name=own_unet", "+model.network.width=8"]
     done("train_teacher", *FAST, *network, "out=teacher")
-    done("train_amed", *MINE, "model=teacher", "num_steps=2", "w=1", "experiment=none", "form=amed", "out=solver",
-         "predictor={name: amed}", "objective={name: stepwise, teacher: {name: heun}, points: 1}", *TRAINED[:3])  # fmt: skip
+    published = ["form=amed", "predictor={name: amed}", "objective={name: stepwise, teacher: {name: heun}, points: 1}"]
+    done(
+        "train_amed",
+        *MINE,
+        *TRAINED[:3],
+        *published,
+        "model=teacher",
+        "num_steps=2",
+        "w=1",
+        "experiment=none",
+        "out=amed",
+    )
     done("distill_guidance", *FAST, "teacher=teacher", "out=guided")
     done("distill_steps", *FAST, "teacher=guided", "start_steps=8", "last_steps=4", "out=steps")
     drawn = ["num_samples=3", "save=npz", "device=cpu", "w=1", *MINE]
     done("sample", "model=steps/stages/004", *drawn, "out=x")
-    done("sample", "model=teacher", "solver=learned", "solver.predictor=solver", *drawn, "out=fast")
+    done("sample", "model=teacher", "solver=learned", "solver.predictor=amed", *drawn, "out=fast")
     for folder in ("x", "fast"):
         assert np.load(here / folder / "samples.npz")["x"].shape == (3, 1, 8, 8)
 
