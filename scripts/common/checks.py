@@ -40,7 +40,11 @@ HINTS: dict[str, Any] = {
     "evaluations": Counts,
     "lr": Positive,
     "w": Finite,
-    "lora": Annotated[dict, Limit("null or a mapping, such as {rank: 16}", lambda value: isinstance(value, dict))],
+    "lora": Annotated[
+        Any, Limit("null, a file or a mapping, such as {rank: 16}", lambda v: isinstance(v, (dict, str)) and v != "")
+    ],
+    "lora_strength": Finite,
+    "strength": Finite,
 }
 """What settings must be, by their names."""
 ELSEWHERE = {

@@ -261,9 +261,7 @@ def test_the_sampler_of_an_exact_flow_map_keeps_the_marginals_in_one_step_as_in_
 
 def test_one_step_of_an_exact_flow_map_arrives_where_many_do():
     exact, noise = GaussianFlow(), torch.randn(3, 2, 5, 7, dtype=torch.float64)
-    ends = [
-        sample(exact, noise, solver=make_solver("flow_map"), sigmas=cosine(n)).detach() for n in (1, 4)
-    ]
+    ends = [sample(exact, noise, solver=make_solver("flow_map"), sigmas=cosine(n)).detach() for n in (1, 4)]
     torch.testing.assert_close(ends[0], ends[1], rtol=1e-10, atol=1e-10)
 
 

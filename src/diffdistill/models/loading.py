@@ -147,7 +147,8 @@ READERS: dict[str, Callable[[Path], Denoiser] | str] = {
     "model.safetensors": read_safetensors,
     "config.yaml": "diffdistill.training.weights:read_run",
     "model_index.json": "diffdistill.interop.diffusers.folders:read_folder",
-    **dict.fromkeys((".pkl", ".pt", ".pth", ".ckpt"), "diffdistill.interop:read_denoiser"),
+    "config.json": "diffdistill.interop.diffusers.folders:read_network",
+    **dict.fromkeys((".pkl", ".pt", ".pth", ".ckpt", ".bin", ".gguf"), "diffdistill.interop:read_denoiser"),
 }
 """How to read a model: by the suffix of a file, or by the name of a file that a folder holds.
 

@@ -23,7 +23,7 @@ def model_files(name: str) -> list[Path]:
     if key == "config.yaml":
         newest = Checkpoints(path.parent / "checkpoints").newest()
         return [] if newest is None else [newest]
-    return files_within(path.parent) if key == "model_index.json" else [path]
+    return files_within(path.parent) if key in ("model_index.json", "config.json") else [path]
 
 
 def _record_files(folder: str) -> Callable[[str], list[Path]]:
