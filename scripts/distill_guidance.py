@@ -13,13 +13,14 @@ from omegaconf import DictConfig
 
 from common.command import command
 from common.configs import plain
+from common.models import load_model, trained_adapters
 from common.results import provenance
 from diffdistill import distill_guidance
 from diffdistill.registry import choose
 from diffdistill.training import Run
 from diffdistill.training.inputs import inputs_of
 
-OPTIONS = ("trainer", "guidance", "init", "noise_levels", "weighting", "lora", "preview")
+OPTIONS = ("trainer", "guidance", "init", "noise_levels", "weighting", "preview")
 
 
 def distill(config: DictConfig) -> str:
@@ -29,11 +30,12 @@ def distill(config: DictConfig) -> str:
     if not run.finished:
         shares = {"data": 0.0, "trajectories": settings["inputs_share"]}
         distill_guidance(
-            settings["teacher"],
+            load_model(settings, "teacher", trains=True),
             settings["data"],
             w_range=settings["w"],
             trajectories=choose("inputs", settings["inputs"], shares),
             num_steps=settings["inputs_steps"],
+            lora=trained_adapters(settings),
             out=run,
             made_by=partial(provenance, config),
             **{name: settings[name] for name in OPTIONS},

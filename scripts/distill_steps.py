@@ -18,8 +18,8 @@ from omegaconf import DictConfig
 
 from common.command import command
 from common.configs import plain
+from common.models import load_model, trained_adapters
 from common.results import provenance
-from diffdistill import load_denoiser
 from diffdistill.progressive.methods import METHODS
 from diffdistill.registry import choose
 from diffdistill.training import Run
@@ -32,12 +32,13 @@ def distill(config: DictConfig) -> dict[int, Path]:
     settings = plain(config)
     options = choose("method", settings["method"], METHODS).__dataclass_fields__
     return distilled_files(
-        load_denoiser(settings["teacher"]),
+        load_model(settings, "teacher", trains=True),
         settings["data"],
         Run(settings["out"], settings, inputs=inputs_of(settings)),
         options={name: settings[name] for name in options if name in settings},
         made_by=partial(provenance, config),
-        **{name: settings[name] for name in ("method", "trainer", "schedule", "weighting", "lora", "preview")},
+        **{name: settings[name] for name in ("method", "trainer", "schedule", "weighting", "preview")},
+        lora=trained_adapters(settings),
     )
 
 

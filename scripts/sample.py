@@ -19,6 +19,7 @@ from omegaconf import DictConfig
 from common.checks import several
 from common.command import command
 from common.configs import plain
+from common.models import adapted
 from common.speed import faster
 from diffdistill.devices import device_of
 from diffdistill.distributed import rank
@@ -48,7 +49,7 @@ def condition_for(settings: dict[str, Any], editor: Editor) -> Any:
 def main(config: DictConfig) -> None:
     settings = plain(config)
     editor = load_editor(settings["model"], pipeline=settings["pipeline"], device=device_of(settings["device"]))
-    model, codec = editor.denoiser, editor.codec
+    model, codec = adapted(editor.denoiser, settings), editor.codec
     condition = condition_for(settings, editor)
     planned = plan(
         model,

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from itertools import pairwise
 from pathlib import Path
 
+from common.checks import ELSEWHERE
 from common.configs import CONFIGS, groups_of
 
 WITH_VALUE = {"--config-dir": "--config-dir", "-cd": "--config-dir", "--cfg": "--cfg", "-c": "--cfg"}
@@ -48,12 +49,18 @@ def for_hydra(arguments: Sequence[str], config_name: str) -> list[str]:
 
     So `data.flip=true` works where the data set has such an option; what nothing reads is refused afterwards, with the
     nearest valid name, see `checks`.
+
+    Raises:
+        ValueError: a group of settings of other commands.
     """
     flags, settings = parted(arguments)
     groups = [name for name, _, _ in groups_of(config_name)]
 
     def added(setting: str) -> str:
         name, equals, _ = setting.partition("=")
+        if equals and name not in groups and (CONFIGS / name).is_dir():
+            guess = f" (did you mean {ELSEWHERE[name]}?)" if name in ELSEWHERE else ""
+            raise ValueError(f"unknown setting {name!r}{guess}: this command has no such group of settings")
         as_it_is = not equals or name.startswith(("+", "~", "hydra.", "hydra/")) or "@" in name or name in groups
         return setting if as_it_is else f"++{setting}"
 

@@ -13,7 +13,7 @@ from diffdistill.settings import Count, Finite, Integer, Limit, Name, Positive, 
 COUNTS = ("num_samples", "num_steps", "num_images", "num_trajectories", "tuning_samples", "batch_size", "shard_size")
 COUNTS += ("splits", "repeats", "updates", "components", "rank")
 SWITCHES = ("accept_changes", "channels_last", "compile", "cuda_graph", "dry_run", "again", "save_samples")
-SWITCHES += ("keep_features", "beside", "side_by_side", "per_class", "analytic_first_step")
+SWITCHES += ("keep_features", "beside", "side_by_side", "per_class", "analytic_first_step", "fetch")
 NAMES = ("model", "teacher", "out", "dest", "features", "images", "mask", "pipeline")
 OPTIONAL = ("w", "num_steps", "preview", "stages")
 """Settings that may be null whatever their default is, unless that is a range."""
@@ -40,7 +40,11 @@ HINTS: dict[str, Any] = {
     "evaluations": Counts,
     "lr": Positive,
     "w": Finite,
-    "lora": Annotated[dict, Limit("null or a mapping, such as {rank: 16}", lambda value: isinstance(value, dict))],
+    "lora": Annotated[
+        Any, Limit("null, a file or a mapping, such as {rank: 16}", lambda v: isinstance(v, (dict, str)) and v != "")
+    ],
+    "lora_strength": Finite,
+    "strength": Finite,
 }
 """What settings must be, by their names."""
 ELSEWHERE = {

@@ -27,6 +27,7 @@ from common.plugins import import_plugins
 from common.typed import VARIABLE, as_typed, typed_command
 from common.usage import check_preset, usage
 from diffdistill.distributed import processes, rank
+from diffdistill.files.remote import consent
 from diffdistill.settings import Integer, mismatch
 
 
@@ -58,7 +59,8 @@ def command(
                 torch.manual_seed(
                     0 if mismatch(seed, Integer) else seed
                 )  # for first weights; the trainer refuses others
-                main(config)
+                with consent() if settings.get("fetch") else nullcontext():
+                    main(config)
 
         @wraps(main)
         def program() -> None:

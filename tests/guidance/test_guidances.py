@@ -133,7 +133,10 @@ def test_a_share_of_batches_comes_from_trajectories(teacher):
     for share in (0.0, 0.5, 1.0):
         made = objective(teacher, trajectories=share, num_steps=1)
         plain = objective(teacher)
-        pairs = [[o.loss(batch, torch.Generator().manual_seed(seed)).value.item() for o in (made, plain)] for seed in range(8)]
+        pairs = [
+            [o.loss(batch, torch.Generator().manual_seed(seed)).value.item() for o in (made, plain)]
+            for seed in range(8)
+        ]
         seen.append(sum(a != b for a, b in pairs))
     assert seen[0] == 0 and 0 < seen[1] < 8 and seen[2] == 8
     with pytest.raises(ValueError, match="share"):

@@ -16,7 +16,6 @@ from diffdistill.training.objective import Loss, Objective
 from diffdistill.training.randomness import choice, draw_w
 from diffdistill.training.weighting import weighted_error
 
-
 RESOLUTION = 10_000
 """Of the share of batches from trajectories."""
 

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from diffdistill.denoiser import Denoiser
 from diffdistill.devices import channels_last as to_channels_last
+from diffdistill.errors import one_line
 from diffdistill.models import Wrapper
 from diffdistill.solvers.features import FeatureTap
 
@@ -200,8 +201,7 @@ def record_on_gpu(evaluate: Callable[[], Outputs]) -> tuple[Outputs, Callable[[]
         with torch.cuda.graph(graph, capture_error_mode="thread_local"):
             outputs = evaluate()
     except RuntimeError as error:
-        reason = str(error).strip().splitlines()[0]
         raise ValueError(
-            f"this model cannot be recorded as a CUDA graph ({reason}): choose cuda_graph=false"
+            f"this model cannot be recorded as a CUDA graph ({one_line(error)}): choose cuda_graph=false"
         ) from error
     return outputs, graph.replay

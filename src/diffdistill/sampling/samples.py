@@ -12,6 +12,7 @@ from torch import Tensor
 
 from diffdistill.denoiser import NULL_LABEL, Denoiser, spread_labels
 from diffdistill.distributed import barrier, rank, world_size
+from diffdistill.files.archives import open_npz
 from diffdistill.files.atomic import replacing
 from diffdistill.pictures import save_grid
 from diffdistill.progress import progress
@@ -89,7 +90,7 @@ def draw_to(
 
 
 def _read_part(path: Path) -> Tensor:
-    with np.load(path, allow_pickle=False) as part:
+    with open_npz(path, what="samples") as part:
         return torch.from_numpy(part["x"])
 
 

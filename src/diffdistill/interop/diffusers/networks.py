@@ -250,7 +250,12 @@ def diffusers_network(
         label_dim: the same.
     """
     family = choose("network of diffusers", kind, FAMILIES)
-    common: dict[str, Any] = {"w_channels": w_channels, "s_channels": s_channels, "guidance_convention": guidance_convention, "null": null}
+    common: dict[str, Any] = {
+        "w_channels": w_channels,
+        "s_channels": s_channels,
+        "guidance_convention": guidance_convention,
+        "null": null,
+    }
     common["lora"] = lora
     if family is UNet2D:
         common["null_class"] = null_class
