@@ -41,9 +41,7 @@ def main(batch: int = 64, rounds: int = 5) -> None:
     objectives = {
         "consistency": ConsistencyDistillation(teacher, student, sigmas=sigmas, fine=(2, 8), **shared),
         "flow map, eulerian": FlowMapDistillation(teacher, student, noise_levels=cosine, **shared),
-        "flow map, lagrangian": FlowMapDistillation(
-            teacher, student, noise_levels=cosine, form="lagrangian", **shared
-        ),
+        "flow map, lagrangian": FlowMapDistillation(teacher, student, noise_levels=cosine, form="lagrangian", **shared),
     }
     data = {"x": torch.randn(batch, 1, 8, 8), "y": torch.arange(batch) % 10}
     inputs = data["x"], torch.rand(batch).double() + 0.1, data["y"], torch.rand(batch), torch.rand(batch).double() * 0.1
