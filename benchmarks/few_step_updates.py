@@ -2,10 +2,10 @@
 
     python benchmarks/few_step_updates.py [batch=64] [rounds=5]
 
-The floor is made of the network of `configs/network/digits.yaml` itself, with random weights: of consistency one teacher
-and one student evaluation without gradients, one with them and its backward pass, and the optimiser; of a flow map the
-bare `torch.func.jvp` in place of the student's evaluation. Times are of the processor, the least of all rounds, with
-updates and floors in turn.
+The floor is made of the network of `configs/network/digits.yaml` itself, with random weights: of consistency one
+teacher and one student evaluation without gradients, one with them and its backward pass, and the optimiser; of a flow
+map the bare `torch.func.jvp` in place of the student's evaluation. Times are of the processor, the least of all rounds,
+with updates and floors in turn.
 """
 
 from __future__ import annotations

@@ -55,9 +55,9 @@ def build_denoiser(
             taken from the rest of the config unless given;
             `preconditioning`: `name`, one of `PRECONDITIONINGS`, and its options;
             `data_shape`, `sigma_min`, `sigma_max`; and optionally `num_classes` (0), `w_range`, `distilled`
-            (`sigmas` and `sampler`, and `afs` and `others`), `autoencoder` (options of `Autoencoder`, for a denoiser of its latents),
-            `latents` (true for a denoiser of latents whose autoencoder is elsewhere), `adapter` (for a registered
-            network, options of `OwnNetwork`), `provenance` (anything that JSON holds).
+            (`sigmas` and `sampler`, and `afs` and `others`), `autoencoder` (options of `Autoencoder`, for a denoiser of
+            its latents), `latents` (true for a denoiser of latents whose autoencoder is elsewhere), `adapter` (for a
+            registered network, options of `OwnNetwork`), `provenance` (anything that JSON holds).
         network: a network that was built as the config says, to take in place of a fresh one.
         autoencoder: what made the latents that are denoised; it becomes part of the denoiser and of its file, frozen.
 
