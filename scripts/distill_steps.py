@@ -11,46 +11,34 @@ Running the same command again continues the run, inside the stage where it stop
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 
 from omegaconf import DictConfig
 
 from common.command import command
 from common.configs import plain
-from common.results import check_data, provenance
-from diffdistill import load_denoiser
-from diffdistill.data import load_data
-from diffdistill.interop.diffusers import add_adapters
-from diffdistill.progressive import methods
+from common.models import load_model, trained_adapters
+from common.results import provenance
 from diffdistill.progressive.methods import METHODS
 from diffdistill.registry import choose
-from diffdistill.sampling.generation import preview
-from diffdistill.sampling.plans import schedule_for
 from diffdistill.training import Run
 from diffdistill.training.inputs import inputs_of
-from diffdistill.training.weighting import make_weighting
+from diffdistill.workflows.steps import distilled_files
 
 
 def distill(config: DictConfig) -> dict[int, Path]:
     """Run stage 2 and return the student's path for each number of steps."""
     settings = plain(config)
-    data, teacher = load_data(**settings["data"]), load_denoiser(settings["teacher"])
-    check_data(data, teacher)
-    if settings["lora"]:
-        add_adapters(teacher, **settings["lora"])
     options = choose("method", settings["method"], METHODS).__dataclass_fields__
-    return methods.distill(
-        teacher,
-        data,
+    return distilled_files(
+        load_model(settings, "teacher", trains=True),
+        settings["data"],
         Run(settings["out"], settings, inputs=inputs_of(settings)),
-        method=settings["method"],
         options={name: settings[name] for name in options if name in settings},
-        schedule=lambda num_steps: schedule_for(teacher, {"num_steps": num_steps, **settings["schedule"]}),
-        weighting=make_weighting(settings["weighting"], sigma_data=teacher.sigma_data),
-        trainer=settings["trainer"],
-        # An encoder makes no pictures.
-        on_samples=None if settings.get("sampler") == "encoder" else preview(teacher, **settings["preview"]),
-        provenance=lambda stage: provenance(config, stage),
+        made_by=partial(provenance, config),
+        **{name: settings[name] for name in ("method", "trainer", "schedule", "weighting", "preview")},
+        lora=trained_adapters(settings),
     )
 
 

@@ -23,6 +23,7 @@ from omegaconf import DictConfig
 
 from common.command import command
 from common.configs import plain
+from common.models import adapted
 from diffdistill import load_denoiser
 from diffdistill.data import load_data
 from diffdistill.devices import device_of
@@ -30,6 +31,7 @@ from diffdistill.editing.inputs import Editor, first_images, load_editor
 from diffdistill.editing.pictures import (
     Edited,
     Picture,
+    first_pictures,
     known_of,
     pictures_of,
     read_masks,
@@ -54,8 +56,6 @@ OF_TASKS = {
     "encoder.model": ENCODED,
 }
 """Settings that only some tasks read."""
-STRENGTH = {"inpaint": 1.0}
-STRENGTH_OF_OTHERS = 0.6
 REPEATS = 5
 NUM_IMAGES = 10
 
@@ -98,18 +98,21 @@ def edit(settings: dict[str, Any]) -> Edited:
     """The images before and after, and between them what is known of those to be inpainted."""
     task, device = choose("task", settings["task"], TASKS), device_of(settings["device"])
     editor = load_editor(settings["model"], pipeline=settings["pipeline"], device=device)
+    adapted(editor.denoiser, settings)
     check_unused(settings, editor)
     model, size, labels, count = editor.denoiser, editor.shape[1:], None, settings["num_images"]
     pictures: list[Picture] = []
     if settings["images"] is not None:
         reading = {"channels": editor.shape[0], "background": settings["background"] or "white"}
-        pictures = read_pictures(settings["images"], **reading)[:count]
+        pictures = first_pictures(read_pictures(settings["images"], **reading), count)
         images = torch.stack([picture.fitted(size) for picture in pictures])
     else:
-        images, labels = first_images(load_data(**settings["data"]), count or NUM_IMAGES, editor.shape)
+        images, labels = first_images(
+            load_data(**settings["data"]), NUM_IMAGES if count is None else count, editor.shape
+        )
         labels = labels.to(device) if model.num_classes else None
         pictures = pictures_of(images)
-    inpaints, strength = settings["task"] == "inpaint", settings["strength"]
+    inpaints = settings["task"] == "inpaint"
     masks = read_masks(settings["mask"], pictures, size) if inpaints else []
     say_what_is_cut(pictures, masks, size)
     known = torch.stack([known_of(mask, size) for mask in masks]) if inpaints else None
@@ -124,7 +127,7 @@ def edit(settings: dict[str, Any]) -> Edited:
             plan=plan(model, **options),
             cond=after.to(device) if isinstance(after, torch.Tensor) else after,
             codec=editor.codec,
-            strength=STRENGTH.get(settings["task"], STRENGTH_OF_OTHERS) if strength is None else strength,
+            strength=settings["strength"],
             known=None if known is None else known.to(device),
             repeats=settings["repeats"] or REPEATS,
             source=None if source is None else encoding_plan(source, **encoder),

@@ -16,6 +16,7 @@ import torch
 from omegaconf import DictConfig
 
 from common.arguments import as_given
+from common.checks import refuse_unread
 from common.command import command
 from common.configs import plain
 from common.typed import typed_command
@@ -32,6 +33,10 @@ from diffdistill.training.inputs import inputs_of
 @command("gaussian_stats")
 def main(config: DictConfig) -> None:
     settings = plain(config)
+    if settings["samples"] is None:
+        refuse_unread("gaussian_stats", settings, ["num_steps"], "on statistics of data: it is for samples=NUMBER")
+    if settings["form"] != "low_rank":
+        refuse_unread("gaussian_stats", settings, ["rank"], f"on form={settings['form']}: it is for low_rank")
     path = Path(statistics_of(settings["model"]))
     if settings["beside"] and str(path) in shipped_gaussians():
         raise ValueError(f"statistics of {path} come with the package: leave out beside")

@@ -36,10 +36,11 @@ def train(config: DictConfig) -> str:
         noise=settings["noise"],
         prior=settings["prior"],
     )
-    shown = torch.stack([data[i]["x"] for i in range(min(settings["preview"]["num_samples"], len(data)))])
+    count = 0 if settings["preview"] is None else settings["preview"]["num_samples"]
+    shown = [data[i]["x"] for i in range(min(count, len(data)))]
 
     def on_samples(model: torch.nn.Module) -> torch.Tensor:
-        images = shown.to(next(model.parameters()).device)
+        images = torch.stack(shown).to(next(model.parameters()).device)
         return torch.cat([images, model.decode(model.encode(images)).cpu().to(images)])
 
     trainer = Trainer(
@@ -47,7 +48,7 @@ def train(config: DictConfig) -> str:
         data,
         TrainerConfig.from_dict(settings["trainer"]),
         run,
-        on_samples=on_samples,
+        on_samples=on_samples if shown else None,
         name="autoencoder",
     )
     model = trainer.train()

@@ -2,18 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
-from common.configs import defaults_of, groups_of
+from common.configs import CONFIGS, defaults_of, groups_of, preset_of
 from common.groups import MODEL, WHOLE, kind_of, options_of
 from diffdistill.settings import Count, Finite, Integer, Limit, Name, Positive, check_values, mismatch, nearest
 
 COUNTS = ("num_samples", "num_steps", "num_images", "num_trajectories", "tuning_samples", "batch_size", "shard_size")
 COUNTS += ("splits", "repeats", "updates", "components", "rank")
 SWITCHES = ("accept_changes", "channels_last", "compile", "cuda_graph", "dry_run", "again", "save_samples")
-SWITCHES += ("keep_features", "beside", "side_by_side", "per_class", "analytic_first_step")
+SWITCHES += ("keep_features", "beside", "side_by_side", "per_class", "analytic_first_step", "fetch")
 NAMES = ("model", "teacher", "out", "dest", "features", "images", "mask", "pipeline")
 OPTIONAL = ("w", "num_steps", "preview", "stages")
 """Settings that may be null whatever their default is, unless that is a range."""
@@ -22,7 +22,11 @@ Range = Annotated[
     list | float,
     Limit(
         "a finite number, or the least and the greatest",
-        lambda value: all(not mismatch(v, Finite) for v in ends(value)) and len(ends(value)) in (1, 2),
+        lambda value: (
+            len(value) == 2 and not any(mismatch(v, Finite) for v in value)
+            if isinstance(value, list)
+            else not mismatch(value, Finite)
+        ),
     ),
 ]
 Counts = Annotated[
@@ -36,7 +40,11 @@ HINTS: dict[str, Any] = {
     "evaluations": Counts,
     "lr": Positive,
     "w": Finite,
-    "lora": Annotated[dict, Limit("null or a mapping, such as {rank: 16}", lambda value: isinstance(value, dict))],
+    "lora": Annotated[
+        Any, Limit("null, a file or a mapping, such as {rank: 16}", lambda v: isinstance(v, (dict, str)) and v != "")
+    ],
+    "lora_strength": Finite,
+    "strength": Finite,
 }
 """What settings must be, by their names."""
 ELSEWHERE = {
@@ -54,20 +62,24 @@ ELSEWHERE = {
 """What settings are called elsewhere."""
 
 
-def ends(value: Any) -> list[Any]:
-    """Both ends of a range, or the number that stands for both."""
-    return value if isinstance(value, list) else [value]
-
-
-def check_settings(settings: Mapping[str, Any], config_name: str) -> None:
+def check_settings(settings: Mapping[str, Any], config_name: str, *, given: Collection[str] = ()) -> None:
     """Refuse what the command of `configs/<config_name>.yaml` does not read, and values of the wrong kind.
+
+    Args:
+        settings: all settings.
+        config_name: of the command.
+        given: names of settings that the user typed, for those that a preset may state although nothing reads them.
 
     Raises:
         ValueError: names the first wrong setting, and the nearest valid one or what its value must be.
     """
     defaults = defaults_of(config_name)
     groups = [target or name for name, target, _ in groups_of(config_name)]
-    _check_known(settings, [*defaults, *groups], (), config_name.replace("_", "-"), settings)
+    chosen = [group for group in groups if isinstance(settings.get(group), str)]
+    whole = [name for group in chosen for name in _of_choice(group, settings, given)]
+    _check_known(
+        settings, [*dict.fromkeys([*defaults, *groups, *sorted(whole)])], (), config_name.replace("_", "-"), settings
+    )
     for path, group in mappings(settings):
         stated = _at(defaults, path)
         valid = _valid(path, group, stated)
@@ -96,7 +108,7 @@ def refuse_unread(config_name: str, settings: Mapping[str, Any], names: Sequence
         config_name: of the command.
         settings: what is given.
         names: the settings that are not read now.
-        why: says when they are not read, such as "with samples=".
+        why: says when they are not read, such as "on data".
 
     Raises:
         ValueError: names the first that differs from its default.
@@ -104,15 +116,33 @@ def refuse_unread(config_name: str, settings: Mapping[str, Any], names: Sequence
     defaults = defaults_of(config_name)
     for name in names:
         if settings.get(name) != defaults.get(name):
-            raise ValueError(f"{name}={settings[name]} has no effect {why}: leave it out")
+            raise ValueError(f"{name} has no effect {why}: leave it out")
+
+
+def _of_choice(group: str, settings: Mapping[str, Any], given: Collection[str]) -> set[str]:
+    """The settings of a group that is chosen by its name alone: its presets state settings of the whole command.
+
+    Those of other choices are known too, since presets state them, but the user's are refused.
+    """
+    presets = {path.stem: set(preset_of(group, path.stem, [CONFIGS])) for path in (CONFIGS / group).glob("*.yaml")}
+    read = presets.get(settings[group], set())
+    for name in given:
+        others = [choice for choice, names in presets.items() if name in names]
+        if others and name not in read:
+            choice = f"{group}={settings[group]}"
+            raise ValueError(f"{name} has no effect with {choice}: it is for {group}={', '.join(others)}")
+    return set().union(*presets.values())
 
 
 def _valid(path: tuple[str, ...], group: Mapping[str, Any], stated: Any) -> list[str] | None:
     """The names that a group takes, or None where only who reads it knows."""
+    if path[-1] == "stages":
+        return [*(name for name in group if str(name).isdigit()), "numbers of steps, such as 4"]
     kind = kind_of(path)
     options = None if kind is None else options_of(kind, group.get("name", "amed" if path[-1] == "inner" else None))
     if options is not None:
         own = kind == "schedule" and path[-1] == "schedule" and path[-2:-1] != ("noise_levels",)
+        options += ["schedules"] * (path[-2:-1] == ("solvers",))  # of a solver in a comparison: those it is tried with
         return [*["name"] * (kind not in WHOLE), *(o for o in options if not (own and o == "num_steps"))]
     if kind is None and isinstance(stated, Mapping) and stated:
         return [*map(str, stated)]
@@ -140,8 +170,8 @@ def _meant(name: str, valid: Sequence[str], path: tuple[str, ...], everything: M
         return ".".join((*path, near))
     same = {name, elsewhere}
     found = [(*place, n) for place, group in [((), everything), *mappings(everything)] for n in group if n in same]
-    others = [".".join(place) for place in found if place[:-1] != path]
-    return others[0] if others else ""
+    others = [place for place in found if place[:-1] != path]
+    return ".".join(min(others, key=len)) if others else ""
 
 
 def _check_complete(settings: Mapping[str, Any], defaults: Mapping[str, Any], path: tuple[str, ...]) -> None:

@@ -19,7 +19,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from common.arguments import for_hydra, preset_folders
 from common.checks import check_settings
-from common.configs import CONFIGS, given_by, let_given_win, plain
+from common.configs import CONFIGS, given_by, let_given_win, names_in, plain
 from common.errors import errors_in_one_line
 from common.jobs import errors_in_the_log
 from common.notes import notes_on_stderr
@@ -27,6 +27,7 @@ from common.plugins import import_plugins
 from common.typed import VARIABLE, as_typed, typed_command
 from common.usage import check_preset, usage
 from diffdistill.distributed import processes, rank
+from diffdistill.files.remote import consent
 from diffdistill.settings import Integer, mismatch
 
 
@@ -49,15 +50,17 @@ def command(
             submitted = "SUBMITIT_EXECUTOR" in os.environ  # whose log shows notes too
             ends, notes = (errors_in_the_log, nullcontext) if submitted else (errors_in_one_line, notes_on_stderr)
             with ends(), processes(), notes(), quiet_unless_first(), short_warnings():
-                let_given_win(config, given_by(HydraConfig.get().overrides.task))
+                typed = HydraConfig.get().overrides.task
+                let_given_win(config, given_by(typed))
                 settings = plain(config)
                 import_plugins(settings.get("plugins", []))
-                check_settings(settings, config_name)
+                check_settings(settings, config_name, given=names_in(typed))
                 seed = OmegaConf.select(config, "trainer.seed", default=0)
                 torch.manual_seed(
                     0 if mismatch(seed, Integer) else seed
                 )  # for first weights; the trainer refuses others
-                main(config)
+                with consent() if settings.get("fetch") else nullcontext():
+                    main(config)
 
         @wraps(main)
         def program() -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -39,6 +39,14 @@ def groups_of(config_name: str) -> list[tuple[str, str, str | None]]:
     return [(*name.partition("@")[::2], default) for name, default in entries if not name.startswith("override")]
 
 
+def preset_of(group: str, choice: str, folders: Sequence[Path]) -> dict[str, Any]:
+    """The settings of a preset as its file states them, without those that it builds on; {} where there is no such."""
+    path = next((path for folder in folders if (path := folder / group / f"{choice}.yaml").is_file()), None)
+    found = {} if path is None else OmegaConf.to_container(OmegaConf.load(path))
+    assert isinstance(found, dict)
+    return {str(key): value for key, value in found.items() if key != "defaults"}
+
+
 def compose(config_name: str, overrides: list[str]) -> DictConfig:
     """The config of another script, as its command line would make it."""
     if GlobalHydra.instance().is_initialized():
@@ -56,6 +64,11 @@ def changed(config: DictConfig, changes: DictConfig) -> DictConfig:
         config = OmegaConf.merge(config, changes)  # type: ignore[assignment]
     let_given_win(config, plain(changes))
     return config
+
+
+def names_in(overrides: Iterable[str]) -> set[str]:
+    """The settings that a command line gives, those of groups by the name of the group."""
+    return {override.lstrip("+").partition("=")[0].partition(".")[0] for override in overrides}
 
 
 def given_by(overrides: Iterable[str]) -> dict[str, Any]:

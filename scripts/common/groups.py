@@ -12,6 +12,7 @@ from diffdistill.interop.diffusers.adapters import Adapters
 from diffdistill.learned.recipe import OBJECTIVES
 from diffdistill.learned.storage import PREDICTORS
 from diffdistill.models.building import ENTRIES, NETWORKS
+from diffdistill.models.guidance import GUIDANCES
 from diffdistill.models.preconditioning import PRECONDITIONINGS
 from diffdistill.registry import resolve
 from diffdistill.solvers import SCHEDULES, SOLVERS
@@ -21,6 +22,7 @@ from diffdistill.training.noise_levels import NOISE_LEVELS
 
 BY_NAME: dict[str, Mapping[str, Any]] = {
     "data": DATA_SETS,
+    "guidance": GUIDANCES,
     "network": NETWORKS,
     "noise_levels": NOISE_LEVELS,
     "objective": OBJECTIVES,
@@ -48,7 +50,7 @@ EXTRA = {"learned": ("predictor",)}
 """Options that a choice has beside those of its reader."""
 MODEL = [entry for entry in ENTRIES if entry not in ("format", "distilled", "autoencoder", "provenance")]
 """What the settings of a new model have."""
-FILLED = {"cond", "denoiser", "noise", "sigmas", "start"}
+FILLED = {"cond", "denoiser", "noise", "null", "sigmas", "start", "w"}
 """Options of readers that are no settings, since commands fill them."""
 
 

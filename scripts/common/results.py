@@ -1,4 +1,4 @@
-"""How a run begins and ends: data that fit the teacher, and a model that says what made it."""
+"""How a run begins and ends: weights to begin with, pictures, and a model that says what made it."""
 
 from __future__ import annotations
 
@@ -13,21 +13,10 @@ from common.arguments import as_given
 from common.configs import plain
 from common.typed import typed_command
 from diffdistill import load_denoiser
-from diffdistill.data import ImageData
-from diffdistill.denoiser import Denoiser
 from diffdistill.distributed import rank
 from diffdistill.models import save_denoiser
 from diffdistill.models.storage import load_state
 from diffdistill.training import Run
-
-
-def check_data(data: ImageData, teacher: Denoiser) -> None:
-    """Refuse images that are not the teacher's."""
-    if tuple(data.shape) != tuple(teacher.data_shape) or data.num_classes < teacher.num_classes:
-        raise ValueError(
-            f"the data has images {list(data.shape)} of {data.num_classes} classes, "
-            f"but the teacher takes {list(teacher.data_shape)} of {teacher.num_classes}"
-        )
 
 
 def provenance(config: DictConfig, run: Run) -> dict[str, Any]:

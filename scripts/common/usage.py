@@ -5,11 +5,8 @@ from __future__ import annotations
 import textwrap
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
-from omegaconf import OmegaConf
-
-from common.configs import CONFIGS, groups_of
+from common.configs import CONFIGS, groups_of, preset_of
 from common.groups import WHOLE, options_of
 
 PRESETS = {
@@ -63,14 +60,6 @@ def choices(folders: Sequence[Path], script: str) -> list[str]:
                 shown = [option for option in options if (name, option) != ("schedule", "num_steps")]
                 lines.append(_wrapped(f"    {choice} takes {', '.join(shown) or 'nothing'}"))
     return lines
-
-
-def preset_of(group: str, choice: str, folders: Sequence[Path]) -> dict[str, Any]:
-    """The settings of a preset as its file states them, or nothing for one that builds on another."""
-    path = next(path for folder in folders if (path := folder / group / f"{choice}.yaml").is_file())
-    found = OmegaConf.to_container(OmegaConf.load(path))
-    assert isinstance(found, dict)
-    return {str(key): value for key, value in found.items()}
 
 
 def _wrapped(line: str) -> str:

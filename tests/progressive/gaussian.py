@@ -13,6 +13,7 @@ class GaussianFlow(Denoiser):
     """
 
     sigma_data = 0.7
+    data_shape = (2, 5, 7)
     flow_map = True
 
     def __init__(self, *, variance=0.5, w_range=None):

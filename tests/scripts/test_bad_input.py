@@ -60,7 +60,3 @@ def test_bad_input_is_one_line_and_leaves_nothing(case, files, tmp_path, monkeyp
         assert text in errors
     written = [p for p in tmp_path.rglob("*") if p.is_file() and p.name not in ("config.yaml", "inputs.json")]
     assert not written
-
-
-def test_the_table_is_long_enough():
-    assert len(CASES) >= 50

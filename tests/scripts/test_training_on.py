@@ -1,6 +1,5 @@
 """Training on: a run that is extended, begun with given weights, or sampled before it is finished."""
 
-import json
 import shutil
 
 import numpy as np
@@ -9,6 +8,7 @@ import torch
 
 from diffdistill import load_denoiser
 from diffdistill.models import save_denoiser
+from diffdistill.training.run import read_metrics
 from tests.builders import tiny_denoiser
 from tests.scripts.calling import call
 
@@ -46,9 +46,7 @@ def test_a_finished_run_that_is_extended_is_the_longer_run_to_the_bit(runs, tmp_
     assert not same(weights(tmp_path / "run"), weights(runs / "long"))
     said(train(tmp_path / "run", 6))
     assert same(weights(tmp_path / "run"), weights(runs / "long"))
-    losses = [
-        [json.loads(line)["loss"] for line in open(f / "metrics.jsonl")] for f in (tmp_path / "run", runs / "long")
-    ]
+    losses = [[line["loss"] for line in read_metrics(f / "metrics.jsonl")] for f in (tmp_path / "run", runs / "long")]
     assert losses[0] == losses[1] and len(losses[0]) == 6
     before = (tmp_path / "run/model.safetensors").stat().st_mtime_ns
     said(train(tmp_path / "run", 6))

@@ -335,7 +335,7 @@ def test_rows_side_by_side_show_the_same_seeds(model, tmp_path):
     assert [path.name for path in paths] == ["samples_w0.png", "samples_w2.png"]
     grid = np.asarray(Image.open(paths[1]).convert("L"))
     assert grid.shape[0] == 2 * 34 - 2  # eight pixels of four by four, twice, with a gap: nothing of what is absent
-    planned = plan(load_denoiser(model), w=2, num_steps=3)
+    planned = plan(load_denoiser(model), w=2, schedule={"name": "polynomial"}, num_steps=3)
     (x,) = generate(planned, [4], spread_labels(5, 10)[-1:])
     expected = (x[0, 0].clamp(-1, 1).numpy() + 1) * 127.5
     assert np.abs(grid[34::4, -32::4] - expected).max() < 1

@@ -35,7 +35,6 @@ def published():
 
 def test_every_published_value_is_that_of_the_papers():
     copy = published()
-    assert len(copy) == 12 and sum(v is not None for _, rows in copy.values() for r in rows.values() for v in r) == 314
     with_values = [name for name in TABLES if any(row.published for row in load(name).rows)]
     assert sorted(copy) == with_values
     for name, (columns, rows) in copy.items():

@@ -6,11 +6,12 @@ from collections.abc import Callable
 from typing import Any, TypeVar
 
 from diffdistill.data.archives import ZipData, load_zip
+from diffdistill.data.arrays import load_samples
 from diffdistill.data.base import ImageData, MirroredData, TensorData
 from diffdistill.data.cifar10 import CIFAR10, load_cifar10
 from diffdistill.data.digits import Digits
 from diffdistill.data.emoji import Emoji
-from diffdistill.data.folders import ImageFolder, load_images, load_samples
+from diffdistill.data.folders import ImageFolder, load_images
 from diffdistill.data.given import Data, as_data, check_data, say_what_was_found
 from diffdistill.data.latents import LatentData
 from diffdistill.data.shapes import SHAPES, Shapes

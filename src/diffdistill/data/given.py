@@ -12,8 +12,9 @@ import torch
 from torch import Tensor
 
 from diffdistill.data.archives import ZipData
+from diffdistill.data.arrays import load_samples
 from diffdistill.data.base import ImageData
-from diffdistill.data.folders import ImageFolder, load_samples
+from diffdistill.data.folders import ImageFolder
 from diffdistill.data.latents import INDEX, LatentData
 from diffdistill.denoiser import NULL_LABEL, Denoiser
 

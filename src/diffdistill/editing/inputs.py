@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -12,6 +11,7 @@ from torch import Tensor
 
 from diffdistill.data import ImageData
 from diffdistill.denoiser import Codec, Denoiser, image_shape
+from diffdistill.files.remote import local_path
 from diffdistill.models.loading import load_denoiser
 
 
@@ -46,7 +46,7 @@ def load_editor(model: str, *, pipeline: str | None = None, device: torch.device
     Raises:
         ValueError: as `load_denoiser`, or `pipeline` is no such folder.
     """
-    if pipeline is None and not (Path(model) / "model_index.json").is_file():
+    if pipeline is None and not (local_path(model) / "model_index.json").is_file():
         denoiser = load_denoiser(model, device=device)
         return Editor(denoiser, denoiser.codec, None)
     from diffdistill.interop.diffusers import load_pipeline

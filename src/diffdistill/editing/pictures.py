@@ -69,6 +69,17 @@ def read_pictures(
     return [Picture(name, reader.read(place)) for name, place in places.items()]
 
 
+def first_pictures(pictures: list[Picture], count: int | None) -> list[Picture]:
+    """The first `count` pictures, or all for None.
+
+    Raises:
+        ValueError: there are fewer.
+    """
+    if count is not None and not 1 <= count <= len(pictures):
+        raise ValueError(f"num_images={count}: there are {len(pictures)} pictures")
+    return pictures[:count]
+
+
 def read_masks(
     path: str | os.PathLike[str] | None, pictures: Sequence[Picture], size: tuple[int, ...]
 ) -> list[np.ndarray]:

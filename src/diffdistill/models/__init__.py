@@ -11,7 +11,17 @@ from diffdistill.models.building import (
 )
 from diffdistill.models.classifier import ClassifierGuidance, EncoderUNet, NoisyClassifier
 from diffdistill.models.dhariwal_unet import DhariwalUNet
-from diffdistill.models.guidance import ClassifierFreeGuidance, GuidanceConditioned, Wrapper, guided
+from diffdistill.models.guidance import (
+    GUIDANCES,
+    AutoGuidance,
+    ClassifierFreeGuidance,
+    GuidanceConditioned,
+    ProjectedGuidance,
+    RescaledGuidance,
+    Wrapper,
+    guided,
+    make_guidance,
+)
 from diffdistill.models.loading import fingerprint, load_denoiser, save_denoiser
 from diffdistill.models.mixture import GaussianMixture
 from diffdistill.models.network import NetworkDenoiser
@@ -21,8 +31,10 @@ from diffdistill.models.preconditioning import PRECONDITIONINGS, Preconditioning
 from diffdistill.models.song_unet import SongUNet
 
 __all__ = [
+    "GUIDANCES",
     "NETWORKS",
     "PRECONDITIONINGS",
+    "AutoGuidance",
     "Autoencoder",
     "ClassifierFreeGuidance",
     "ClassifierGuidance",
@@ -34,6 +46,8 @@ __all__ = [
     "NoisyClassifier",
     "OpenAIUNet",
     "Preconditioning",
+    "ProjectedGuidance",
+    "RescaledGuidance",
     "SongUNet",
     "Wrapper",
     "build_autoencoder",
@@ -44,6 +58,7 @@ __all__ = [
     "guided",
     "load_autoencoder",
     "load_denoiser",
+    "make_guidance",
     "make_preconditioning",
     "register_network",
     "save_autoencoder",

@@ -215,8 +215,7 @@ def guidance_student(
     config, network = with_guidance_input(config_of(teacher), w_range, w_channels=width), None
     if isinstance(teacher.model, OwnNetwork):
         network = copy.deepcopy(teacher.model)
-        features = network.take_guidance(width, teacher.data_shape)
-        config["adapter"]["w_features"] = features
+        config["adapter"]["w_features"] = network.take_inputs(teacher.data_shape, w_channels=width)
     student = build_denoiser(config, network=network)
     missing, unexpected = student.load_state_dict(teacher.state_dict(), strict=False)
     if missing != [f"model.{name}" for name in getattr(student.model, "w_parameters", W_PARAMETERS)] or unexpected:
@@ -239,17 +238,21 @@ def flow_map_student(teacher: NetworkDenoiser, *, s_channels: int = S_CHANNELS) 
     """
     if teacher.flow_map:
         raise ValueError("this denoiser takes the end of a step already: train it as it is")
-    config = config_of(teacher)
+    config = {**config_of(teacher), "distilled": None, "provenance": None}
+    part, network = "network", None
+    if isinstance(teacher.model, OwnNetwork):
+        part, network = "adapter", copy.deepcopy(teacher.model)
+        config["adapter"]["w_features"] = network.take_inputs(teacher.data_shape, s_channels=s_channels)
     try:
-        network = {**config["network"], "s_channels": s_channels}
-        student = build_denoiser({**config, "network": network, "distilled": None, "provenance": None})
+        config[part] = {**config[part], "s_channels": s_channels}
+        student = build_denoiser(config, network=network)
     except TypeError:
         raise ValueError(
             f"a network {config['network']['name']!r} takes no end of a step s: choose a method that needs none, such "
             "as halving, trajectory or consistency"
         ) from None
     missing, unexpected = student.load_state_dict(teacher.state_dict(), strict=False)
-    if missing != [f"model.{S_PARAMETER}"] or unexpected:
+    if missing != [f"model.{getattr(student.model, 's_parameter', S_PARAMETER)}"] or unexpected:
         raise ValueError(f"the teacher's weights do not fit its config: missing {missing}, unexpected {unexpected}")
     reference = next(teacher.parameters())
     return student.to(device=reference.device, dtype=reference.dtype)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import hashlib
 import json
 import os
@@ -17,6 +16,7 @@ from torch import nn
 from diffdistill.denoiser import Denoiser
 from diffdistill.devices import channels_last
 from diffdistill.errors import one_line
+from diffdistill.files.remote import hub_hint, local_path
 from diffdistill.models.building import NETWORKS, build_denoiser, config_of, resolved_config
 from diffdistill.models.network import NetworkDenoiser
 from diffdistill.models.own.adapter import OwnNetwork
@@ -52,7 +52,7 @@ def load_denoiser(
     Args:
         name_or_path: the name of a shipped model (`shipped_models()` lists them), a file, a folder that holds
             `model.safetensors` or is of diffusers, or that of a run, whose newest average is taken if it is not
-            finished.
+            finished; or a name that `files.remote.local_path` fetches, `hf:OWNER/NAME[@REVISION][:FILE]` or a URL.
         device: where to put it.
         like: a denoiser whose network is copied where the file is of a network without a registered name.
 
@@ -70,7 +70,7 @@ def load_denoiser(
 def find_model(name_or_path: str | os.PathLike[str]) -> tuple[str, Path]:
     """How a model is read, an entry of `READERS`, and from which file; arguments and errors as of `load_denoiser`."""
     shipped, name = shipped_models(), os.fspath(name_or_path)
-    path = shipped.get(name, Path(name))
+    path = shipped.get(name) or local_path(name)
     if path.is_dir():
         unfinished = (path / "config.yaml").is_file() and not (path / "finished.json").is_file()
         first = ["config.yaml"] if unfinished and any(path.glob("checkpoints/*.json")) else []
@@ -81,7 +81,7 @@ def find_model(name_or_path: str | os.PathLike[str]) -> tuple[str, Path]:
     if not path.is_file():
         raise ValueError(
             f"unknown model {name!r}: choose one of {', '.join(sorted(shipped)) or '(none shipped)'}, or give the path "
-            "of a file or folder"
+            f"of a file or folder{hub_hint(name)}"
         )
     if path.suffix not in READERS:
         raise ValueError(f"cannot read {path}: models end in {', '.join(_keys(folder=False))}")
@@ -95,7 +95,9 @@ def _read_like(path: Path, like: Denoiser | None) -> NetworkDenoiser | None:
     config, state = MODEL.read(path)
     if config["network"].get("name") != UNREGISTERED:
         return None
-    denoiser = build_denoiser(config, network=copy.deepcopy(like.model))
+    own = like.model
+    network = OwnNetwork(own.bare_network(), num_classes=config["num_classes"], call=own.call, **config["adapter"])
+    denoiser = build_denoiser(config, network=network)
     load_state(denoiser, state, source=str(path))
     return denoiser
 
@@ -145,7 +147,8 @@ READERS: dict[str, Callable[[Path], Denoiser] | str] = {
     "model.safetensors": read_safetensors,
     "config.yaml": "diffdistill.training.weights:read_run",
     "model_index.json": "diffdistill.interop.diffusers.folders:read_folder",
-    **dict.fromkeys((".pkl", ".pt", ".pth", ".ckpt"), "diffdistill.interop:read_denoiser"),
+    "config.json": "diffdistill.interop.diffusers.folders:read_network",
+    **dict.fromkeys((".pkl", ".pt", ".pth", ".ckpt", ".bin", ".gguf"), "diffdistill.interop:read_denoiser"),
 }
 """How to read a model: by the suffix of a file, or by the name of a file that a folder holds.
 

@@ -80,6 +80,8 @@ class FlowMapDistillation(StepRegression):
         angle = (sigma / scale).atan()
         s = scale * (place * angle).tan()
         s = torch.where(kind < self.anchors, sigma, torch.where(kind >= 1 - self.to_zero, 0.0, s))
+        if self.form == "lagrangian":  # which takes a derivative in ln s
+            s = s.maximum(sigma.clamp(max=float(self.teacher.sigma_min)))
         return Hop(sigma, s, scale * (0.5 * (angle + (s / scale).atan())).tan())
 
     def target(self, x: Tensor, hop: Hop, cond: Any, w: Tensor | None) -> Tensor:
@@ -90,13 +92,12 @@ class FlowMapDistillation(StepRegression):
             student, now = bound(self.trained, w, hop.sigma_next), ramp(self.progress, self.warmup)
             denoised, target = eulerian_target(teacher, student, x, hop.sigma, hop.sigma_next, cond, ramp=now)
         else:
-            least = torch.full_like(hop.sigma, float(self.teacher.sigma_min)).minimum(hop.sigma)
             denoised, target = lagrangian_target(
                 teacher,
                 lambda x, sigma, cond, s: bound(self.trained, w, s)(x, sigma, cond),
                 x,
                 hop.sigma,
-                hop.sigma_next.maximum(least),
+                hop.sigma_next,
                 cond,
             )
         if not self.normalise:

@@ -23,7 +23,7 @@ from diffdistill.registry import choose, construct
 from diffdistill.solvers import make_solver
 from diffdistill.training import Objective, Run, Trainer, TrainerConfig
 from diffdistill.training.batches import MapData
-from diffdistill.training.noise_levels import make_noise_levels
+from diffdistill.training.noise_levels import noise_levels_of
 
 Schedule = Callable[[int], Tensor]
 """The noise levels of so many steps."""
@@ -94,7 +94,7 @@ class Consistency:
         fine: with discrete levels, those in each segment at the beginning and at the end of the run.
         solver: of the teacher's hop, options of `make_solver`.
         error: "squared" or "huber".
-        noise_levels: with continuous levels, options of `make_noise_levels`.
+        noise_levels: with continuous levels, options of `noise_levels_of`.
         warmup, normalise: with continuous levels, as for `ContinuousConsistency`.
     """
 
@@ -129,7 +129,7 @@ class Consistency:
         return ContinuousConsistency(
             teacher,
             student,
-            noise_levels=make_noise_levels(**self.noise_levels),
+            noise_levels=noise_levels_of(teacher, self.noise_levels),
             warmup=self.warmup,
             normalise=self.normalise,
             **shared,
@@ -138,7 +138,7 @@ class Consistency:
 
 @dataclass(frozen=True, kw_only=True)
 class FlowMapStudent:
-    """Options of `method=flow_map`, those of `FlowMapDistillation`; `noise_levels` are options of `make_noise_levels`."""
+    """Options of `method=flow_map`, those of `FlowMapDistillation`; `noise_levels` are options of `noise_levels_of`."""
 
     form: Literal["eulerian", "lagrangian", "shortcut"] = "eulerian"
     anchors: float = 0.25
@@ -159,7 +159,7 @@ class FlowMapStudent:
         return FlowMapDistillation(
             teacher,
             student,
-            noise_levels=make_noise_levels(**self.noise_levels),
+            noise_levels=noise_levels_of(teacher, self.noise_levels),
             weighting=weighting,
             w_range=teacher.w_range,
             error=self.error,
@@ -201,6 +201,7 @@ def distill(
     weighting: Weighting,
     trainer: Mapping[str, Any],
     on_samples: Callable[[Any], Tensor] | None = None,
+    callbacks: Sequence[Any] = (),
     provenance: Callable[[Run], Mapping[str, Any]] | None = None,
 ) -> dict[int, Path]:
     """Make few-step students, and return the file of each by its number of steps; 0 stands for any number.
@@ -215,6 +216,7 @@ def distill(
         weighting: weight of the error on x0.
         trainer: settings of `TrainerConfig`.
         on_samples: as for `Trainer`.
+        callbacks: as for `Trainer`.
         provenance: what to record with a student, given its run.
 
     Raises:
@@ -236,7 +238,9 @@ def distill(
             stages=chosen.stages or {},
             last=chosen.last_steps,
         )
-        return halve_steps(teacher, data, halving, run, on_samples=on_samples, provenance=provenance)
+        return halve_steps(
+            teacher, data, halving, run, on_samples=on_samples, callbacks=callbacks, provenance=provenance
+        )
     config = TrainerConfig.from_dict(trainer)
     student = chosen.student(teacher, schedule)
     path = run.path / "model.safetensors"
@@ -252,7 +256,7 @@ def distill(
             "choose ddp, or a method without them: halving, trajectory, consistency"
         )
     own = data if not isinstance(objective, TrajectoryDistillation) or needs_data(teacher) else None
-    model = Trainer(objective, own, config, run, on_samples=on_samples, name=method).train()
+    model = Trainer(objective, own, config, run, on_samples=on_samples, callbacks=callbacks, name=method).train()
     if rank() == 0:
         assert isinstance(model, NetworkDenoiser)
         save_denoiser(model, path, provenance=provenance(run) if provenance else None)

@@ -3,17 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from diffdistill.denoiser import Denoiser
-from diffdistill.learned.draws import draw_start
 from diffdistill.progressive.objective import bound
 from diffdistill.solvers import Euler, ProbabilityFlow, Solver, intervals
 from diffdistill.training.conditions import condition_of
 from diffdistill.training.objective import Loss, Objective
-from diffdistill.training.randomness import choice, draw_w
+from diffdistill.training.randomness import choice, draw_w, randint, randn
 
 
 class TrajectoryDistillation(Objective):
@@ -67,9 +67,7 @@ class TrajectoryDistillation(Objective):
 
     def losses(self, batch: Mapping[str, Tensor], generator: torch.Generator) -> Iterator[Loss]:
         """One loss for each of the student's steps; of `batch` the conditions are used, if it has any."""
-        noise, cond = draw_start(self.teacher, {name: v for name, v in batch.items() if name != "noise"}, generator)
-        if not self.teacher.num_classes:
-            cond = condition_of(batch, self.teacher)
+        noise, cond = self.start(batch, generator)
         w = None if self.w_range is None else draw_w(self.w_range, len(noise), generator)
         levels, fine = self.grids[choice(len(self.grids), generator)]
         points = self.trajectory(
@@ -83,6 +81,15 @@ class TrajectoryDistillation(Objective):
                 error = (x - target).abs().flatten(1).mean(1).mean()
                 yield Loss(error, {f"loss_{j}": error})
             x = x.detach()
+
+    def start(self, batch: Mapping[str, Tensor], generator: torch.Generator) -> tuple[Tensor, Any]:
+        """Noise in the shape of the data, and conditions: those of the data, or labels of all classes alike."""
+        count = len(next(iter(batch.values())))
+        shape = batch["x"].shape[1:] if "x" in batch else self.teacher.data_shape
+        noise = randn((count, *shape), generator)
+        if "x" not in batch and self.teacher.num_classes:
+            return noise, randint(self.teacher.num_classes, (count,), generator)
+        return noise, condition_of(batch, self.teacher)
 
     @torch.no_grad()
     def trajectory(self, flow: ProbabilityFlow, x: Tensor, fine: Sequence[float], num_steps: int) -> list[Tensor]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from diffdistill.denoiser import Denoiser, Distilled, spread_labels
+from diffdistill.denoiser import Codec, Denoiser, Distilled, spread_labels
 from diffdistill.devices import device_of, native_bf16
 from diffdistill.learned.storage import load_predictor
 from diffdistill.models import guided
@@ -27,8 +28,11 @@ from diffdistill.solvers import (
     seeded_noise,
     shipped_gaussians,
 )
+from diffdistill.solvers.schedules import OF_A_TABLE
 from diffdistill.training.inputs import inputs_of
 
+END_TOLERANCE = 1e-3
+"""Relative; a level above the model's range by more is one that it does not know."""
 WARM_UP_SAMPLES = 256
 """Trajectories from which GITS chooses a schedule (Chen et al. 2024, Section 4)."""
 WARM_UP_SEED = 2_000_000
@@ -42,7 +46,8 @@ class Plan:
     """A denoiser with the solver, the noise levels, the analytic start and the thresholding to sample it with.
 
     With `bf16` the network runs in bfloat16 by autocast; the solver's arithmetic stays in float32. `preparation_nfe`
-    counts the network evaluations that choosing the noise levels took, over all trajectories.
+    counts the network evaluations that choosing the noise levels took, over all trajectories. `codec` is the
+    autoencoder of a latent model that holds none itself.
     """
 
     denoiser: Denoiser
@@ -52,6 +57,7 @@ class Plan:
     thresholding: str | None = None
     bf16: bool = False
     preparation_nfe: int = 0
+    codec: Codec | None = None
 
     @property
     def num_steps(self) -> int:
@@ -63,7 +69,7 @@ class Plan:
 
     def pictures(self, x: Tensor) -> Tensor:
         """What was sampled, `[B, ...]`, as images: the latents of a latent model are decoded."""
-        codec = self.denoiser.codec
+        codec = self.codec or self.denoiser.codec
         return x if codec is None else codec.decode(x)
 
 
@@ -82,14 +88,21 @@ def in_bf16(precision: str, device: torch.device) -> bool:
 def schedule_for(denoiser: Denoiser, options: Mapping[str, Any]) -> Tensor:
     """The schedule of `options` (of `make_schedule`) between the ends of a denoiser, where they do not say others.
 
-    The schedules "trailing" and "discrete" take the table of a discrete-time denoiser; "flow" has ends of its own.
+    The schedules of a table take that of a discrete-time denoiser; "flow" has ends of its own.
     """
     given: dict[str, Any] = {"sigma_min": denoiser.sigma_min, "sigma_max": denoiser.sigma_max}
     if options["name"] == "flow":
         given = {}
-    if options["name"] in ("trailing", "discrete") and denoiser.table is not None:
+    if options["name"] in OF_A_TABLE and denoiser.table is not None:
         given["table"] = denoiser.table.cpu()
-    return make_schedule(**{**given, **options})
+    sigmas = make_schedule(**{**given, **options})
+    if float(sigmas[0]) > denoiser.sigma_max * (1 + END_TOLERANCE):
+        warnings.warn(
+            f"the noise levels begin at {float(sigmas[0]):g}, above {denoiser.sigma_max:g}, the highest of the model: "
+            "it was not trained there",
+            stacklevel=2,
+        )
+    return sigmas
 
 
 def plan(
@@ -106,8 +119,8 @@ def plan(
     Args:
         model: from `load_denoiser`.
         w: guidance weight; None leaves the model as it is.
-        solver: options of `make_solver`, "euler" by default and "flow_map" for a flow map, or `name` "learned" and `predictor`, the name or path of
-            a learned solver. A few-step student brings its own sampler.
+        solver: options of `make_solver`, "euler" by default and "flow_map" for a flow map, or `name` "learned" and
+            `predictor`, the name or path of a learned solver. A few-step student brings its own sampler.
         schedule: options of `make_schedule`, by default "cosine" down to sigma = 0. Students and learned solvers bring
             their own. "gits" chooses the levels on trajectories of the model.
         num_steps: steps of the schedule; students and learned solvers have only their own.

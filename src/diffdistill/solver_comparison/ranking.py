@@ -13,11 +13,11 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
 from diffdistill.files.atomic import write_text
 from diffdistill.files.hashes import sha256
 from diffdistill.learned.storage import PREDICTOR
+from diffdistill.progress import progress
 from diffdistill.solver_comparison.candidates import Candidate, Grid, learned_candidate, predictor_name
 from diffdistill.solver_comparison.problem import Problem
 
@@ -134,7 +134,7 @@ def compare(
 ) -> list[Measurement]:
     """Measure every entry, in the order of evaluations; each measurement is a file of `folder`, made once."""
     rows = []
-    for name, choose in tqdm(list(candidates), desc="solvers", disable=None):
+    for name, choose in progress(list(candidates), desc="solvers"):
         path = folder / f"{name}.json"
         if not path.exists():
             candidate = choose()

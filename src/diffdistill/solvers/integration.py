@@ -143,7 +143,9 @@ def sample(
     keep = torch.is_grad_enabled() and noise.requires_grad
     with torch.set_grad_enabled(keep), feature_tap(denoiser, solver) as features:
         if start is None:
-            x, history = noise * sigmas[0].item(), ()
+            # Half precision does not hold the level at which noise alone stands: there the state is in float32.
+            held = 16 * sigmas[0].item() < torch.finfo(noise.dtype).max
+            x, history = (noise if held else noise.float()) * sigmas[0].item(), ()
         else:
             x, history = start.begin(denoiser, noise, sigmas, cond, memory=solver.memory)
         points = [x]
@@ -153,4 +155,4 @@ def sample(
             x = x_next
             if return_trajectory:
                 points.append(x)
-    return Trajectory(torch.stack(points), sigmas, flow.nfe) if return_trajectory else x
+    return Trajectory(torch.stack(points), sigmas, flow.nfe) if return_trajectory else x.to(noise.dtype)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any
 
@@ -9,11 +10,14 @@ import torch
 from torch import Tensor, nn
 
 from diffdistill import distributed
+from diffdistill.errors import one_line
 from diffdistill.reports.plots import plot_curves
 from diffdistill.reports.previews import save_samples
 
 if TYPE_CHECKING:
     from diffdistill.training.trainer import Trainer
+
+logger = logging.getLogger(__name__)
 
 
 class Callback:
@@ -69,11 +73,15 @@ class Pictures(Callback):
         main = distributed.rank() == 0
         if self.draw is not None and every is not None and (main or trainer.splits):
             training = trainer.model.training
-            with torch.no_grad():
-                samples = self.draw(trainer.model.eval())  # a split model is evaluated by all processes together
+            try:
+                with torch.no_grad():
+                    samples = self.draw(trainer.model.eval())  # a split model is evaluated by all processes together
+                if main:
+                    save_samples(samples, trainer.run.path / "samples" / f"{trainer.update:07d}.png")
+            except Exception as error:  # of any kind: a run is worth more than its pictures
+                logger.warning("no samples are drawn from here on, because drawing them failed: %s", one_line(error))
+                self.draw = None
             trainer.model.train(training)
-            if main:
-                save_samples(samples, trainer.run.path / "samples" / f"{trainer.update:07d}.png")
         if main:
             plot_curves(trainer.run.metrics(), trainer.run.path / "curves.png")
         distributed.barrier()

@@ -22,6 +22,9 @@ from diffdistill.settings import (
 Betas = Annotated[
     tuple[float, float], Limit("two numbers in [0, 1)", lambda v: len(v) == 2 and all(0 <= b < 1 for b in v))
 ]
+LogTo = Annotated[
+    tuple, Limit("a list of any of tensorboard, wandb", lambda v: {*v} <= {"tensorboard", "wandb"} and v != "")
+]
 Device = Annotated[str, Limit("the name of a device", bool)]
 
 HARMLESS = frozenset(
@@ -32,6 +35,7 @@ HARMLESS = frozenset(
         "checkpoint_every",
         "checkpoint_minutes",
         "keep",
+        "log_to",
         "workers",
         "device",
         "parallel",
@@ -71,6 +75,7 @@ class TrainerConfig:
         checkpoint_minutes: also a checkpoint when this much time has passed since the last one, or None.
         keep: number of checkpoints that are kept.
         log_every: updates between lines of metrics.jsonl; each line is the mean since the last one.
+        log_to: trackers that are told the same as metrics.jsonl and shown the sample grids, of `trackers.TRACKERS`.
         sample_every: updates between sample grids, or None.
         workers: processes that load data, for data sets that do not fit in memory.
         seed: of everything that is random in the run.
@@ -102,14 +107,16 @@ class TrainerConfig:
     checkpoint_minutes: Positive | None = None
     keep: Count = 2
     log_every: Count = 50
+    log_to: LogTo = ()
     sample_every: Count | None = None
     workers: Natural = 0
     seed: Integer = 0
     device: Device = "auto"
 
     def __post_init__(self) -> None:
-        if isinstance(self.betas, list):
-            object.__setattr__(self, "betas", tuple(self.betas))
+        for name in ("betas", "log_to"):
+            if isinstance(getattr(self, name), list):
+                object.__setattr__(self, name, tuple(getattr(self, name)))
         check_fields(self)
         if self.batch_size % self.accumulation:
             raise ValueError(

@@ -18,6 +18,7 @@ from tqdm import tqdm
 from diffdistill import distributed
 from diffdistill.devices import channels_last, device_of, tuned_convolutions
 from diffdistill.errors import one_line
+from diffdistill.progress import shows_bars
 from diffdistill.training import sharding
 from diffdistill.training.average import WeightAverage
 from diffdistill.training.batches import Batches, DataError, MapData, split
@@ -28,9 +29,11 @@ from diffdistill.training.journal import Journal, NonFiniteLossError
 from diffdistill.training.objective import Loss, Objective
 from diffdistill.training.optimizers import make_optimizer
 from diffdistill.training.precision import Precision, choose_precision
+from diffdistill.training.progress import Pace
 from diffdistill.training.randomness import BatchGenerator, seed_from
 from diffdistill.training.run import Run
 from diffdistill.training.signals import Interrupted, StopRequest
+from diffdistill.training.trackers import tracked
 from diffdistill.training.weights import description
 
 logger = logging.getLogger(__name__)
@@ -161,7 +164,8 @@ class Trainer:
         with self.run.held(), StopRequest() as self._stop, forked, tuned_convolutions():
             self._resume()
             if self.update < self.config.updates:
-                self._loop()
+                with tracked(self):
+                    self._loop()
         self.objective.eval()
         model = self.model if self._result is None else sharding.gather_into(self._result, self.model)
         return model.eval()
@@ -180,7 +184,7 @@ class Trainer:
             batches = chain([first], batches)
         if config.compile:
             self.objective.compile_networks()
-        hidden = None if distributed.rank() == 0 else True
+        hidden = distributed.rank() != 0 or not shows_bars()
         with tqdm(total=config.updates, initial=self.update, desc=self.name or None, disable=hidden) as bar:
             for batch in batches:
                 self._stop.waits_for = f"update {self.update + 1} to end"
@@ -323,15 +327,16 @@ class Trainer:
         for callback in self.callbacks:
             callback.on_log(self, record)
         self._agree_every = self._updates_in(AGREE_SECONDS)
-        bar.set_postfix(loss=f"{means['loss']:.4g}")
+        pace = self._pace()
+        bar.set_postfix_str(f"loss {means['loss']:.4g}, {pace.images_per_second}")
         if bar.disable and distributed.rank() == 0:
-            logger.info(
-                "%supdate %d of %d, loss %.4g",
-                self.name and f"{self.name}: ",
-                self.update,
-                self.config.updates,
-                means["loss"],
-            )
+            place = f"{self.name and f'{self.name}: '}update {self.update} of {self.config.updates}"
+            logger.info("%s, loss %.4g, %s, %s left", place, means["loss"], pace.images_per_second, pace.time_left)
+
+    def _pace(self) -> Pace:
+        """How fast this process goes on since it began or continued the run."""
+        done, seconds = self.update - self._started_at, time.monotonic() - self._started
+        return Pace(seconds / max(done, 1), self.config.batch_size, self.config.updates - self.update)
 
     def _check_finite(self) -> None:
         try:

@@ -2,20 +2,23 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
 import tempfile
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from diffdistill.data import Data, as_data, check_data, load_data
+from diffdistill.data.given import GivenTensors
 from diffdistill.denoiser import Denoiser
 from diffdistill.devices import device_of
 from diffdistill.distributed import from_main, rank
 from diffdistill.models import NetworkDenoiser, fingerprint, load_denoiser, save_denoiser
+from diffdistill.models.storage import load_state
 from diffdistill.training import Run
 
 TRAINER: dict[str, Any] = {
@@ -55,25 +58,27 @@ def opened_data(data: Any, model: Denoiser) -> Data:
 
 
 @contextmanager
-def opened_run(out: Path_ | None, record: Mapping[str, Any], *, accept_changes: bool = False) -> Iterator[Run]:
-    """The run in a folder, or in one that lasts as long as the block."""
-    if out is not None:
+def opened_run(out: Path_ | Run | None, record: Mapping[str, Any], *, accept_changes: bool = False) -> Iterator[Run]:
+    """A run as it is, that in a folder, or one that lasts as long as the block."""
+    if isinstance(out, Run):
+        yield out
+    elif out is not None:
         yield Run(out, record, accept_changes=accept_changes)
-        return
-    with tempfile.TemporaryDirectory(prefix="diffdistill-") as folder:
-        yield Run(from_main(folder), record)
+    else:
+        with tempfile.TemporaryDirectory(prefix="diffdistill-") as folder:
+            yield Run(from_main(folder), record)
 
 
-def recorded(settings: Mapping[str, Any] | None, **arguments: Any) -> dict[str, Any]:
-    """What a run keeps as its configuration: the settings of a command, or the arguments of a call."""
-    return dict(settings) if settings is not None else {name: _plain(value) for name, value in arguments.items()}
+def recorded(workflow: str, **arguments: Any) -> dict[str, Any]:
+    """What a run keeps as its configuration: the arguments of a call, models and data by what they hold."""
+    return {"workflow": workflow, **{name: _plain(value) for name, value in arguments.items()}}
 
 
 def _plain(value: Any) -> Any:
     """An argument as a value that a file holds, such that the same call has the same one."""
     if isinstance(value, Denoiser):
-        return {"model": value.source or type(value).__name__, "fingerprint": fingerprint(value)}
-    if isinstance(value, torch.Tensor):
+        return fingerprint(value)
+    if isinstance(value, Tensor):
         return value.tolist()
     if isinstance(value, Mapping):
         return {str(key): _plain(part) for key, part in value.items()}
@@ -81,17 +86,28 @@ def _plain(value: Any) -> Any:
         return [_plain(part) for part in value]
     if isinstance(value, os.PathLike):
         return os.fspath(value)
+    if isinstance(value, GivenTensors):
+        return {"shape": [len(value), *value.shape], "digest": _digest(value.tensors())}
     if hasattr(value, "shape") and hasattr(value, "__len__"):
-        return {"length": len(value), "shape": list(value.shape), "num_classes": getattr(value, "num_classes", 0)}
+        return {"shape": [len(value), *value.shape], "num_classes": getattr(value, "num_classes", 0)}
     return value
 
 
-def provenance_of(record: Mapping[str, Any], command: str) -> Callable[[Run], dict[str, Any]]:
-    """What made a model: the command or function, its settings, and the last line of the metrics."""
+def _digest(tensors: Mapping[str, Tensor]) -> str:
+    digest = hashlib.blake2b(digest_size=8)
+    for name, tensor in sorted(tensors.items()):
+        digest.update(name.encode())
+        digest.update(tensor.cpu().contiguous().view(-1).view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()
+
+
+def provenance_of(record: Mapping[str, Any]) -> Callable[[Run], dict[str, Any]]:
+    """What made a model: the function, its arguments, and the last line of the metrics."""
 
     def of(run: Run) -> dict[str, Any]:
-        metrics = run.metrics()
-        return {"command": command, "settings": dict(record), "metrics": metrics[-1] if metrics else {}}
+        metrics, settings = run.metrics(), dict(record)
+        command = f"diffdistill.{settings.pop('workflow')}"
+        return {"command": command, "settings": settings, "metrics": metrics[-1] if metrics else {}}
 
     return of
 
@@ -101,14 +117,20 @@ def finished_model(run: Run, like: Denoiser) -> Denoiser:
     return load_denoiser(run.path / MODEL_FILE, device=device_of(like), like=like)
 
 
+def initialize(model: NetworkDenoiser, init: Denoiser | Path_ | None) -> None:
+    """Give a model the weights of another of the same architecture, if there is one.
+
+    Raises:
+        ValueError: it has another architecture.
+    """
+    if init is not None:
+        source = opened_model(init)
+        load_state(model, source.state_dict(), source=f"init={source.source or type(source).__name__}")
+
+
 def finish(model: Any, run: Run, provenance: Mapping[str, Any]) -> None:
     """Save the result of a run, and mark the run as finished."""
     if rank() == 0:
         assert isinstance(model, NetworkDenoiser)
         save_denoiser(model, run.path / MODEL_FILE, provenance=provenance)
-    run.finish([MODEL_FILE])
-
-
-def path_of(out: Path_) -> Path:
-    """The file of the model that a run made."""
-    return Path(out) / MODEL_FILE
+    run.finish([MODEL_FILE], keep=1)  # a checkpoint, with which the run can be extended

@@ -2,16 +2,25 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal
 
 from diffdistill.denoiser import Denoiser
 from diffdistill.devices import device_of
 from diffdistill.distributed import rank
-from diffdistill.learned import LearnedSolver, load_predictor, make_learned, make_task, save_predictor, trained
+from diffdistill.learned import (
+    LearnedSolver,
+    Rescue,
+    Task,
+    initial_levels,
+    load_predictor,
+    make_learned,
+    make_task,
+    save_predictor,
+    trained,
+)
 from diffdistill.models import guided
-from diffdistill.sampling.plans import schedule_for
-from diffdistill.training import Trainer, TrainerConfig
+from diffdistill.training import NonFiniteLossError, Run, Trainer, TrainerConfig
 from diffdistill.workflows import runs
 from diffdistill.workflows.borrowing import borrowed
 
@@ -27,6 +36,7 @@ TRAINER: dict[str, Any] = {
 SCHEDULE = {"name": "polynomial"}
 OBJECTIVE: dict[str, Any] = {"name": "stepwise", "teacher": {"name": "heun"}, "points": 1}
 PREDICTOR_FILE = "predictor.safetensors"
+LAST_GOOD = "last_good.safetensors"
 
 
 def train_solver(
@@ -39,13 +49,13 @@ def train_solver(
     predictor: Mapping[str, Any] | None = None,
     schedule: Mapping[str, Any] | None = None,
     start: Mapping[str, Any] | None = None,
+    thresholding: str | None = None,
     objective: Mapping[str, Any] | None = None,
-    out: runs.Path_ | None = None,
+    out: runs.Path_ | Run | None = None,
     trainer: Mapping[str, Any] | None = None,
     callbacks: Sequence[Any] = (),
     accept_changes: bool = False,
-    settings: Mapping[str, Any] | None = None,
-    command: str = "diffdistill.train_solver",
+    made_by: Callable[[Run], Mapping[str, Any]] | None = None,
 ) -> LearnedSolver:
     """Train a solver of few steps for a model, which itself is not changed (Zhou et al. 2024).
 
@@ -59,18 +69,19 @@ def train_solver(
             names a bottleneck.
         schedule: options of `make_schedule`, by default "polynomial" between the ends of the model.
         start: an analytic start, `sigma` and `statistics`.
+        thresholding: "dynamic", of every prediction of x0, or None.
         objective: `name`, "stepwise" (as published) or "endpoint", and its options.
-        out: folder of the run; the same call continues an interrupted run there. None keeps no files.
+        out: folder of the run, or a `Run`; the same call continues an interrupted run there. None keeps no files.
         trainer: settings of `TrainerConfig`, in place of those of `TRAINER`.
         callbacks: as of `Trainer`.
         accept_changes: continue a run in that folder although settings differ.
-        settings: what the run keeps as its configuration, by default these arguments.
-        command: what the file of the solver says it was made by.
+        made_by: what the file says that made it, given the run; by default these arguments.
 
     Returns:
         The learned solver: `sample(model, 16, solver=learned)`, or `learned.solver` and `learned.sigmas`.
 
     Raises:
+        NonFiniteLossError: training diverged; what was good last is `last_good.safetensors` in the folder of the run.
         ValueError, TypeError: options that do not fit each other or the model.
     """
     config = TrainerConfig.from_dict({**TRAINER, **(trainer or {})})
@@ -81,7 +92,7 @@ def train_solver(
     named = {"name": "table" if model.bottleneck is None else "amed"} if not predictor else dict(predictor)
     solver = dict(inner or ({} if form == "amed" else {"name": "ipndm"}))
     record = runs.recorded(
-        settings,
+        "train_solver",
         model=model,
         num_steps=num_steps,
         form=form,
@@ -90,26 +101,46 @@ def train_solver(
         predictor=named,
         schedule=given,
         start=start,
+        thresholding=thresholding,
         objective=objective,
-        trainer=trainer or {},
+        trainer={**TRAINER, **(trainer or {})},
     )
     with runs.opened_run(out, record, accept_changes=accept_changes) as run:
         path = run.path / PREDICTOR_FILE
         if run.finished:
             return load_predictor(path, device=device_of(model))
+        sigmas, options = initial_levels(given, num_steps, named)
         learned = make_learned(
-            form,
-            inner=solver,
-            predictor=named,
-            start=start,
-            sigmas=schedule_for(model, {**given, "num_steps": num_steps}),
+            form, inner=solver, predictor=options, start=start, thresholding=thresholding, sigmas=sigmas
         )
         with borrowed(model):
             model.to(device_of(config.device))
             task = make_task(learned, denoiser, given, **(OBJECTIVE if objective is None else objective))
-            result = Trainer(task.objective, task.data, config, run, callbacks=callbacks, name=form).train()
-            learned = trained(learned, result, denoiser, runs.provenance_of(record, command)(run))
+            training = Trainer(task.objective, task.data, config, run, callbacks=callbacks, name=form)
+            learned = _trained(training, learned, task, denoiser, made_by or runs.provenance_of(record))
         if rank() == 0:
             save_predictor(learned, path)
-        run.finish([PREDICTOR_FILE])
+        run.finish([PREDICTOR_FILE], keep=1)
         return load_predictor(path, device=device_of(model))
+
+
+def _trained(
+    trainer: Trainer,
+    learned: LearnedSolver,
+    task: Task,
+    denoiser: Denoiser,
+    provenance: Callable[[Run], Mapping[str, Any]],
+) -> LearnedSolver:
+    """The trained solver; where training diverges, the solver of the last good checkpoint is written."""
+    rescue, run = Rescue(learned, task, denoiser), trainer.run
+    try:
+        return trained(learned, trainer.train(), denoiser, provenance(run))
+    except NonFiniteLossError as error:
+        left, path = rescue.last_good(run, provenance(run)), run.path / LAST_GOOD
+        if rank() == 0:
+            save_predictor(left.learned, path)
+        raise NonFiniteLossError(
+            f"{error}; seed {trainer.config.seed}, step {left.step} to sigma = {left.sigma:.4g}; "
+            f"the predictor after {left.update} updates is {path}",
+            update=error.update,
+        ) from None

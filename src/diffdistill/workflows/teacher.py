@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -12,7 +12,7 @@ from diffdistill.data import as_data, load_data
 from diffdistill.denoiser import Denoiser
 from diffdistill.models import NetworkDenoiser, build_denoiser, load_autoencoder
 from diffdistill.sampling.generation import preview as previewed
-from diffdistill.training import Trainer, TrainerConfig
+from diffdistill.training import Run, Trainer, TrainerConfig
 from diffdistill.training.denoising import Denoising
 from diffdistill.training.weighting import make_weighting
 from diffdistill.workflows import runs
@@ -25,16 +25,16 @@ def train_teacher(
     model: NetworkDenoiser | Mapping[str, Any],
     data: Any,
     *,
-    out: runs.Path_ | None = None,
+    out: runs.Path_ | Run | None = None,
     trainer: Mapping[str, Any] | None = None,
+    init: Denoiser | runs.Path_ | None = None,
     noise_levels: Mapping[str, Any] | None = None,
     weighting: str | None = None,
     label_dropout: float | None = None,
     preview: Mapping[str, Any] | None = PREVIEW,
     callbacks: Sequence[Any] = (),
     accept_changes: bool = False,
-    settings: Mapping[str, Any] | None = None,
-    command: str = "diffdistill.train_teacher",
+    made_by: Callable[[Run], Mapping[str, Any]] | None = None,
 ) -> NetworkDenoiser:
     """Train a denoiser by denoising, with label dropout so that it can be guided (Karras et al. 2022; Ho et al. 2020).
 
@@ -42,8 +42,9 @@ def train_teacher(
         model: from `diffdistill.wrap` or `build_denoiser`, with the weights to begin with; it is not changed. Or a
             config of `build_denoiser`, whose shape and classes are those of the data.
         data: as of `diffdistill.data.as_data`, or options of `load_data`.
-        out: folder of the run; the same call continues an interrupted run there. None keeps no files.
+        out: folder of the run, or a `Run`; the same call continues an interrupted run there. None keeps no files.
         trainer: settings of `TrainerConfig`, in place of those of `runs.TRAINER`.
+        init: a model of the same architecture whose weights to begin with.
         noise_levels: as of `noise_levels_for`; by default as `teacher_levels` says.
         weighting: of the error on x0, as of `make_weighting`; by default "edm" for EDM's preconditioning, else
             "truncated_snr".
@@ -52,8 +53,7 @@ def train_teacher(
         preview: options of the pictures drawn every `trainer["sample_every"]` updates; None for none.
         callbacks: as of `Trainer`.
         accept_changes: continue a run in that folder although settings differ.
-        settings: what the run keeps as its configuration, by default these arguments.
-        command: what the file of the model says it was made by.
+        made_by: what the file says that made it, given the run; by default these arguments.
 
     Returns:
         The trained model, the average of its weights, on the device it was trained on.
@@ -68,15 +68,17 @@ def train_teacher(
         denoiser = build_denoiser(made, autoencoder=autoencoder)
     else:
         opened, denoiser = runs.opened_data(data, model), copy.deepcopy(model).requires_grad_()
+    runs.initialize(denoiser, init)
     config = TrainerConfig.from_dict({**runs.TRAINER, **(trainer or {})})
     levels = teacher_levels(denoiser) if noise_levels is None else noise_levels
     weighting = weighting or ("edm" if levels["name"] == "lognormal" else "truncated_snr")
     dropout = _label_dropout(denoiser, label_dropout)
     record = runs.recorded(
-        settings,
+        "train_teacher",
         model=model,
         data=opened,
-        trainer=trainer or {},
+        init=None if init is None else runs.opened_model(init),
+        trainer={**runs.TRAINER, **(trainer or {})},
         noise_levels=noise_levels,
         weighting=weighting,
         label_dropout=dropout,
@@ -96,7 +98,7 @@ def train_teacher(
         trained = Trainer(
             objective, opened, config, run, on_samples=pictures, callbacks=callbacks, name="teacher"
         ).train()
-        runs.finish(trained, run, runs.provenance_of(record, command)(run))
+        runs.finish(trained, run, (made_by or runs.provenance_of(record))(run))
     assert isinstance(trained, NetworkDenoiser)
     return trained
 

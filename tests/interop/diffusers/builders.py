@@ -45,7 +45,7 @@ def unet(seed=0, *, in_channels=4, w_channels=None, **changes):
     return component("UNet2DConditionModel", seed, **{**options, **changes})
 
 
-def vae(channels=4):
+def vae(channels=4, **changes):
     return component(
         "AutoencoderKL",
         1,
@@ -58,6 +58,7 @@ def vae(channels=4):
         down_block_types=("DownEncoderBlock2D",) * 2,
         up_block_types=("UpDecoderBlock2D",) * 2,
         sample_size=16,
+        **changes,
     )
 
 
@@ -158,19 +159,19 @@ def dit(*, num_embeds_ada_norm=5):
     )
 
 
-def sd3():
+def sd3(*, in_channels=4, out_channels=4):
     return component(
         "SD3Transformer2DModel",
         sample_size=8,
         patch_size=2,
-        in_channels=4,
+        in_channels=in_channels,
         num_layers=1,
         attention_head_dim=8,
         num_attention_heads=2,
         joint_attention_dim=10,
         caption_projection_dim=16,
         pooled_projection_dim=6,
-        out_channels=4,
+        out_channels=out_channels,
         pos_embed_max_size=8,
     )
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -39,7 +40,7 @@ def scheduler_for(
     Raises:
         ValueError: as `make_solver` and `make_schedule`; a scheduler that is not known; a solver that reads a
             bottleneck of a network that has none; a learned solver with other levels than its own, an analytic start,
-            or thresholding.
+            or thresholding; a solver of several evaluations a step in a pipeline that does not expect such.
     """
     if isinstance(solver, LearnedSolver):
         if schedule is not None or sigmas is not None:
@@ -63,12 +64,26 @@ def scheduler_for(
     )
     if isinstance(solver, Solver):
         made.use(solver)
+    if made.solver.stages > 1 and _counts_timesteps(pipeline):
+        raise ValueError(
+            f"{type(pipeline).__name__} counts timesteps as steps: it takes solvers of one evaluation a step, not "
+            f"{type(made.solver).__name__}"
+        )
     if made.solver.features != "unused":
         block = getattr(getattr(pipeline, "unet", None), "mid_block", None)
         if block is None and made.solver.features == "required":
             raise ValueError(f"the learned solver reads a bottleneck, but {type(pipeline).__name__} has no UNet")
         made.bottleneck = None if block is None else Bottleneck(block)
     return made
+
+
+def _counts_timesteps(pipeline: Any) -> bool:
+    """Whether a pipeline finds the timestep of a strength without the scheduler's `order`: Kandinsky's do."""
+    find = getattr(type(pipeline), "get_timesteps", None)
+    try:
+        return find is not None and "scheduler.order" not in inspect.getsource(find)
+    except (OSError, TypeError):  # a class without a source
+        return False
 
 
 def _named(options: str | Mapping[str, Any]) -> dict[str, Any]:

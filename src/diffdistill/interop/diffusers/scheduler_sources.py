@@ -173,13 +173,19 @@ class Source:
         scheduler.set_timesteps(**given)
         return self._read(scheduler)
 
+    def _final(self) -> float:
+        """The last level, 0 unless the config says that it is the lowest of the model."""
+        lowest = self.scheduler.config.get("final_sigmas_type") == "sigma_min"
+        lowest = lowest or not self.scheduler.config.get("set_alpha_to_one", True)
+        return float(self.table[0]) if lowest and self.table is not None else 0.0
+
     def _takes_sigmas(self, scheduler: Any) -> bool:
         return self.flow or not type(scheduler).__name__.startswith("UniPC")  # which takes those of flow alone
 
     def _custom(self, kind: str, values: Sequence[float]) -> tuple[list[float], list[float]]:
         """Levels given as timesteps, or as sigmas in the stock schedulers' sense: of flow, t without the last 0."""
         if kind == "timesteps":
-            return [*(self.sigma(time) for time in values), 0.0], list(values)
+            return [*(self.sigma(time) for time in values), self._final()], list(values)
         levels = [*(from_flow(t) for t in values), 0.0] if self.flow else list(values)
         return levels, [self.time(level) for level in levels[:-1]]
 
@@ -188,15 +194,18 @@ class Source:
         stored = getattr(scheduler, "sigmas", None)
         if stored is None:
             assert self.table is not None
-            final = float(getattr(scheduler, "final_alpha_cumprod", 1.0))
-            return [*self.table[times].tolist(), max(1 / final - 1, 0.0) ** 0.5], times
+            return [*self.table[times].tolist(), self._final()], times
         values = torch.as_tensor(stored).double().tolist()
         if scheduler.order == 2:  # which list most levels twice, and step from the last of two
             last = [i for i in range(len(times)) if values[i + 1] != values[i]]
             values, times = [*(values[i] for i in last), values[-1]], [times[i] for i in last]
         if isinstance(self.preconditioning, InvertedFlow):
             values = [1 - value for value in values]
-        return ([from_flow(value) for value in values] if self.flow else values), times
+        if not self.flow:
+            return values, times
+        if values[-1] == values[-2] and self.scheduler.config.get("final_sigmas_type") != "sigma_min":
+            values[-1] = 0.0  # DEIS and SASolver stop before it, with noise in the image
+        return [from_flow(value) for value in values], times
 
 
 def from_flow(time: float) -> float:

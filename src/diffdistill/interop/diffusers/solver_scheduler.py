@@ -29,6 +29,7 @@ from diffdistill.solvers import (
     make_schedule,
     make_solver,
 )
+from diffdistill.solvers.schedules import OF_A_TABLE
 
 diffusers()  # so that a missing extra is named here
 from diffusers.configuration_utils import ConfigMixin, FrozenDict  # noqa: E402
@@ -140,7 +141,9 @@ class SolverScheduler(SchedulerMixin, ConfigMixin):
         """
         if not isinstance(config, Mapping):
             raise ValueError(f"from_config takes the config of a scheduler, not {config!r}")
-        given = {**config, **changes}
+        # Settings that were left at their defaults are those of the class that is made, unless they are changed here.
+        unset = [name for name in config.get("_use_default_values", ()) if name not in changes]
+        given = {**config, **changes, "_use_default_values": unset}
         own = {name: given.pop(name) for name in (*OWN, "source_config") if name in given}
         given = {**(own.pop("source_config", None) or {}), **given}
         if getattr(diffusers(), str(given.get("_class_name")), None) is None:
@@ -291,7 +294,7 @@ class SolverScheduler(SchedulerMixin, ConfigMixin):
         ends = self._source.ends
         table = ends.pop("table", None)
         name = options["name"]
-        if name in WITH_TABLE and table is not None:
+        if name in OF_A_TABLE and table is not None:
             ends["table"] = table
         if name in ("trailing", "flow"):
             ends["sigma_min"] = 0.0
@@ -654,8 +657,5 @@ def _same(known: float, other: float) -> bool:
     """Whether two numbers are one, in float32."""
     return abs(known - other) <= 1e-5 * max(1.0, abs(known))
 
-
-WITH_TABLE = ("trailing", "discrete", "simple", "sgm_uniform", "ddim_uniform")
-"""The schedules that are made from the levels of a model of discrete time."""
 
 __all__ = ["FrozenDict", "SchedulerMixin", "SolverScheduler", "SolverSchedulerOutput"]
