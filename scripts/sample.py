@@ -37,6 +37,7 @@ def main(config: DictConfig) -> None:
         schedule=settings.get("schedule"),
         num_steps=settings["num_steps"],
         start=settings["start"],
+        guidance=settings["guidance"],
     )
     planned = faster(planned, settings)
     writers = [choose("kind of output", kind, WRITERS) for kind in several(settings["save"])]

@@ -51,8 +51,10 @@ class _Guided(Wrapper):
         super().__init__(denoiser)
         self.w = w
 
-    def weights(self, x: Tensor) -> Tensor:
-        """w on the device of `x`, `[B]`."""
+    def weights(self, x: Tensor, w: Tensor | None = None) -> Tensor:
+        """w on the device of `x`, `[B]`: that of this call, or else the one that is kept."""
+        if w is not None:
+            return w
         if not isinstance(self.w, Tensor):
             return torch.full((len(x),), float(self.w), device=x.device)
         if self.w.device != x.device:
@@ -78,14 +80,17 @@ class ClassifierFreeGuidance(_Guided):
         self.null = null
         self.cost = 2 * self.denoiser.cost
 
-    def forward(self, x: Tensor, sigma: Tensor, cond: Any = None) -> Tensor:
-        """Denoise `x: [B, ...]` at `sigma: [B]` under `cond`, a tensor `[B, ...]` or a dict of such."""
+    def forward(self, x: Tensor, sigma: Tensor, cond: Any = None, w: Tensor | None = None) -> Tensor:
+        """Denoise `x: [B, ...]` at `sigma: [B]` under `cond`, a tensor `[B, ...]` or a dict of such.
+
+        A `w: [B]` goes before the weight that is kept.
+        """
         null = self.null_condition(cond) if self.null is None else self.null
         both = self.denoiser(torch.cat([x, x]), torch.cat([sigma, sigma]), _pair(cond, null))
         conditional, unconditional = both.chunk(2)
-        w = per_sample(self.weights(x), x) if isinstance(self.w, Tensor) else self.w
+        weight = self.w if w is None and not isinstance(self.w, Tensor) else per_sample(self.weights(x, w), x)
         # In this form w = 0 returns the conditional half to the last bit.
-        return conditional + w * (conditional - unconditional)
+        return conditional + weight * (conditional - unconditional)
 
 
 class GuidanceConditioned(_Guided):
@@ -100,9 +105,9 @@ class GuidanceConditioned(_Guided):
         super().__init__(denoiser, w)
         self.cost = self.denoiser.cost
 
-    def forward(self, x: Tensor, sigma: Tensor, cond: Any = None) -> Tensor:
-        """Denoise `x: [B, ...]` at `sigma: [B]` under `cond`."""
-        return self.denoiser(x, sigma, cond, w=self.weights(x))
+    def forward(self, x: Tensor, sigma: Tensor, cond: Any = None, w: Tensor | None = None) -> Tensor:
+        """Denoise `x: [B, ...]` at `sigma: [B]` under `cond`; a `w: [B]` goes before the weight that is kept."""
+        return self.denoiser(x, sigma, cond, w=self.weights(x, w))
 
 
 def guided(denoiser: Callable[..., Tensor], w: float | Tensor) -> Denoiser:

@@ -23,6 +23,7 @@ from diffdistill.solvers.gaussian.start import GaussianStart
 from diffdistill.solvers.gaussian.start_choice import StartChoice, choose_start_sigma
 from diffdistill.solvers.gaussian.statistics import GaussianStatistics, load_gaussian, save_gaussian, shipped_gaussians
 from diffdistill.solvers.gits import gits
+from diffdistill.solvers.guidance import GUIDANCE, cfg_plus_plus, guidance_interval, make_guidance
 from diffdistill.solvers.heun import Heun
 from diffdistill.solvers.integration import Trajectory, integrate, sample
 from diffdistill.solvers.ipndm import IPNDM, IPNDMV
@@ -124,6 +125,7 @@ __all__ = [
     "DEIS",
     "DPM2",
     "DPM3",
+    "GUIDANCE",
     "IPNDM",
     "IPNDMV",
     "SCHEDULES",
@@ -153,11 +155,14 @@ __all__ = [
     "TabulatedPredictor",
     "Trajectory",
     "UniPC",
+    "cfg_plus_plus",
     "choose_start_sigma",
     "dynamic_thresholding",
+    "guidance_interval",
     "integrate",
     "intervals",
     "load_gaussian",
+    "make_guidance",
     "make_schedule",
     "make_solver",
     "sample",

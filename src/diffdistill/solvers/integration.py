@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, overload
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from diffdistill.denoiser import as_denoiser
 from diffdistill.registry import choose
@@ -63,6 +64,7 @@ def sample(
     start: GaussianStart | None = None,
     denoise_to_zero: bool = False,
     thresholding: str | Callable[[Tensor], Tensor] | None = None,
+    guidance: Callable[[float], float] | None = None,
     return_trajectory: Literal[False] = False,
 ) -> Tensor: ...
 
@@ -79,6 +81,7 @@ def sample(
     start: GaussianStart | None = None,
     denoise_to_zero: bool = False,
     thresholding: str | Callable[[Tensor], Tensor] | None = None,
+    guidance: Callable[[float], float] | None = None,
     return_trajectory: Literal[True],
 ) -> Trajectory: ...
 
@@ -94,6 +97,7 @@ def sample(
     start: GaussianStart | None = None,
     denoise_to_zero: bool = False,
     thresholding: str | Callable[[Tensor], Tensor] | None = None,
+    guidance: Callable[[float], float] | None = None,
     return_trajectory: bool = False,
 ) -> Tensor | Trajectory:
     """Carry `noise` along the schedule `sigmas` to a sample. Gradients are kept where `noise` requires them.
@@ -108,6 +112,8 @@ def sample(
         start: carries the noise from sigma_max to a lower level at no evaluation; `sigmas` begin at that level.
         denoise_to_zero: one more evaluation at the last level, whose denoised image is the result.
         thresholding: "dynamic", or a function applied to every prediction of x0. Not for latents.
+        guidance: the guidance weight w at a noise level, such as `guidance_interval` makes, for a denoiser that takes
+            w: a student, or `guided(denoiser, 0)`.
         return_trajectory: return all points and the counted evaluations.
 
     Returns:
@@ -134,6 +140,8 @@ def sample(
     if isinstance(thresholding, str):
         thresholding = choose("thresholding", thresholding, THRESHOLDING)
     denoiser = as_denoiser(denoiser)
+    if guidance is not None:
+        _check_guided(denoiser, start)
     denoiser.check_condition(cond, len(noise))
 
     stream = None
@@ -150,9 +158,24 @@ def sample(
             x, history = start.begin(denoiser, noise, sigmas, cond, memory=solver.memory)
         points = [x]
         gaussian = None if start is None else start.denoiser(denoiser)
-        flow = ProbabilityFlow(denoiser, cond, thresholding=thresholding, features=features, gaussian=gaussian)
+        flow = ProbabilityFlow(
+            denoiser, cond, thresholding=thresholding, features=features, gaussian=gaussian, guidance=guidance
+        )
         for x_next in integrate(flow, x, solver, steps, stream, history):
             x = x_next
             if return_trajectory:
                 points.append(x)
     return Trajectory(torch.stack(points), sigmas, flow.nfe) if return_trajectory else x.to(noise.dtype)
+
+
+def _check_guided(denoiser: Callable[..., Tensor], start: GaussianStart | None) -> None:
+    """Raise `ValueError` unless the denoiser takes a guidance weight with every call."""
+    if start is not None:
+        raise ValueError("an analytic start has one guidance weight: leave out guidance or start")
+    call = getattr(denoiser, "function", denoiser)  # what `as_denoiser` wraps
+    call = call.forward if isinstance(call, nn.Module) else call
+    if "w" not in inspect.signature(call).parameters:
+        raise ValueError(
+            f"guidance needs a denoiser that takes w with every call, but {type(denoiser).__name__} does not: "
+            "give a student that was distilled for w, or guided(denoiser, 0)"
+        )

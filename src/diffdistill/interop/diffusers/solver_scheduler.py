@@ -7,6 +7,7 @@ it asks for one that is not: that is what the pipeline evaluates next. What is r
 
 from __future__ import annotations
 
+import itertools
 import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -303,7 +304,7 @@ class SolverScheduler(SchedulerMixin, ConfigMixin):
     @staticmethod
     def _decreasing(levels: list[float]) -> list[float]:
         """Levels that decrease; the last may be there twice, where a config ends at the lowest level itself."""
-        for i, (level, below) in enumerate(zip(levels[:-1], levels[1:], strict=True)):
+        for i, (level, below) in enumerate(itertools.pairwise(levels)):
             if not (level > below or (level == below and i + 2 == len(levels))):
                 raise ValueError(
                     f"noise levels must decrease, but step {i} of {len(levels) - 1} goes from {level:.6g} to "
