@@ -75,7 +75,7 @@ def test_levels_that_differ_between_samples_have_weights_of_their_own():
 
 def test_what_is_refused():
     options = {"solver": make_solver("ddim"), "sigmas": SIGMAS, "cond": LABELS}
-    with pytest.raises(ValueError, match=r"takes w with every call, but function does not"):
+    with pytest.raises(ValueError, match=r"takes w with every call, but answer does not"):
         sample(answer, NOISE, guidance=guidance_interval(w=1.0), **options)
     with pytest.raises(ValueError, match="unknown guidance 'often': choose one of cfg_pp, interval"):
         make_guidance("often", sigmas=SIGMAS)

@@ -12,9 +12,11 @@ from diffdistill.registry import construct
 from diffdistill.solvers.amed import AMED, AMEDPlugin, AMEDPredictor, LearnedTable, Predictor, TabulatedPredictor
 from diffdistill.solvers.ancestral import EulerAncestral
 from diffdistill.solvers.base import Solver
+from diffdistill.solvers.consistency import LCM, TCD
 from diffdistill.solvers.deis import DEIS
 from diffdistill.solvers.dpm import DPM2, DPM3, DPMpp2S, DPMpp3S
 from diffdistill.solvers.dpmpp import DPMpp
+from diffdistill.solvers.dpmpp_sde import DPMppSDE
 from diffdistill.solvers.edm_sde import EDMStochastic
 from diffdistill.solvers.euler import Euler
 from diffdistill.solvers.features import FeatureTap
@@ -37,6 +39,7 @@ from diffdistill.solvers.named_schedules import (
     simple,
 )
 from diffdistill.solvers.noise import SampleNoise, seeded_noise
+from diffdistill.solvers.res_multistep import RESMultistep
 from diffdistill.solvers.schedules import (
     align_your_steps,
     check_sigmas,
@@ -66,6 +69,10 @@ SOLVERS: dict[str, type[Solver]] = {
     "ipndm_v": IPNDMV,
     "edm_sde": EDMStochastic,
     "euler_ancestral": EulerAncestral,
+    "dpmpp_sde": DPMppSDE,
+    "res_multistep": RESMultistep,
+    "lcm": LCM,
+    "tcd": TCD,
     "amed": AMED,
 }
 
@@ -128,14 +135,17 @@ __all__ = [
     "GUIDANCE",
     "IPNDM",
     "IPNDMV",
+    "LCM",
     "SCHEDULES",
     "SOLVERS",
+    "TCD",
     "AMEDPlugin",
     "AMEDPredictor",
     "Correction",
     "DPMpp",
     "DPMpp2S",
     "DPMpp3S",
+    "DPMppSDE",
     "EDMStochastic",
     "Euler",
     "EulerAncestral",
@@ -148,6 +158,7 @@ __all__ = [
     "LearnedTable",
     "Predictor",
     "ProbabilityFlow",
+    "RESMultistep",
     "SampleNoise",
     "Solver",
     "StartChoice",

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from diffdistill.denoiser import as_denoiser
 from diffdistill.registry import choose
 from diffdistill.solvers.base import Solver
+from diffdistill.solvers.brownian import BrownianNoise
 from diffdistill.solvers.features import feature_tap
 from diffdistill.solvers.flow import ProbabilityFlow, dynamic_thresholding
 from diffdistill.solvers.gaussian.start import GaussianStart
@@ -38,7 +39,7 @@ def integrate(
     x: Tensor,
     solver: Solver,
     steps: Sequence[Interval],
-    noise: SampleNoise | None = None,
+    noise: SampleNoise | BrownianNoise | None = None,
     history: History = (),
 ) -> Iterator[Tensor]:
     """Yield the state after each step, given past evaluations. Gradients flow unless the caller disables them.
@@ -47,7 +48,11 @@ def integrate(
     `*_, x = integrate(ProbabilityFlow(denoiser, cond), sigmas[0] * noise, solver, intervals(sigmas, B))`.
     """
     for interval in steps:
-        draw = noise.draw(dtype=x.dtype, device=x.device) if noise is not None and solver.stochastic else None
+        draw = None
+        if isinstance(noise, BrownianNoise):
+            draw = noise.draw(dtype=x.dtype, device=x.device, interval=interval)
+        elif noise is not None and solver.stochastic:
+            draw = noise.draw(dtype=x.dtype, device=x.device)
         x, history = solver.step(flow, x, interval, history, noise=draw)
         yield x
 
@@ -145,7 +150,9 @@ def sample(
     denoiser.check_condition(cond, len(noise))
 
     stream = None
-    if solver.stochastic:
+    if solver.brownian:
+        stream = BrownianNoise(range(len(noise)) if seeds is None else seeds, noise.shape[1:])
+    elif solver.stochastic:
         stream = SampleNoise(range(len(noise)) if seeds is None else seeds, noise.shape[1:])
         stream.draw()  # what `seeded_noise` gives for the same seeds: the start must not come again as a step's noise
     keep = torch.is_grad_enabled() and noise.requires_grad
@@ -173,9 +180,10 @@ def _check_guided(denoiser: Callable[..., Tensor], start: GaussianStart | None) 
     if start is not None:
         raise ValueError("an analytic start has one guidance weight: leave out guidance or start")
     call = getattr(denoiser, "function", denoiser)  # what `as_denoiser` wraps
-    call = call.forward if isinstance(call, nn.Module) else call
-    if "w" not in inspect.signature(call).parameters:
+    asked = call.forward if isinstance(call, nn.Module) else call
+    if "w" not in inspect.signature(asked).parameters:
+        name = getattr(call, "__name__", type(call).__name__)
         raise ValueError(
-            f"guidance needs a denoiser that takes w with every call, but {type(denoiser).__name__} does not: "
+            f"guidance needs a denoiser that takes w with every call, but {name} does not: "
             "give a student that was distilled for w, or guided(denoiser, 0)"
         )
