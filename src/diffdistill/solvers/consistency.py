@@ -49,8 +49,6 @@ class TCD(Euler):
 
     def below(self, sigma: Tensor) -> Tensor:
         """The level to which a step to `sigma: [B]` goes first."""
-        if self.eta == 0:
-            return sigma
         levels = self.table.to(sigma)
         places = torch.arange(len(levels), dtype=sigma.dtype, device=sigma.device)
         place = interpolate(sigma.log(), levels.log(), places)
@@ -59,6 +57,8 @@ class TCD(Euler):
 
     def update(self, step: Step) -> Tensor:
         sigma_next = step.interval.sigma_next
+        if self.eta == 0:
+            return super().update(step)
         lower = self.below(sigma_next)
         x = super().update(replace(step, interval=replace(step.interval, sigma_next=lower)))
         return x + per_sample((sigma_next**2 - lower**2).sqrt(), x) * step.fresh

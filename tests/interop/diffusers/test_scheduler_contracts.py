@@ -320,6 +320,18 @@ def test_copies_amid_a_run(name):
         torch.testing.assert_close(end, ends[0], rtol=1e-5, atol=1e-5)
 
 
+def test_paths_of_noise_are_the_generators():
+    own = made("EulerDiscreteScheduler", **SD_BETAS, timestep_spacing="trailing")
+    ends = []
+    for num_steps in (20, 40, 160):
+        scheduler = ours(own, solver="dpmpp_sde", schedule="karras")
+        ends.append(run(scheduler, noise(), num_steps, net=lambda x, t: x, generator=torch.Generator().manual_seed(5)))
+    near, nearer = (float((end - ends[2]).abs().mean()) for end in ends[:2])
+    assert nearer < 0.8 * near
+    again = run(scheduler, noise(), 160, net=lambda x, t: x, generator=torch.Generator().manual_seed(5))
+    assert torch.equal(again, ends[2])
+
+
 def test_networks_are_left_without_hooks_and_copies_read_their_own():
     torch.manual_seed(1)
     pipe = pipeline()
