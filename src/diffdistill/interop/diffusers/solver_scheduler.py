@@ -555,7 +555,7 @@ class SolverScheduler(SchedulerMixin, ConfigMixin):
         if solver.stochastic and noise is None:
             noise = variance_noise
             if noise is None:
-                noise = self._drawn(ask.x, place.move, generator, model_output.dtype)
+                noise = self._drawn(ask.x, place.move, generator)
             noise = noise.to(ask.x)
         answers = (*place.answers, evaluation)
         self._place = place = self._advance(replace(place, answers=answers, ask=None, noise=noise), solver)
@@ -568,10 +568,10 @@ class SolverScheduler(SchedulerMixin, ConfigMixin):
         self._left, self._asked = _Left(latents, 0 if latents.is_inference() else latents._version, x), False
         return SolverSchedulerOutput(latents, denoised) if return_dict else (latents, denoised)
 
-    def _drawn(self, like: Tensor, move: int, generator: Any, dtype: torch.dtype) -> Tensor:
-        """The noise of a step: as stock schedulers draw it, or of a path for each image, which its generator chooses."""
+    def _drawn(self, like: Tensor, move: int, generator: Any) -> Tensor:
+        """The noise of a step, the same in all dtypes: of the generator, or of a path for each image that it chooses."""
         if not self.solver.brownian:
-            return randn_tensor(like.shape, generator, like.device, dtype)
+            return randn_tensor(like.shape, generator, like.device, like.dtype)
         if self._path is None or len(self._path.seeds) != len(like):
             chosen = randn_tensor((len(like), 2), generator, torch.device("cpu"), torch.float32)
             self._path = BrownianNoise(chosen.view(torch.int32).long().abs().sum(1), like.shape[1:])
