@@ -15,6 +15,7 @@ from typing import Any
 
 from omegaconf import DictConfig
 
+from common.checks import refuse_unread
 from common.command import command
 from common.configs import plain
 from diffdistill.data import load_data
@@ -41,6 +42,7 @@ def cache(settings: dict[str, Any]) -> Path:
         parts = load_pipeline(settings["model"])
         parts.pipeline.to(device)
         return cache_latents(parts, settings["images"], settings["out"], seed=settings["seed"], **options)
+    refuse_unread("cache_latents", settings, ["seed"], "on a data set: it is for images=FOLDER")
     images, (codec, shape, save) = load_data(**data), codec_of(settings["model"], device)
     named = {name: settings[name] for name in ("model", "data", "dtype", "shard_size")}
     origin = identity(named, {name: content_of(files) for name, files in inputs_of(named).items()})

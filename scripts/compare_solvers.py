@@ -28,7 +28,7 @@ from diffdistill.metrics.frechet import frechet_distance
 from diffdistill.models import guided
 from diffdistill.sampling.plans import sampling_inputs, start_for, statistics_of
 from diffdistill.solver_comparison import Grid, Problem, compare, entries, predictor_name, reference_endpoints
-from diffdistill.solver_comparison.report import comma_separated, gains, markdown, plot
+from diffdistill.solver_comparison.report import as_csv, as_markdown, gains, plot
 from diffdistill.solvers import load_gaussian, make_solver
 from diffdistill.training import Run
 from diffdistill.training.inputs import inputs_of
@@ -70,7 +70,10 @@ def main(config: DictConfig) -> None:
     titles = [predictor_name(name) for name in settings["learned"]]
     if len(set(titles)) < len(titles):
         raise ValueError(f"learned solvers need names of their own, but are called {', '.join(titles)}")
-    for options in settings["solvers"].values():
+    start = settings["start"]
+    statistics = load_gaussian(start["statistics"] or statistics_of(settings["model"])) if start["sigmas"] else None
+    grid = Grid(settings["schedules"], statistics, start["sigmas"], settings["analytic_first_step"])
+    for options in [*settings["solvers"].values(), *(base["solver"] for base in settings["bases"].values())]:
         make_solver(**options)
     features = make_features(settings["features"])
     model, data = load_denoiser(settings["model"], device=device_of(settings["device"])), load_data(**settings["data"])
@@ -87,14 +90,11 @@ def main(config: DictConfig) -> None:
     def frechet(x: torch.Tensor) -> float:
         return frechet_distance(gaussian_of(features, x.clamp(-1, 1)), real)
 
-    start = settings["start"]
-    statistics = load_gaussian(start["statistics"] or statistics_of(settings["model"])) if start["sigmas"] else None
-    grid = Grid(settings["schedules"], statistics, start["sigmas"], settings["analytic_first_step"])
-    names = (settings[name] for name in ("solvers", "evaluations", "learned"))
-    taking_part = entries(grid, *names, problem, tuning_samples=settings["tuning_samples"])
-    rows = compare(taking_part, problem, run.path / "rows" / run.digest, frechet)
-    write_text(run.path / "solvers.csv", comma_separated(rows))
-    write_text(run.path / "solvers.md", markdown(rows) + "\n" + gains(rows))
+    names = (settings[name] for name in ("solvers", "bases", "evaluations", "learned"))
+    candidates = entries(grid, *names, problem, tuning_samples=settings["tuning_samples"])
+    rows = compare(candidates, problem, run.path / "rows" / run.digest, frechet)
+    write_text(run.path / "solvers.csv", as_csv(rows))
+    write_text(run.path / "solvers.md", as_markdown(rows) + "\n" + gains(rows))
     plot(rows, run.path / "solvers.png")
     run.finish(["solvers.csv", "solvers.md", "solvers.png"])
     print((run.path / "solvers.md").read_text(encoding="utf-8"))

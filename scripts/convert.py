@@ -3,11 +3,15 @@
 diffdistill convert edm-cifar10-32x32-cond-vp.pkl models/edm-cifar10.safetensors
 diffdistill convert source=model.pt dest=models/model.safetensors hints.family=consistency
 diffdistill convert v1-5-pruned.ckpt models/stable-diffusion tokenizer=clip-tokenizer
+diffdistill convert models/ddpm-classes models/ddpm.safetensors hints.null_class=10
 
 Stable Diffusion becomes a file of its U-Net alone, or, given a tokenizer, a folder of diffusers with all its parts.
 """
 
 from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
 
 from omegaconf import DictConfig
 
@@ -18,9 +22,29 @@ from diffdistill.interop.formats.stable_folder import write_pipeline
 from diffdistill.models import save_denoiser
 
 
+def convert_folder(settings: dict[str, Any], null_class: int | None) -> None:
+    """Write the denoiser of a diffusers folder, which then knows the class that stands for none."""
+    from diffdistill.interop.diffusers import load_pipeline
+
+    given = [f"hints.{name}" for name, value in settings["hints"].items() if value is not None]
+    given += ["tokenizer"] * (settings["tokenizer"] is not None)
+    if given:
+        raise ValueError(f"{given[0]} has no effect on a diffusers folder: leave it out")
+    parts = load_pipeline(settings["source"], null_class=null_class)
+    print(f"{settings['source']}: {type(parts.pipeline).__name__}")
+    save_denoiser(parts.denoiser, settings["dest"])
+    print(f"the model is {settings['dest']}")
+
+
 def convert(config: DictConfig) -> None:
     """Read the source, say what it is, and write it."""
     settings = plain(config)
+    null_class = settings["hints"].pop("null_class")
+    if Path(settings["source"]).is_dir():
+        convert_folder(settings, null_class)
+        return
+    if null_class is not None:
+        raise ValueError("hints.null_class has no effect on a file: it is for diffusers folders with a UNet2DModel")
     found = read_foreign(settings["source"], Hints(**settings["hints"]))
     print(f"{settings['source']}: {found.description}")
     if found.denoiser is None:

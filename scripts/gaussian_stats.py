@@ -15,6 +15,8 @@ from pathlib import Path
 import torch
 from omegaconf import DictConfig
 
+from common.arguments import as_given
+from common.checks import refuse_unread
 from common.command import command
 from common.configs import plain
 from common.typed import typed_command
@@ -31,6 +33,10 @@ from diffdistill.training.inputs import inputs_of
 @command("gaussian_stats")
 def main(config: DictConfig) -> None:
     settings = plain(config)
+    if settings["samples"] is None:
+        refuse_unread("gaussian_stats", settings, ["num_steps"], "on statistics of data: it is for samples=NUMBER")
+    if settings["form"] != "low_rank":
+        refuse_unread("gaussian_stats", settings, ["rank"], f"on form={settings['form']}: it is for low_rank")
     path = Path(statistics_of(settings["model"]))
     if settings["beside"] and str(path) in shipped_gaussians():
         raise ValueError(f"statistics of {path} come with the package: leave out beside")
@@ -47,7 +53,7 @@ def main(config: DictConfig) -> None:
         x, y, classes = drawn.x, drawn.y, model.num_classes
     num_classes = classes if settings["per_class"] else 0
     statistics = GaussianStatistics.fit(x, y, num_classes=num_classes, form=settings["form"], rank=settings["rank"])
-    given = " ".join([typed_command(), *sys.argv[1:]])
+    given = " ".join([typed_command(), *map(as_given, sys.argv[1:])])
     statistics = replace(statistics, provenance={"command": given, "images": len(x), "settings": settings})
     paths = [run.path / "statistics.safetensors", *([path] if settings["beside"] else [])]
     for path in paths:

@@ -20,6 +20,7 @@ from common.configs import plain
 from common.speed import switches
 from diffdistill.devices import device_of
 from diffdistill.distributed import rank
+from diffdistill.tables.comparison import side_by_side
 from diffdistill.tables.html import write_pages
 from diffdistill.tables.pages import markdown, status
 from diffdistill.tables.reproduction import dry_run, reproduce
@@ -41,7 +42,10 @@ def main(config: DictConfig) -> None:
     if rank() != 0:
         return
     print(markdown(outcome))
-    print(f"written: {', '.join(str(path) for path in write_pages(outcome))}")
+    written = write_pages(outcome)
+    if settings["side_by_side"]:
+        written += side_by_side(outcome, folder, options["device"])
+    print(f"written: {', '.join(map(str, written))}")
     if not outcome.results:
         raise FileNotFoundError(f"nothing could be measured. {' '.join(status(outcome)[1:])}")
 

@@ -7,6 +7,7 @@ Running the same command again continues the run. The result is `out/predictor.s
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 
 from omegaconf import DictConfig
@@ -14,15 +15,13 @@ from omegaconf import DictConfig
 from common.command import command
 from common.configs import plain
 from common.results import provenance
-from diffdistill import load_denoiser
-from diffdistill.devices import device_of
-from diffdistill.distributed import rank
-from diffdistill.learned import Rescue, initial_levels, make_learned, make_task, save_predictor, trained
-from diffdistill.models import guided
+from diffdistill import train_solver
 from diffdistill.tables.reproduction import Files
 from diffdistill.tables.tables import Need
-from diffdistill.training import NonFiniteLossError, Run, Trainer, TrainerConfig
+from diffdistill.training import Run
 from diffdistill.training.inputs import inputs_of
+
+OPTIONS = ("num_steps", "form", "w", "inner", "predictor", "schedule", "start", "thresholding", "objective", "trainer")
 
 
 def train(config: DictConfig) -> None:
@@ -36,40 +35,8 @@ def train(config: DictConfig) -> None:
         return
     if Path(model).exists():
         Files(run.path / "files.json").check(Need(model, source or "", settings["sha256"]))
-    denoiser = load_denoiser(model, device=device_of(settings["trainer"]["device"]))
-    if settings["w"] is not None:
-        denoiser = guided(denoiser, settings["w"])
-    ends = {"sigma_min": denoiser.sigma_min, "sigma_max": denoiser.sigma_max}
-    start = settings["start"]
-    schedule = {**ends, **settings["schedule"], **({"sigma_max": start["sigma"]} if start else {})}
-    sigmas, predictor = initial_levels(schedule, settings["num_steps"], settings["predictor"])
-    learned = make_learned(
-        settings["form"],
-        inner=settings["inner"],
-        predictor=predictor,
-        start=start,
-        thresholding=settings["thresholding"],
-        sigmas=sigmas,
-    )
-    task = make_task(learned, denoiser, schedule, **settings["objective"])
-    trainer = Trainer(task.objective, task.data, TrainerConfig.from_dict(settings["trainer"]), run, name="amed")
-    rescue = Rescue(learned, task, denoiser)
-    try:
-        result = trainer.train()
-    except NonFiniteLossError as error:
-        left = rescue.last_good(run, provenance(config, run))
-        path = run.path / "last_good.safetensors"
-        if rank() == 0:
-            save_predictor(left.learned, path)
-        raise NonFiniteLossError(
-            f"{error}; seed {trainer.config.seed}, step {left.step} to sigma = {left.sigma:.4g}; "
-            f"the predictor after {left.update} updates is {path}",
-            update=error.update,
-        ) from None
-    learned = trained(learned, result, denoiser, provenance(config, run))
-    if rank() == 0:
-        save_predictor(learned, run.path / "predictor.safetensors")
-    run.finish(["predictor.safetensors"])
+    options = {name: settings[name] for name in OPTIONS}
+    learned = train_solver(model, out=run, made_by=partial(provenance, config), **options)
     print(f"the predictor for {learned.nfe} evaluations is {run.path / 'predictor.safetensors'}")
 
 

@@ -12,9 +12,9 @@ from omegaconf import DictConfig
 
 from common.command import command
 from common.configs import plain
-from common.results import finish
+from common.results import finish, initialize
 from diffdistill.data import load_data
-from diffdistill.models import build_autoencoder, save_autoencoder
+from diffdistill.models import build_autoencoder, load_autoencoder, save_autoencoder
 from diffdistill.training import Run, Trainer, TrainerConfig
 from diffdistill.training.inputs import inputs_of
 from diffdistill.training.reconstruction import Reconstruction
@@ -29,15 +29,18 @@ def train(config: DictConfig) -> str:
     if run.finished:
         return str(run.path / "model.safetensors")
     data = load_data(**settings["data"])
+    autoencoder = build_autoencoder({**settings["model"], "data_shape": data.shape})
+    initialize(autoencoder, settings["init"], load_autoencoder)
     objective = Reconstruction(
-        build_autoencoder({**settings["model"], "data_shape": data.shape}),
+        autoencoder,
         noise=settings["noise"],
         prior=settings["prior"],
     )
-    shown = torch.stack([data[i]["x"] for i in range(min(settings["preview"]["num_samples"], len(data)))])
+    count = 0 if settings["preview"] is None else settings["preview"]["num_samples"]
+    shown = [data[i]["x"] for i in range(min(count, len(data)))]
 
     def on_samples(model: torch.nn.Module) -> torch.Tensor:
-        images = shown.to(next(model.parameters()).device)
+        images = torch.stack(shown).to(next(model.parameters()).device)
         return torch.cat([images, model.decode(model.encode(images)).cpu().to(images)])
 
     trainer = Trainer(
@@ -45,7 +48,7 @@ def train(config: DictConfig) -> str:
         data,
         TrainerConfig.from_dict(settings["trainer"]),
         run,
-        on_samples=on_samples,
+        on_samples=on_samples if shown else None,
         name="autoencoder",
     )
     model = trainer.train()

@@ -3,7 +3,9 @@ import pytest
 import torch
 from PIL import Image
 
-from diffdistill.pictures import GAP, name_lines, plot_curves, save_figure, save_grid
+from diffdistill.pictures import GAP, save_grid
+from diffdistill.reports import plots
+from diffdistill.reports.plots import Line, Panel, name_lines, plot_curves, plot_panels, save_figure
 
 
 def test_a_grid_places_images_row_by_row(tmp_path):
@@ -79,3 +81,20 @@ def test_narrow_logarithmic_axes_show_plain_numbers(tmp_path, low, high, some):
     (axis,) = kept
     texts = {label.get_text() for minor in (False, True) for label in axis.get_ticklabels(minor=minor)} - {""}
     assert some <= texts and all(float(text) > 0 for text in texts)
+
+
+def test_panels_with_a_common_axis_show_all_their_lines(tmp_path, monkeypatch):
+    ends = {}
+
+    def name_and_look(axes):
+        name_lines(axes)
+        ends[axes.get_title()] = axes.get_ylim()
+
+    monkeypatch.setattr(plots, "name_lines", name_and_look)
+    panels = [
+        Panel([Line("a", [(3, 0.5), (5, 2.0)])], "evaluations", title="high", yscale="log"),
+        Panel([Line("b", [(3, 0.3), (5, 0.01)], bold=True)], "evaluations", title="low", xticks=[3, 5], yscale="log"),
+    ]
+    plot_panels(panels, tmp_path / "panels.png", size=(6, 3), share_y=True)
+    assert ends["high"] == ends["low"]
+    assert ends["low"][0] < 0.01 and ends["low"][1] > 2.0

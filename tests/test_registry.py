@@ -52,7 +52,7 @@ def test_values_of_the_annotated_types_pass():
         "name": "x",
         "parts": (1, 2),
         "inner": {},
-        "kind": ["is checked", "by the function"],
+        "kind": "b",
         "levels": torch.ones(3),
     }
     assert construct("example", "function", TABLE, 0, **good)[0] == 0

@@ -14,15 +14,21 @@ from typing import Any
 
 import hydra
 import torch
+from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig, OmegaConf
 
-from common.checks import check_settings, is_integer
-from common.configs import CONFIGS, defaults_of, plain
+from common.arguments import for_hydra, preset_folders
+from common.checks import check_settings
+from common.configs import CONFIGS, given_by, let_given_win, names_in, plain
 from common.errors import errors_in_one_line
 from common.jobs import errors_in_the_log
+from common.notes import notes_on_stderr
+from common.plugins import import_plugins
 from common.typed import VARIABLE, as_typed, typed_command
 from common.usage import check_preset, usage
 from diffdistill.distributed import processes, rank
+from diffdistill.files.remote import consent
+from diffdistill.settings import Integer, mismatch
 
 
 def command(
@@ -41,21 +47,30 @@ def command(
     def decorate(main: Callable[[DictConfig], Any]) -> Callable[[], None]:
         @wraps(main)
         def task(config: DictConfig) -> None:
-            ends = errors_in_the_log if "SUBMITIT_EXECUTOR" in os.environ else errors_in_one_line
-            with ends(), processes(), quiet_unless_first(), short_warnings():
-                check_settings(plain(config), defaults_of(config_name))
+            submitted = "SUBMITIT_EXECUTOR" in os.environ  # whose log shows notes too
+            ends, notes = (errors_in_the_log, nullcontext) if submitted else (errors_in_one_line, notes_on_stderr)
+            with ends(), processes(), notes(), quiet_unless_first(), short_warnings():
+                typed = HydraConfig.get().overrides.task
+                let_given_win(config, given_by(typed))
+                settings = plain(config)
+                import_plugins(settings.get("plugins", []))
+                check_settings(settings, config_name, given=names_in(typed))
                 seed = OmegaConf.select(config, "trainer.seed", default=0)
-                torch.manual_seed(seed if is_integer(seed) else 0)  # for the first weights; the trainer refuses others
-                main(config)
+                torch.manual_seed(
+                    0 if mismatch(seed, Integer) else seed
+                )  # for first weights; the trainer refuses others
+                with consent() if settings.get("fetch") else nullcontext():
+                    main(config)
 
         @wraps(main)
         def program() -> None:
-            if {"--help", "-h"} & set(sys.argv[1:]):
-                print(as_typed(usage(CONFIGS, config_name, sys.modules[main.__module__].__doc__ or "")))
-                return
             with errors_in_one_line(), environment():
-                sys.argv[1:] = by_place(sys.argv[1:])
-                check_preset(CONFIGS, config_name, sys.argv[1:])
+                folders = preset_folders(sys.argv[1:])
+                if {"--help", "-h"} & set(sys.argv[1:]):
+                    print(as_typed(usage(folders, config_name, sys.modules[main.__module__].__doc__ or "")))
+                    return
+                check_preset(folders, config_name, sys.argv[1:])
+                sys.argv[1:] = for_hydra(by_place(sys.argv[1:]))
                 hydra.main(version_base="1.3", config_path=str(CONFIGS), config_name=config_name)(task)()
 
         return program

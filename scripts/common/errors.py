@@ -16,7 +16,7 @@ import torch
 from hydra.errors import HydraException, MissingConfigException
 from omegaconf.errors import MissingMandatoryValue, OmegaConfBaseException
 
-from common.configs import CONFIGS
+from common.arguments import preset_folders
 from common.usage import names_of
 from diffdistill.distributed import LostProcessError
 from diffdistill.training import DataError, NonFiniteLossError
@@ -84,7 +84,7 @@ def one_line(error: BaseException) -> str:
         if error.missing_cfg_file.startswith("hydra/launcher/submitit"):
             return 'jobs need hydra-submitit-launcher, which is not installed: pip install -e ".[slurm]"'
         group, _, name = error.missing_cfg_file.partition("/")
-        return f"unknown {group} {name!r}: choose one of {', '.join(names_of(CONFIGS / group))}"
+        return f"unknown {group} {name!r}: choose one of {', '.join(names_of(group, preset_folders(sys.argv[1:])))}"
     if isinstance(error, MissingMandatoryValue):
         return f"{error.full_key} is missing: give {error.full_key}=VALUE"
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]

@@ -5,21 +5,54 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from diffdistill.data import load_data, register_data
+    from diffdistill.metrics.measures import register_metric
     from diffdistill.models.loading import load_denoiser, save_denoiser
     from diffdistill.models.own.registration import register_network
     from diffdistill.models.own.wrapping import wrap
-    from diffdistill.solvers.integration import sample
+    from diffdistill.solvers import register_solver
+    from diffdistill.workflows.evaluation import evaluate
+    from diffdistill.workflows.guidance import distill_guidance
+    from diffdistill.workflows.sampling import sample
+    from diffdistill.workflows.solver import train_solver
+    from diffdistill.workflows.steps import distill_steps
+    from diffdistill.workflows.teacher import train_teacher
 
 __version__ = "0.1.0"
-__all__ = ["load_denoiser", "register_network", "sample", "save_denoiser", "wrap"]
+__all__ = [
+    "distill_guidance",
+    "distill_steps",
+    "evaluate",
+    "load_data",
+    "load_denoiser",
+    "register_data",
+    "register_metric",
+    "register_network",
+    "register_solver",
+    "sample",
+    "save_denoiser",
+    "train_solver",
+    "train_teacher",
+    "wrap",
+]
 
 _PLACES = {
-    "load_denoiser": "diffdistill.models.loading",
-    "register_network": "diffdistill.models.own.registration",
-    "sample": "diffdistill.solvers.integration",
-    "save_denoiser": "diffdistill.models.loading",
-    "wrap": "diffdistill.models.own.wrapping",
+    "distill_guidance": "workflows.guidance",
+    "distill_steps": "workflows.steps",
+    "evaluate": "workflows.evaluation",
+    "load_data": "data",
+    "load_denoiser": "models.loading",
+    "register_data": "data",
+    "register_metric": "metrics.measures",
+    "register_network": "models.own.registration",
+    "register_solver": "solvers",
+    "sample": "workflows.sampling",
+    "save_denoiser": "models.loading",
+    "train_solver": "workflows.solver",
+    "train_teacher": "workflows.teacher",
+    "wrap": "models.own.wrapping",
 }
+"""Where each is defined, below this package."""
 
 
 def __getattr__(name: str) -> Any:
@@ -28,7 +61,7 @@ def __getattr__(name: str) -> Any:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     from importlib import import_module
 
-    found = globals()[name] = getattr(import_module(_PLACES[name]), name)
+    found = globals()[name] = getattr(import_module(f"{__name__}.{_PLACES[name]}"), name)
     return found
 
 

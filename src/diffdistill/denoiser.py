@@ -65,14 +65,40 @@ class Distilled:
     """How a student of few steps is meant to be used: on exactly these noise levels, by exactly this sampler.
 
     The sampler "encoder" is the deterministic one with sigma increasing: it carries images to noise.
+
+    Attributes:
+        sigmas: the noise levels, `[num_steps + 1]`.
+        sampler: that it was trained for.
+        afs: whether its first step is the analytical one, which costs nothing.
+        others: levels of fewer steps, for a student of several numbers of steps.
     """
 
     sigmas: tuple[float, ...]
     sampler: Literal["deterministic", "stochastic", "encoder"] = "deterministic"
+    afs: bool = False
+    others: tuple[tuple[float, ...], ...] = ()
 
     @property
     def num_steps(self) -> int:
         return len(self.sigmas) - 1
+
+    @property
+    def counts(self) -> list[int]:
+        """All numbers of steps that it was trained for, the most first."""
+        return [len(levels) - 1 for levels in (self.sigmas, *self.others)]
+
+    def levels(self, num_steps: int | None = None) -> tuple[float, ...]:
+        """The levels of so many steps, by default of the most.
+
+        Raises:
+            ValueError: a number of steps that it was not trained for.
+        """
+        if num_steps is None:
+            return self.sigmas
+        if num_steps not in self.counts:
+            known = " or ".join(map(str, self.counts))
+            raise ValueError(f"num_steps={num_steps}: this student was distilled for {known} steps only")
+        return (self.sigmas, *self.others)[self.counts.index(num_steps)]
 
 
 class Codec(Protocol):
@@ -100,6 +126,9 @@ class Denoiser(nn.Module):
         cost: network evaluations of one call: 1, or 2 under classifier-free guidance.
         w: the guidance weight that is bound to the denoiser, a float or `[B]`, or None if it is not guided.
         w_range: guidance weights that the denoiser was trained to take as an input, or None if it takes none.
+        flow_map: whether `s: [B]`, the noise level that a step ends at, is an input, in `denoiser(x, sigma, cond, s=s)`:
+            the answer then leads one Euler step from sigma to s to where the probability flow arrives. Without it the
+            answer is the denoised image of s = sigma.
         distilled: how a few-step student is to be sampled, or None.
         bottleneck: the module whose output learned solvers read, or None.
         codec: the autoencoder of a denoiser of latents, or None where images themselves are denoised.
@@ -117,6 +146,7 @@ class Denoiser(nn.Module):
     cost: int = 1
     w: float | Tensor | None = None
     w_range: tuple[float, float] | None = None
+    flow_map: bool = False
     distilled: Distilled | None = None
     latents: bool = False
     source: str | None = None

@@ -5,24 +5,12 @@ from __future__ import annotations
 import importlib
 import inspect
 import re
-from collections.abc import Callable, Mapping, MutableMapping, Sequence
-from types import NoneType, UnionType
-from typing import Any, SupportsFloat, TypeVar, Union, get_args, get_origin, get_type_hints
+from collections.abc import Callable, Mapping, MutableMapping
+from typing import Any, TypeVar, get_type_hints
+
+from diffdistill.settings import check_names, check_values, did_you_mean
 
 T = TypeVar("T")
-
-CHECKED: dict[Any, tuple[type, str]] = {
-    float: (SupportsFloat, "a number"),
-    int: (SupportsFloat, "an integer"),  # whether it is whole is seen by who takes it
-    bool: (bool, "true or false"),
-    str: (str, "text"),
-    Mapping: (Mapping, "a mapping"),
-    Sequence: (Sequence, "a list"),
-    NoneType: (NoneType, "null"),
-}
-"""Types of options whose values are checked, and their names in words."""
-NEITHER: dict[type, type] = {SupportsFloat: bool, Sequence: str}
-"""What is of such a type in Python alone."""
 
 
 def resolve(entry: T | str) -> T:
@@ -36,30 +24,37 @@ def resolve(entry: T | str) -> T:
     return getattr(importlib.import_module(module), name)
 
 
-def enter(kind: str, name: str, table: MutableMapping[str, Any], entry: Any) -> None:
+_MADE_BY: dict[tuple[str, str], tuple[str, str]] = {}
+"""Module and name of what users entered, by kind and name."""
+
+
+def enter(kind: str, name: str, table: MutableMapping[str, Any], entry: Any, *, made_by: Any = None) -> None:
     """Put an entry of a user into a table, under a new name; a reload, or a cell run again, replaces its own.
+
+    Args:
+        kind: what the table holds, in words.
+        name: a word of letters, digits, "_" and "-".
+        table: where to put it.
+        entry: what to put there.
+        made_by: the class or function that the user wrote, where it is not the entry itself.
 
     Raises:
         ValueError: the name is no word, or is taken.
     """
     if not isinstance(name, str) or not re.fullmatch(r"[A-Za-z][\w-]*", name):
         raise ValueError(f"the name of a {kind} is a word of letters, digits, _ and -, not {name!r}")
-    known = table.get(name)
-    if known is not None and _place(known) != _place(entry):
+    maker = entry if made_by is None else made_by
+    place = str(getattr(maker, "__module__", "")), str(getattr(maker, "__qualname__", ""))
+    if name in table and _MADE_BY.get((kind, name)) != place:
         raise ValueError(f"the {kind} name {name!r} is taken: choose another; these are: {', '.join(sorted(table))}")
-    table[name] = entry
-
-
-def _place(entry: Any) -> tuple[str, str] | None:
-    """Where a class or function is defined; None for anything else, such as an import path."""
-    found = getattr(entry, "__module__", None), getattr(entry, "__qualname__", None)
-    return found if all(found) else None  # pyright: ignore[reportReturnType]
+    table[name], _MADE_BY[kind, name] = entry, place
 
 
 def choose(kind: str, name: str, table: Mapping[str, T]) -> T:
     """Return `table[name]`; raise a `ValueError` that lists the valid names otherwise."""
     if not isinstance(name, str) or name not in table:
-        raise ValueError(f"unknown {kind} {name!r}: choose one of {', '.join(sorted(table))}")
+        guess = did_you_mean(name, table)
+        raise ValueError(f"unknown {kind} {name!r}: choose one of {', '.join(sorted(table))}{guess}")
     return table[name]
 
 
@@ -88,27 +83,13 @@ def check_options(what: str, make: Callable[..., Any], options: Mapping[str, Any
     parameters = inspect.signature(make).parameters
     valid = [p.name for p in parameters.values() if p.kind in (p.KEYWORD_ONLY, p.POSITIONAL_OR_KEYWORD)][positional:]
     takes_any = any(p.kind is p.VAR_KEYWORD for p in parameters.values())
-    hints = _hints(make.__init__ if isinstance(make, type) else make)
-    for option, value in options.items():
-        if option not in valid and not takes_any:
-            raise TypeError(f"{what} has no option {option!r}: it takes {', '.join(valid) or 'none'}")
-        words = _mismatch(value, hints.get(option, Any))
-        if words:
-            raise ValueError(f"{what}: {option} must be {words}, but is {value!r}")
+    check_names(what, [] if takes_any else options, valid)
+    check_values(options, _hints(make.__init__ if isinstance(make, type) else make), what=what)
 
 
 def _hints(function: Callable[..., Any]) -> dict[str, Any]:
     """The annotations of a function; none where they name what is imported for type checkers alone."""
     try:
-        return get_type_hints(function)
+        return get_type_hints(function, include_extras=True)
     except NameError:
         return {}
-
-
-def _mismatch(value: Any, hint: Any) -> str:
-    """Expected type in words; empty if `value` matches."""
-    if get_origin(hint) in (Union, UnionType):
-        found = [_mismatch(value, part) for part in get_args(hint)]
-        return " or ".join(found) if all(found) else ""
-    kind, words = CHECKED.get(get_origin(hint) or hint, (object, ""))
-    return "" if isinstance(value, kind) and not isinstance(value, NEITHER.get(kind, ())) else words

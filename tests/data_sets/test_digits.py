@@ -34,5 +34,5 @@ def test_the_splits_part_the_set_and_keep_the_classes_in_proportion():
 
 
 def test_a_wrong_split_lists_the_valid_ones():
-    with pytest.raises(ValueError, match="unknown split 'valid': choose one of all, train, test"):
+    with pytest.raises(ValueError, match="split must be one of all, train, test, but is 'valid'"):
         load_data("digits", split="valid")

@@ -51,7 +51,7 @@ def test_the_splits_part_the_set_and_keep_the_classes_in_proportion():
 def test_what_the_emoji_refuse():
     with pytest.raises(ValueError, match="emoji have no resolution 64: choose one of 16, 32"):
         load_data("emoji", resolution=64)
-    with pytest.raises(ValueError, match="unknown split 'held_out': choose one of all, train, test"):
+    with pytest.raises(ValueError, match="split must be one of all, train, test, but is 'held_out'"):
         load_data("emoji", split="held_out")
     with pytest.raises(TypeError, match="has no option 'size': it takes split, resolution"):
         load_data("emoji", size=16)

@@ -304,8 +304,13 @@ def test_a_file_that_holds_no_samples_is_refused(tmp_path):
         load_data("samples", path=path)
     for content in (b"", b"PK\x03\x04 and no more", b"text"):
         path.write_bytes(content)
-        with pytest.raises(ValueError, match="not an .npz of samples x and labels y"):
+        with pytest.raises(ValueError, match="is not an .npz file"):
             load_data("samples", path=path)
-    np.savez(path, x=np.zeros((2, 1, 4, 4)))
-    with pytest.raises(ValueError, match="not an .npz of samples x and labels y"):
-        load_data("samples", path=path)
+    for arrays, message in (
+        ({"z": np.zeros((2, 1, 4, 4))}, "has no images x or arr_0: it holds z"),
+        ({"x": np.full((2, 1, 4, 4), 1.5)}, r"holds float64 from 1.5 to 1.5: expected floats in \[-1, 1\]"),
+        ({"x": np.zeros((2, 1, 4, 4)), "y": np.zeros(3, int)}, r"int64 \[3\]: expected a label for each of the 2"),
+    ):
+        np.savez(path, **arrays)
+        with pytest.raises(ValueError, match=message):
+            load_data("samples", path=path)

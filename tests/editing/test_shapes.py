@@ -5,7 +5,7 @@ import torch
 
 from diffdistill import load_denoiser
 from diffdistill.data import load_data
-from diffdistill.editing.inputs import read_mask
+from diffdistill.editing.pictures import known_of, right_half
 from diffdistill.editing.session import TASKS, Edit, encoding_plan
 from diffdistill.sampling.generation import generate
 from diffdistill.sampling.plans import plan
@@ -50,7 +50,7 @@ def test_the_student_follows_the_guided_teacher(teacher, student):
 
 def test_inpainting_in_latents(student, shapes):
     images, labels = shapes
-    known = read_mask(None, (32, 32))
+    known = known_of(right_half((32, 32)), (32, 32))[None]
     common = {"images": images, "plan": plan(student, w=1.0), "cond": labels, "codec": student.codec, "known": known}
     once, often = (TASKS["inpaint"](Edit(repeats=n, **common)) for n in (1, 5))
     assert torch.equal(often[..., :16], images[..., :16])

@@ -11,7 +11,7 @@ from pathlib import Path
 import torch
 
 from diffdistill.distributed import processes
-from diffdistill.training import Trainer, trainer
+from diffdistill.training import Trainer, callbacks
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "scripts"))
 
@@ -57,7 +57,7 @@ def both_stages(pipe, folder, updates, die_in_save, settings=()):
         pipe.send(1)
 
     Trainer._step = reporting_step
-    trainer.plot_curves = lambda metrics, path: None  # which takes longer than the rest
+    callbacks.plot_curves = lambda metrics, path: None  # which takes longer than the rest
     if die_in_save:
         torch.save = die_while_writing
     quick = [f"trainer.updates={updates}", "trainer.checkpoint_every=2", "trainer.log_every=2", "trainer.batch_size=8"]

@@ -10,7 +10,7 @@ import torch
 from torch.utils.data import get_worker_info
 
 from diffdistill.models import save_denoiser
-from diffdistill.pictures import plot_curves
+from diffdistill.reports.plots import plot_curves
 from diffdistill.training import CheckpointError, DataError, NonFiniteLossError, Run, Trainer
 from tests.builders import tiny_denoiser
 from tests.training.problems import Fit, HeldRows, Rows, settings

@@ -353,6 +353,9 @@ def test_a_learned_schedule_starts_where_it_is_told_and_always_decreases():
         with torch.no_grad():
             schedule.logits.normal_(std=3.0)
         assert (schedule().diff() < 0).all()
+        with torch.no_grad():
+            schedule.logits[0] = 1e4
+        assert (schedule().diff() < 0).all()
     with pytest.raises(ValueError, match="decrease"):
         LearnedSchedule(torch.tensor([1.0, 2.0]))
 

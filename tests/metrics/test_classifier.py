@@ -47,6 +47,31 @@ def test_forty_updates_already_learn(held_out):
     assert train_classifier(updates=40, batch_size=64).accuracy(**held_out) > 0.3
 
 
+def test_the_shipped_emoji_classifier_has_the_accuracy_that_it_states():
+    unseen = load_data("emoji", split="test", resolution=16).tensors()
+    model, provenance = load_classifier(subject="emoji"), classifier_provenance("emoji")
+    accuracy = model.accuracy(**unseen)
+    assert sum(p.numel() for p in model.parameters()) < 150_000
+    assert accuracy >= 0.6 and provenance["accuracy_held_out"] == f"{accuracy:.4f}"
+    # The classes are unequal: the most frequent one alone would be right in a fifth of the cases.
+    assert model.accuracy(unseen["x"], (unseen["y"] + 1) % 9) < 0.15
+
+
+@pytest.mark.parametrize(("name", "width"), [("emoji_pixels", 768), ("emoji_classifier", 96)])
+def test_features_of_emoji_come_with_the_answers_of_their_classifier(name, width):
+    x = load_data("emoji", split="test", resolution=16).tensors()["x"][:7]
+    features, logits = make(name).both(x)
+    assert features.shape == (7, width) and logits is not None
+    torch.testing.assert_close(logits, load_classifier(subject="emoji")(x))
+    assert (make(name).num_classes, make("emoji_classifier").weights) == (9, make("emoji_pixels").weights)
+
+
+def test_features_are_differentiable_in_the_images():
+    x = torch.rand(2, 3, 16, 16, requires_grad=True)
+    make("emoji_classifier")(x).sum().backward()
+    assert x.grad is not None and bool((x.grad.flatten(1).abs().sum(dim=1) > 0).all())
+
+
 def test_classifier_files(tmp_path):
     model = train_classifier(updates=1, batch_size=8)
     save_classifier(model, tmp_path / "c.safetensors", {"command": "none"})
@@ -57,7 +82,7 @@ def test_classifier_files(tmp_path):
         load_classifier(tmp_path / "other.safetensors")
     with pytest.raises(FileNotFoundError, match="no classifier at"):
         load_classifier(tmp_path / "absent.safetensors")
-    with pytest.raises(ValueError, match=r"takes images \[B, 1, 8, 8\], not \[2, 1, 7, 8\]"):
+    with pytest.raises(ValueError, match=r"a digit classifier takes images \[B, 1, 8, 8\], not \[2, 1, 7, 8\]"):
         model(torch.zeros(2, 1, 7, 8))
 
 
@@ -77,5 +102,7 @@ def test_held_out_digits_calibrate_the_measures(held_out):
 def test_what_the_classifier_refuses():
     with pytest.raises(ValueError, match=r"one label per image, shape \[70\], not \[69\]"):
         load_classifier().accuracy(torch.rand(70, 1, 8, 8), torch.zeros(69).long())
+    with pytest.raises(ValueError, match="there is no classifier of 'letters': choose one of digits, emoji"):
+        load_classifier(subject="letters")
     with pytest.raises(ValueError, match="unknown feature extractor 'vgg': choose one of digit_pixels, digits_class"):
         make("vgg")

@@ -49,8 +49,8 @@ def test_sigma_and_labels_are_per_sample():
 def test_the_ends_of_the_range():
     m = mixture()
     x = m.means + 0.01
-    far = m(1e4 * x, torch.full((3,), 1e-3))
-    assert torch.isfinite(far).all()
+    # Far from all means, where every weight underflows, the noise is still nothing beside the components' widths.
+    torch.testing.assert_close(m(1e4 * x, torch.full((3,), 1e-3)), 1e4 * x, rtol=2e-5, atol=1e-3)
     # Points: close to one, its own place is the answer, however small sigma.
     points = GaussianMixture([1, 1, 1], m.means, [0, 0, 0])
     torch.testing.assert_close(points(x, torch.full((3,), 1e-6)), m.means)

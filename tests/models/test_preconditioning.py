@@ -145,5 +145,5 @@ def test_errors():
         make_preconditioning("ddim")
     with pytest.raises(TypeError, match="has no option 'sigma'"):
         make_preconditioning("edm", sigma=1.0)
-    with pytest.raises(ValueError, match="noise_level 'round' is unknown"):
+    with pytest.raises(ValueError, match="noise_level must be one of interpolate, nearest"):
         make_preconditioning("eps", noise_level="round")

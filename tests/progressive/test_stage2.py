@@ -18,9 +18,9 @@ from diffdistill.progressive.stage2 import (
     encoder_grid,
     encoder_steps,
     stochastic_steps,
-    two_step_target,
 )
 from diffdistill.progressive.stochastic import StochasticEuler
+from diffdistill.progressive.targets import two_hop_target
 from diffdistill.solvers import Interval, ProbabilityFlow, make_schedule, sample
 from diffdistill.training import Run
 from diffdistill.training.weighting import make_weighting
@@ -127,7 +127,8 @@ def test_an_ideal_chain_of_halvings_encodes_like_its_first_teacher():
 def test_the_target_of_a_step_to_zero_is_where_the_teacher_ends():
     teacher, x = mixture(), torch.randn(3, 2, 5, 7).double()
     sigma, mid, zero = (torch.full((3,), s, dtype=torch.float64) for s in (0.6, 0.2, 0.0))
-    target = two_step_target(ProbabilityFlow(teacher), x, sigma, mid, zero)
+    flow = ProbabilityFlow(teacher)
+    target = two_hop_target(flow, flow, x, sigma, mid, zero)
     x_mid = x + (0.2 - 0.6) * (x - teacher(x, sigma)) / 0.6
     torch.testing.assert_close(target, teacher(x_mid, mid), rtol=1e-12, atol=1e-12)
 

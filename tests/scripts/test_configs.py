@@ -77,6 +77,13 @@ def test_stage2_presets(experiment, tmp_path):
     assert list(distill_steps.distill(config)) == [2, 1]
 
 
+@pytest.mark.parametrize("experiment", [*of_kind("trajectory"), *of_kind("consistency"), *of_kind("flow_map")])
+def test_presets_of_one_round(experiment, tmp_path):
+    channels, config = prepared(experiment, "distill_steps", tmp_path)
+    ((num_steps, path),) = distill_steps.distill(small(config, tmp_path / "run", 8, channels)).items()
+    assert num_steps == (0 if experiment.endswith("flow_map") else 4) and Path(path).exists()
+
+
 def prepared(experiment, script, folder):
     """Channels of the images, and the config with a tiny teacher of the right kind in place of its own."""
     channels = 1 if experiment.startswith("digits") else 3
@@ -127,7 +134,7 @@ def test_schedule_configs(name):
 
 
 def test_every_preset_belongs_to_a_script():
-    known = ("teacher", "stage1", "stage2", "encoder", "nfe", "none")
+    known = ("teacher", "stage1", "stage2", "encoder", "trajectory", "consistency", "flow_map", "nfe", "none")
     others = [name for name in names("experiment") if not name.endswith(known) and not name.startswith("zhou2024/")]
     assert not others
 
@@ -137,7 +144,7 @@ def test_every_preset_belongs_to_a_script():
     [
         *(("train_teacher", name) for name in of_kind("teacher")),
         *(("distill_guidance", name) for name in of_kind("stage1")),
-        *(("distill_steps", name) for name in of_kind("stage2")),
+        *(("distill_steps", name) for name in (*of_kind("stage2"), *of_kind("trajectory"))),
         ("analyze_trajectories", None),
         ("compare_solvers", None),
         ("gaussian_stats", None),

@@ -8,7 +8,6 @@ import time
 
 import numpy as np
 import pytest
-import torch
 
 from diffdistill.data import load_data
 from diffdistill.models import save_denoiser
@@ -107,12 +106,16 @@ def test_references_and_measures_from_the_command_line(tables, tmp_path):
     assert found["num_samples"] == 1797 and found["measures"]["fid"]["value"] < 1e-9
     assert found["measures"]["recall"]["value"] == 1 and found["measures"]["accuracy"]["value"] > 0.99
     assert len(found["weights"]) == 16 and found["measures"]["fid"]["part_std"] > 0
-    model = ["model=" + str(tables / "model.safetensors"), "num_steps=2", "num_samples=100", "splits=1"]
-    done = call("evaluate", *model, *options)
-    assert done.returncode == 0, done.stderr
-    assert "100 samples" in done.stdout and torch.isfinite(
-        torch.tensor(json.loads((tmp_path / "found.json").read_text())["measures"]["fid"]["value"])
-    )
+    # Samples that are drawn on the way have the measures of those that were stored.
+    model = ["model=" + str(tables / "model.safetensors"), "num_steps=2", "num_samples=100"]
+    assert call("sample", *model, f"out={tmp_path / 'drawn'}", "save=npz").returncode == 0
+    values = []
+    for source in (model, [f"samples={tmp_path / 'drawn' / 'samples.npz'}"]):
+        done = call("evaluate", *source, *options, "splits=1")
+        assert done.returncode == 0 and "100 samples" in done.stdout, done.stderr
+        values.append(json.loads((tmp_path / "found.json").read_text())["measures"])
+    assert values[0]["fid"]["value"] == pytest.approx(values[1]["fid"]["value"], rel=1e-4)
+    assert values[0]["accuracy"] == values[1]["accuracy"]
 
 
 @pytest.mark.parametrize(

@@ -11,16 +11,16 @@ import torch
 from diffdistill.models import GaussianMixture, save_denoiser
 from diffdistill.solver_comparison import (
     Grid,
+    Measurement,
     Problem,
-    Row,
     best,
-    measure,
+    measure_candidate,
     num_steps_for,
     predictor_name,
     reference_endpoints,
 )
-from diffdistill.solver_comparison.report import comma_separated, gains, markdown, plot
-from diffdistill.solvers import GaussianStatistics, load_gaussian, make_solver
+from diffdistill.solver_comparison.report import as_csv, as_markdown, gains, plot
+from diffdistill.solvers import GaussianStatistics, load_gaussian, make_schedule, make_solver
 from tests.builders import tiny_denoiser
 
 ROOT = Path(__file__).parents[2]
@@ -46,11 +46,25 @@ def test_the_evaluations_are_those_asked_for(problem, name, afs, sigma_min):
     found = 0
     for evaluations in range(1, 8):
         for candidate in grid.candidates(name, options, evaluations, problem.part(2), started=False):
-            row, _ = measure(candidate, problem.part(2))
+            row, _ = measure_candidate(candidate, problem.part(2))
             assert row.nfe == evaluations
             found += 1
     assert found >= 2
     assert num_steps_for(make_solver("heun"), 3, to_zero=False) is None
+
+
+def test_a_base_has_its_own_schedule(problem):
+    grid = Grid({name: {"name": "polynomial", "rho": rho} for name, rho in (("steep", 7), ("flat", 3))})
+    options = {"solver": {"name": "euler", "afs": True}, "evaluations": 3, "problem": problem.part(2)}
+    base = grid.base("base", schedule="flat", **options)
+    row, _ = measure_candidate(base, problem.part(2))
+    assert (row.solver, row.nfe, row.schedule) == ("base", 3, "flat")
+    torch.testing.assert_close(
+        base.sigmas, make_schedule("polynomial", rho=3, num_steps=4, sigma_min=0.002, sigma_max=80)
+    )
+    assert grid.base("base", schedule="flat", **{**options, "solver": {"name": "heun"}}) is None
+    with pytest.raises(ValueError, match="unknown schedule 'round': choose one of flat, steep"):
+        grid.base("base", schedule="round", **options)
 
 
 def test_the_reference_is_kept(problem, tmp_path):
@@ -89,26 +103,26 @@ def test_the_best_is_chosen_and_measured(problem):
     started = best(grid.candidates("dpmpp", solver, 5, problem, started=True), problem)
     assert (plain.schedule, plain.start) == ("good", None)
     assert started.start.sigma in (10.0, 5.0)
-    rows = [measure(candidate, problem, lambda x: float(len(x)))[0] for candidate in (plain, started)]
+    rows = [measure_candidate(candidate, problem, lambda x: float(len(x)))[0] for candidate in (plain, started)]
     assert rows[1].error < rows[0].error
     assert rows[0].frechet == 20
     exact = Grid({"fine": {"name": "polynomial"}}).candidates("unipc", {"name": "unipc"}, 100, problem, started=False)
-    assert measure(exact[0], problem)[0].error < 1e-10
+    assert measure_candidate(exact[0], problem)[0].error < 1e-10
     assert best([], problem) is None
 
 
 def test_tables(tmp_path):
     rows = [
-        Row("a", 3, None, "x", 2.0, None, 0.5),
-        Row("a", 3, 7.0, "x", 1.0, 0.25, 0.5),
-        Row("learned", 3, None, "learned", 0.1, None, 0.5, parameters=9, training_seconds=60.0),
+        Measurement("a", 3, None, "x", 2.0, None, 0.5),
+        Measurement("a", 3, 7.0, "x", 1.0, 0.25, 0.5),
+        Measurement("learned", 3, None, "learned", 0.1, None, 0.5, parameters=9, training_seconds=60.0),
     ]
-    table = markdown(rows)
+    table = as_markdown(rows)
     assert "| a | 3 |  | x | 2 |  | 0.5 | 0 |  |" in table
     assert "**0.1**" in table
     assert "**1**" not in table
     assert "| 3 | 2.000 | 1.000 | 0.500 |" in gains(rows)
-    read = list(csv.DictReader(comma_separated(rows).splitlines()))
+    read = list(csv.DictReader(as_csv(rows).splitlines()))
     assert [row["error"] for row in read] == ["2.0", "1.0", "0.1"]
     plot(rows, tmp_path / "plot.png")
     assert (tmp_path / "plot.png").stat().st_size > 5000

@@ -6,7 +6,7 @@ import torch
 from diffdistill import sample
 from diffdistill.models import ClassifierFreeGuidance, guided
 from diffdistill.sampling.plans import plan
-from diffdistill.solvers import cfg_plus_plus, guidance_interval, make_guidance, make_schedule, make_solver
+from diffdistill.solvers import cfg_plus_plus, guidance_interval, make_guidance_weight, make_schedule, make_solver
 
 SIGMAS = make_schedule("karras", num_steps=6, sigma_min=0.05, sigma_max=20.0)
 NOISE = torch.randn(3, 2, 5, 7, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
@@ -77,14 +77,14 @@ def test_what_is_refused():
     options = {"solver": make_solver("ddim"), "sigmas": SIGMAS, "cond": LABELS}
     with pytest.raises(ValueError, match=r"takes w with every call, but answer does not"):
         sample(answer, NOISE, guidance=guidance_interval(w=1.0), **options)
-    with pytest.raises(ValueError, match="unknown guidance 'often': choose one of cfg_pp, interval"):
-        make_guidance("often", sigmas=SIGMAS)
-    with pytest.raises(TypeError, match="guidance 'interval' has no option 'scale'"):
-        make_guidance("interval", sigmas=SIGMAS, scale=1.0)
+    with pytest.raises(ValueError, match="unknown guidance weight 'often': choose one of cfg_pp, interval"):
+        make_guidance_weight("often", sigmas=SIGMAS)
+    with pytest.raises(TypeError, match="guidance weight 'interval' has no option 'scale'"):
+        make_guidance_weight("interval", sigmas=SIGMAS, scale=1.0)
     with pytest.raises(ValueError, match="0 <= low < high, but has 5"):
-        make_guidance("interval", sigmas=SIGMAS, w=1.0, low=5.0, high=0.3)
+        make_guidance_weight("interval", sigmas=SIGMAS, w=1.0, low=5.0, high=0.3)
     with pytest.raises(ValueError, match=r"must lie in \[0, 1\], but is 7"):
-        make_guidance("cfg_pp", sigmas=SIGMAS, scale=7.0)
+        make_guidance_weight("cfg_pp", sigmas=SIGMAS, scale=7.0)
 
 
 def test_plans_have_a_guidance():

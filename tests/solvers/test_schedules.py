@@ -122,15 +122,6 @@ def test_gits_chooses_levels_of_the_fine_schedule(metric):
     assert (sigmas[0].item(), sigmas[-1].item()) == (14.0, 0.03)
 
 
-def test_gits_needs_few_steps_where_the_trajectory_bends():
-    """Point data at 0: trajectories are straight, so any jump is exact and l2 costs vanish."""
-    point = GaussianMixture([1.0], torch.zeros(1, 2, 3), [0.0])
-    sigmas = make_schedule(
-        "gits", num_steps=3, denoiser=point, noise=torch.randn(5, 2, 3), metric="l2", fine_steps=8, **ENDS
-    )
-    assert len(sigmas) == 4
-
-
 @pytest.mark.parametrize(
     ("name", "options", "error", "message"),
     [

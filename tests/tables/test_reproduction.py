@@ -19,7 +19,9 @@ from diffdistill.metrics import frechet_distance, gaussian_of, make_features
 from diffdistill.models import Autoencoder, build_denoiser, load_denoiser, save_denoiser
 from diffdistill.sampling.generation import generate
 from diffdistill.sampling.plans import plan
+from diffdistill.sampling.samples import spread_labels
 from diffdistill.solvers import load_gaussian, save_gaussian
+from diffdistill.tables.comparison import side_by_side
 from diffdistill.tables.html import page, write_pages
 from diffdistill.tables.pages import markdown
 from diffdistill.tables.reproduction import Files, Outcome, dry_run, known_results, missing_files, reproduce
@@ -321,3 +323,21 @@ def test_a_table_without_its_files_stays_empty_and_says_so(model, tmp_path):
     assert "0 of 2 cells are measured" in text and "(3)" in text and "Missing: nowhere.pkl: ask." in text
     assert [need.path for need in missing_files(alone)] == ["nowhere.pkl"]
     assert not re.search(r"<h2>Samples", (tmp_path / "index.html").read_text())
+
+
+def test_rows_side_by_side_show_the_same_seeds(model, tmp_path):
+    rows = [{"name": f"{n} steps", "model": model, "num_steps": n} for n in (2, 3)]
+    rows.append({"name": "Absent", "model": "nowhere.pkl", "num_steps": 4})
+    outcome = reproduce(
+        table(model, column="w", columns=[0, 2], rows=rows, measures=["fid"], num_samples=20), tmp_path, device=CPU
+    )
+    paths = side_by_side(outcome, tmp_path, CPU, columns=5)
+    assert [path.name for path in paths] == ["samples_w0.png", "samples_w2.png"]
+    grid = np.asarray(Image.open(paths[1]).convert("L"))
+    assert grid.shape[0] == 2 * 34 - 2  # eight pixels of four by four, twice, with a gap: nothing of what is absent
+    planned = plan(load_denoiser(model), w=2, schedule={"name": "polynomial"}, num_steps=3)
+    (x,) = generate(planned, [4], spread_labels(5, 10)[-1:])
+    expected = (x[0, 0].clamp(-1, 1).numpy() + 1) * 127.5
+    assert np.abs(grid[34::4, -32::4] - expected).max() < 1
+    with pytest.raises(ValueError, match="side_by_side needs a table whose columns are w, not nfe"):
+        side_by_side(Outcome(table(model), tmp_path, {}), tmp_path, CPU)

@@ -35,7 +35,6 @@ def published():
 
 def test_every_published_value_is_that_of_the_papers():
     copy = published()
-    assert len(copy) == 12 and sum(v is not None for _, rows in copy.values() for r in rows.values() for v in r) == 314
     with_values = [name for name in TABLES if any(row.published for row in load(name).rows)]
     assert sorted(copy) == with_values
     for name, (columns, rows) in copy.items():
@@ -111,11 +110,19 @@ def test_a_solver_of_two_stages_has_no_odd_columns():
         ({"rows": [{"name": "x", "solver": {"name": "hen"}, "model": "m"}]}, ValueError, "unknown solver 'hen'"),
         ({"rows": [{"name": "x"}]}, ValueError, "row 'x' names no model, and the table has none"),
         ({"columns": [4]}, ValueError, "row 'Heun' has 2 published values for 1 columns"),
-        ({"columns": ["a", 5]}, ValueError, "columns takes integers, not 'a'"),
+        (
+            {"columns": ["a", 5]},
+            ValueError,
+            "columns must be a list, and each of it a finite number",
+        ),
         ({"columns": 5}, TypeError, "columns is a list, not 5"),
-        ({"num_samples": 2.5}, ValueError, "num_samples takes integers of at least 1, not 2.5"),
+        ({"num_samples": 2.5}, ValueError, "num_samples must be an integer of at least 1, but is 2.5"),
         ({"num_samples": 3}, ValueError, "splits=5 is more than num_samples=3"),
-        ({"rows": [{"name": "x", "model": "m", "num_steps": 0}]}, ValueError, "num_steps takes integers of at least 1"),
+        (
+            {"rows": [{"name": "x", "model": "m", "num_steps": 0}]},
+            ValueError,
+            "num_steps must be an integer of at least 1",
+        ),
         ({"rows": [7]}, TypeError, "is a mapping such as .* not 7"),
         ({"rows": [{"name": "a b", "model": "m"}, {"name": "A-B", "model": "m"}]}, ValueError, "rename 'A-B'"),
     ],

@@ -29,20 +29,20 @@ def test_the_average_has_a_half_life_in_samples_that_ramps_up():
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"updates": 0}, "updates must be a positive integer, but is 0"),
-        ({"batch_size": 2.5}, "batch_size must be a positive integer, but is 2.5"),
-        ({"batch_size": True}, "batch_size must be a positive integer, but is True"),
+        ({"updates": 0}, "updates must be an integer of at least 1, but is 0"),
+        ({"batch_size": 2.5}, "batch_size must be an integer of at least 1, but is 2.5"),
+        ({"batch_size": True}, "batch_size must be an integer of at least 1, but is True"),
         ({"accumulation": 5}, "batch_size=12 does not divide into accumulation=5 parts"),
         ({"learning_rate": "fast"}, "learning_rate must be a positive number, but is 'fast'"),
         ({"learning_rate": float("nan")}, "learning_rate must be a positive number, but is nan"),
         ({"optimizer": "adma"}, "optimizer must be one of adam, adamw, sgd, adam8bit, adamw8bit, but is 'adma'"),
-        ({"decay": "step"}, "decay must be one of constant, linear, cosine, but is 'step'"),
+        ({"decay": "stairs"}, "decay must be one of constant, linear, cosine, step, but is 'stairs'"),
         ({"precision": "fp16"}, "precision must be one of auto, fp32, bf16, but is 'fp16'"),
         ({"betas": [0.9, 1.0]}, r"betas must be two numbers in \[0, 1\), but is \(0.9, 1.0\)"),
         ({"clip": -1}, "clip must be a positive number or null, but is -1"),
         ({"warmup": -1}, "warmup must be an integer of at least 0, but is -1"),
         ({"compile": "yes"}, "compile must be true or false, but is 'yes'"),
-        ({"lr": 1.0}, "the trainer has no setting 'lr': it has updates, batch_size, .*"),
+        ({"lr": 1.0}, "the trainer has no setting 'lr': it takes updates, batch_size, .*"),
     ],
 )
 def test_bad_settings_are_named_in_one_line(changes, message):

@@ -45,9 +45,10 @@ def timed(monkeypatch):
     """A CPU with instructions for bf16, on which a timing takes what the dict says for each precision."""
     seconds = {"fp32": 1.0, "bf16": 0.5}
 
-    def fake(update, kind):
-        update(kind)
-        return seconds[kind]
+    def fake(update, kinds):
+        for kind in kinds:
+            update(kind)
+        return {kind: seconds[kind] for kind in kinds}
 
     monkeypatch.setattr(precision, "native_bf16", lambda device: True)
     monkeypatch.setattr(precision, "_seconds", fake)

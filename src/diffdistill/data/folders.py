@@ -1,8 +1,7 @@
-"""Image folders, and samples of a model."""
+"""Image folders."""
 
 from __future__ import annotations
 
-import zipfile
 from collections.abc import Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -11,7 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from diffdistill.data.base import ImageData, MirroredData, TensorData, checked_index, from_uint8
+from diffdistill.data.base import ImageData, MirroredData, checked_index, from_uint8
 from diffdistill.data.finding import find_pictures
 from diffdistill.data.pictures import PictureError, PictureReader, is_grey
 
@@ -114,20 +113,3 @@ def load_images(
     """Images of a folder (see `ImageFolder`); `flip` appends every image's mirror image."""
     data = ImageFolder(root, resolution=resolution, channels=channels, background=background, skip_damaged=skip_damaged)
     return MirroredData(data) if flip else data
-
-
-def load_samples(*, path: str | Path) -> ImageData:
-    """What `diffdistill sample save=npz` wrote: a student can be trained on samples of its teacher, without its data.
-
-    Raises:
-        FileNotFoundError: no such file.
-        ValueError: not an `.npz` of images `x` in [-1, 1] and labels `y` (-1 for none).
-    """
-    if not Path(path).is_file():
-        raise FileNotFoundError(f"no samples at {str(path)!r}: make them with diffdistill sample save=npz")
-    try:
-        with np.load(path, allow_pickle=False) as arrays:
-            x, y = torch.from_numpy(arrays["x"]), torch.from_numpy(arrays["y"])
-    except (ValueError, KeyError, TypeError, EOFError, zipfile.BadZipFile) as error:
-        raise ValueError(f"{str(path)!r} is not an .npz of samples x and labels y") from error
-    return TensorData(x, y, num_classes=int(y.max()) + 1 if len(y) else 0)

@@ -161,10 +161,13 @@ def fitted(image: Any, size: tuple[int, int]) -> Any:
 
 
 def centre_box(given: tuple[int, int], size: tuple[int, int]) -> tuple[float, float, float, float]:
-    """Left, top, right and bottom of the largest part of an image of `given` size with the shape of `size`, centred."""
+    """Left, top, right and bottom of the largest part of an image of `given` size with the shape of `size`, centred.
+
+    Left and top are whole pixels, so that nothing is blurred where nothing is resized.
+    """
     scale = min(given[0] / size[0], given[1] / size[1])
     width, height = scale * size[0], scale * size[1]
-    left, top = (given[0] - width) / 2, (given[1] - height) / 2
+    left, top = (given[0] - width) // 2, (given[1] - height) // 2
     return left, top, left + width, top + height
 
 

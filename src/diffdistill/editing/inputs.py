@@ -1,20 +1,17 @@
-"""What is edited, and with what: a model with all that belongs to it, pictures and masks."""
+"""What is edited, and with what: a model with all that belongs to it, and images of a data set."""
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 
 from diffdistill.data import ImageData
-from diffdistill.data.folders import IMAGE_SUFFIXES
 from diffdistill.denoiser import Codec, Denoiser, image_shape
+from diffdistill.files.remote import local_path
 from diffdistill.models.loading import load_denoiser
 
 
@@ -49,7 +46,7 @@ def load_editor(model: str, *, pipeline: str | None = None, device: torch.device
     Raises:
         ValueError: as `load_denoiser`, or `pipeline` is no such folder.
     """
-    if pipeline is None and not (Path(model) / "model_index.json").is_file():
+    if pipeline is None and not (local_path(model) / "model_index.json").is_file():
         denoiser = load_denoiser(model, device=device)
         return Editor(denoiser, denoiser.codec, None)
     from diffdistill.interop.diffusers import load_pipeline
@@ -76,47 +73,3 @@ def first_images(data: ImageData, count: int, shape: tuple[int, ...]) -> tuple[T
         raise ValueError(f"num_images={count}: the data has {len(data)} images")
     items = [data[i] for i in range(count)]
     return torch.stack([item["x"] for item in items]), torch.stack([item["y"] for item in items])
-
-
-def read_images(path: str | os.PathLike[str], shape: tuple[int, ...]) -> Tensor:
-    """One image, or all of a folder in the order of their names, `[B, C, H, W]` in [-1, 1].
-
-    Raises:
-        FileNotFoundError: no such file or folder, or no images in it.
-        ValueError: an image of another size than `shape = (C, H, W)`.
-    """
-    from PIL import Image
-
-    path = Path(path)
-    if path.is_dir():
-        files = [file for file in sorted(path.iterdir()) if file.suffix.lower() in IMAGE_SUFFIXES]
-    else:
-        files = [path] if path.is_file() else []
-    if not files:
-        raise FileNotFoundError(f"no images at {str(path)!r}: give a file or a folder of {', '.join(IMAGE_SUFFIXES)}")
-    images = []
-    for file in files:
-        with Image.open(file) as opened:
-            pixels = np.array(opened.convert("L" if shape[0] == 1 else "RGB"))
-        if pixels.shape[:2] != shape[1:]:
-            wanted = f"{shape[2]}x{shape[1]}"
-            raise ValueError(f"{file} is {pixels.shape[1]}x{pixels.shape[0]}, but the model takes images of {wanted}")
-        images.append(torch.from_numpy(pixels).reshape(*shape[1:], shape[0]).permute(2, 0, 1).float() / 127.5 - 1)
-    return torch.stack(images)
-
-
-def read_mask(path: str | os.PathLike[str] | None, size: tuple[int, ...]) -> Tensor:
-    """A black and white picture as the mask of what is known: `[1, 1, H, W]`, 1 where it is black.
-
-    White is what shall be made, as in the pipelines of diffusers. None makes the right half.
-
-    Raises:
-        FileNotFoundError: no such file.
-        ValueError: a mask of another size than `size = (H, W)`.
-    """
-    if path is None:
-        mask = torch.ones(1, 1, *size)
-        mask[..., size[1] // 2 :] = 0
-        return mask
-    image = read_images(path, (1, *size))
-    return (image[:1] < 0).float()

@@ -12,10 +12,13 @@ from torch.nn.functional import interpolate
 
 from diffdistill.denoiser import Codec, Denoiser
 from diffdistill.editing.encoding import LEVEL_TOLERANCE, encode, levels_up_to
-from diffdistill.editing.image_to_image import image_to_image, levels_left
+from diffdistill.editing.image_to_image import image_to_image, levels_left, noised, run
 from diffdistill.editing.inpainting import Known, inpaint
 from diffdistill.sampling.plans import Plan, plan
 from diffdistill.solvers import Euler, sample, seeded_noise
+
+STRENGTH = 0.6
+"""Of image-to-image and style transfer, where none is given."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -27,7 +30,8 @@ class Edit:
         plan: the denoiser that makes the result, with its solver and levels.
         cond: the condition that the result shall have.
         codec: the autoencoder of a latent model, or None.
-        strength: of image-to-image and style transfer, in [0, 1]: the share of the plan's steps to go through.
+        strength: in [0, 1]: the share of the plan's steps to go through; 1 begins with noise. None: 1 for inpainting,
+            0.6 for others.
         known: for inpainting, 1 where the image is known, `[1 or B, 1, H, W]`.
         repeats: for inpainting by models without mask channels, times that each step is taken.
         source: how to encode: a denoiser with its solver and levels, which end above 0.
@@ -39,7 +43,7 @@ class Edit:
     plan: Plan
     cond: Any = None
     codec: Codec | None = None
-    strength: float = 0.5
+    strength: float | None = None
     known: Tensor | None = None
     repeats: int = 1
     source: Plan | None = None
@@ -50,6 +54,10 @@ class Edit:
     def x0(self) -> Tensor:
         """The images as the model sees them."""
         return self.images if self.codec is None else self.codec.encode(self.images)
+
+    def share(self, default: float) -> float:
+        """The strength, or that of a task by default."""
+        return default if self.strength is None else self.strength
 
     @property
     def seeds(self) -> range:
@@ -67,7 +75,7 @@ def _image_to_image(edit: Edit) -> Tensor:
         plan.denoiser,
         x0,
         noise,
-        strength=edit.strength,
+        strength=edit.share(STRENGTH),
         solver=plan.solver,
         sigmas=plan.sigmas,
         cond=edit.cond,
@@ -79,26 +87,33 @@ def _image_to_image(edit: Edit) -> Tensor:
 def _inpaint(edit: Edit) -> Tensor:
     if edit.known is None:
         raise ValueError("inpainting needs a mask")
-    x0, plan = edit.x0, edit.plan
+    x0, plan, levels = edit.x0, edit.plan, levels_left(edit.plan.sigmas, edit.share(1.0))
     known = Known(edit.images, edit.known)
+    if len(levels) == 1:
+        return edit.images
+    noise = seeded_noise(edit.seeds, x0.shape[1:], device=x0.device)
+    # All levels begin with noise alone, fewer with what the images show where they are to be made anew.
+    begin = None if len(levels) == len(plan.sigmas) else noised(x0, plan.sigmas, edit.share(1.0), noise)
     if takes_mask(plan.denoiser):
-        noise = seeded_noise(edit.seeds, x0.shape[1:], device=x0.device)
         cond = {**edit.cond, "channels": mask_channels(edit, known)}
-        x = sample(plan.denoiser, noise, solver=plan.solver, sigmas=plan.sigmas, cond=cond, seeds=edit.seeds)
+        if begin is None:
+            x = sample(plan.denoiser, noise, solver=plan.solver, sigmas=levels, cond=cond, seeds=edit.seeds)
+        else:
+            x = run(plan.denoiser, begin, plan.solver, cond, edit.seeds)
         return known.put_into(edit.pictures(x), torch.zeros_like(edit.images), 0.0)
     mask = known.mask
     if edit.codec is not None:
         # A latent is known where all of its pixels are.
         mask = 1 - interpolate(1 - mask, x0.shape[2:], mode="area").ceil()
-    noise = seeded_noise(edit.seeds, x0.shape[1:], device=x0.device)
     x = inpaint(
         plan.denoiser,
         Known(x0, mask),
         noise,
         solver=plan.solver,
-        sigmas=plan.sigmas,
+        sigmas=levels,
         cond=edit.cond,
         seeds=edit.seeds,
+        start=None if begin is None else begin.x,
         repeats=edit.repeats,
     )
     return known.put_into(edit.pictures(x), torch.zeros_like(edit.images), 0.0)
@@ -172,7 +187,7 @@ def _reconstruct(edit: Edit) -> Tensor:
 
 
 def _transfer(edit: Edit) -> Tensor:
-    plan, levels = edit.plan, levels_left(edit.plan.sigmas, edit.strength)
+    plan, levels = edit.plan, levels_left(edit.plan.sigmas, edit.share(STRENGTH))
     x = edit.x0
     if len(levels) > 1:
         codes = _codes(edit, float(levels[0]))

@@ -101,14 +101,17 @@ class FileKind:
         return shipped_files(self.folder)
 
     def find(self, name_or_path: str | os.PathLike[str]) -> Path:
-        """The file of a shipped name, or at a path.
+        """The file of a shipped name, at a path, or fetched by hub id or URL.
 
         Raises:
             ValueError: neither is there.
         """
         shipped = self.shipped()
-        path = shipped.get(os.fspath(name_or_path), Path(name_or_path))
+        from diffdistill.files.remote import hub_hint, local_path
+
+        name = os.fspath(name_or_path)
+        path = shipped.get(name) or local_path(name)
         if not path.is_file():
             names = ", ".join(shipped) or "(none shipped)"
-            raise ValueError(f"unknown {self.name} {os.fspath(name_or_path)!r}: choose one of {names}, or give a file")
+            raise ValueError(f"unknown {self.name} {name!r}: choose one of {names}, or give a file{hub_hint(name)}")
         return path

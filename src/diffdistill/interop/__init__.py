@@ -22,6 +22,7 @@ from diffdistill.interop.formats.ldm import holds_latent_diffusion, read_ldm
 from diffdistill.interop.formats.unets import Hints
 from diffdistill.models.loading import read_safetensors
 from diffdistill.models.storage import MODEL
+from diffdistill.training.weights import is_checkpoint, read_checkpoint
 
 __all__ = [
     "ForeignFileError",
@@ -62,6 +63,8 @@ def read_foreign(path: str | os.PathLike[str], hints: Hints | None = None) -> Fo
             found = read_adm(checkpoint, path, hints)
         else:
             root = checkpoint.root
+            if isinstance(root, dict) and root.keys() >= {"trained", "optimizer", "journal"}:
+                raise ForeignFileError("it is a checkpoint of a run of diffdistill: give the folder of that run")
             held = ", ".join(str(key)[:40] for key in list(root)[:5]) if isinstance(root, dict) else type(root).__name__
             raise ForeignFileError(
                 "it is no model of diffdistill, EDM, AMED, ADM, consistency models, latent or Stable Diffusion: "
@@ -74,11 +77,13 @@ def read_foreign(path: str | os.PathLike[str], hints: Hints | None = None) -> Fo
 
 
 def read_denoiser(path: Path) -> Denoiser:
-    """Read a foreign denoiser, and say in the log what it is.
+    """Read a foreign denoiser, or that in a checkpoint of a run, and say in the log what it is.
 
     Raises:
         ForeignFileError: as `read_foreign`, or the file holds a classifier or a predictor.
     """
+    if is_checkpoint(path):
+        return read_checkpoint(path)
     found = read_foreign(path)
     if found.denoiser is None:
         raise ForeignFileError(

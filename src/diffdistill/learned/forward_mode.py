@@ -8,17 +8,15 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import replace
-from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd import forward_ad
 from torch.nn.attention import SDPBackend, sdpa_kernel
-from torch.overrides import TorchFunctionMode
 
 from diffdistill.solvers import Correction, Evaluation, ProbabilityFlow
 from diffdistill.solvers.levels import Level
+from diffdistill.training.forward_mode import PlainNorms
 
 Reached = tuple[Tensor, tuple[Evaluation, ...]]
 Step = Callable[[Correction, ProbabilityFlow], Reached]
@@ -39,19 +37,12 @@ class RecordingFlow(ProbabilityFlow):
         super().__init__(flow.denoiser, flow.cond, thresholding=flow.thresholding)
         self.answers: list[Tensor] = []
 
-    def __call__(self, x: Tensor, sigma: Level, *, scale_time: Tensor | None = None) -> Evaluation:
-        evaluation = super().__call__(x, sigma, scale_time=scale_time)
+    def __call__(
+        self, x: Tensor, sigma: Level, *, scale_time: Tensor | None = None, s: Tensor | None = None
+    ) -> Evaluation:
+        evaluation = super().__call__(x, sigma, scale_time=scale_time, s=s)
         self.answers.append(_primal(evaluation.denoised))
         return evaluation
-
-
-class PlainNorms(TorchFunctionMode):
-    """Group norms see tensors in the plain layout: PyTorch 2.6 has their forward derivative in no other."""
-
-    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if func is F.group_norm:
-            args = (args[0].contiguous(), *args[1:])
-        return func(*args, **(kwargs or {}))
 
 
 def forward_mode_error(

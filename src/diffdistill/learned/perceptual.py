@@ -16,7 +16,10 @@ Extractor = Callable[[Tensor], Tensor]
 
 DIFFERENTIABLE: dict[str, Callable[..., Extractor] | str] = {
     "digits_classifier": "diffdistill.metrics.features:DigitsClassifierFeatures",
+    "emoji_classifier": "diffdistill.metrics.features:EmojiClassifierFeatures",
     "pixels_8x8": "diffdistill.metrics.features:Blocks",
+    "dinov2": "diffdistill.metrics.differentiable:SmoothDINOv2",
+    "lpips": "diffdistill.metrics.differentiable:LPIPS",
 }
 """Extractors whose features are differentiable: images `[B, C, H, W]` in [-1, 1] to `[B, D]`."""
 

@@ -35,6 +35,10 @@ def halved(schedule: Mapping[str, Any], num_steps: int) -> tuple[Tensor, list[fl
     return fine[::2], r.tolist()
 
 
+LEAST = 1e-6
+"""The least share of the range in log sigma that a step has, so that levels stay apart whatever is learned."""
+
+
 class LearnedSchedule(nn.Module):
     """Noise levels with fixed ends, whose steps in log sigma are learned; they decrease whatever is learned.
 
@@ -50,12 +54,14 @@ class LearnedSchedule(nn.Module):
         self.to_zero = bool(sigmas[-1] == 0)
         logs = (sigmas[:-1] if self.to_zero else sigmas).log()
         self.register_buffer("ends", logs[[0, -1]])
-        self.logits = nn.Parameter((-logs.diff()).log().float())
+        shares = logs.diff() / (logs[-1] - logs[0])
+        self.logits = nn.Parameter((shares - LEAST).clamp(min=LEAST).log().float())
 
     def forward(self) -> Tensor:
         """The levels, float64 `[N + 1]`, differentiable."""
         start, end = self.ends
-        passed = torch.softmax(self.logits.double(), 0).cumsum(0)[:-1]
+        shares = LEAST + (1 - len(self.logits) * LEAST) * torch.softmax(self.logits.double(), 0)
+        passed = shares.cumsum(0)[:-1]
         inner = torch.exp(start + (end - start) * passed)
         parts = [start.exp()[None], inner, end.exp()[None]]
         return torch.cat([*parts, torch.zeros_like(parts[0])] if self.to_zero else parts)

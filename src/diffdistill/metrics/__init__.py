@@ -15,7 +15,7 @@ from diffdistill.metrics.frechet import (
 )
 from diffdistill.metrics.kernel import Estimate, inception_score, kernel_distance, polynomial_mmd
 from diffdistill.metrics.manifold import Manifold, compare_manifolds, density_coverage, precision_recall
-from diffdistill.metrics.measures import MEASURES, Measured, measure
+from diffdistill.metrics.measures import MEASURES, Measured, measure, register_metric
 from diffdistill.metrics.memorisation import Memorisation, measure_memorisation, nearest_distances
 from diffdistill.metrics.reference import Reference, load_reference, reference_of, save_reference
 from diffdistill.metrics.sources import Sampler, StoredImages, open_images
@@ -55,6 +55,7 @@ __all__ = [
     "polynomial_mmd",
     "precision_recall",
     "reference_of",
+    "register_metric",
     "save_reference",
     "save_statistics",
 ]

@@ -27,7 +27,7 @@ class Task:
     """What a classifier is for, and its size.
 
     Attributes:
-        name: of one of the images, for messages.
+        name: of the classifier, for messages.
         shape: `(C, H, W)` of the images.
         num_classes: length of the logits.
         channels: of the convolutions; the image is halved after each but the first.
@@ -46,8 +46,8 @@ class Task:
 
 
 TASKS: dict[Subject, Task] = {
-    "digits": Task("digit", (1, 8, 8), 10, (32, 48, 64), 64, -1.0),
-    "emoji": Task("emoji", (3, 16, 16), 9, (32, 48, 64, 96), 96, 0.0, {"resolution": 16}),
+    "digits": Task("a digit classifier", (1, 8, 8), 10, (32, 48, 64), 64, -1.0),
+    "emoji": Task("an emoji classifier", (3, 16, 16), 9, (32, 48, 64, 96), 96, 0.0, {"resolution": 16}),
 }
 
 
@@ -57,7 +57,7 @@ def shipped(subject: Subject) -> str:
 
 
 class Classifier(nn.Module):
-    """A convolutional network on images in [-1, 1]: 59 thousand parameters for digits, 160 thousand for emoji.
+    """A convolutional network on images in [-1, 1]: 59 thousand parameters for digits, 136 thousand for emoji.
 
     Args:
         subject: one of `TASKS`.
@@ -91,7 +91,7 @@ class Classifier(nn.Module):
         """
         if x.shape[1:] != self.task.shape:
             wanted = ", ".join(map(str, ("B", *self.task.shape)))
-            raise ValueError(f"the {self.task.name} classifier takes images [{wanted}], not {list(x.shape)}")
+            raise ValueError(f"{self.task.name} takes images [{wanted}], not {list(x.shape)}")
         return self.body(x)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -160,7 +160,7 @@ def save_classifier(model: Classifier, path: str | os.PathLike[str], provenance:
         save_file(
             model.state_dict(),
             temporary,
-            metadata={"format": f"diffdistill-{model.task.name}-classifier", **provenance},
+            metadata={"format": "diffdistill-classifier", "subject": model.subject, **provenance},
         )
 
 
@@ -181,7 +181,7 @@ def load_classifier(path: str | os.PathLike[str] | None = None, *, subject: Subj
         state = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a mapping)
     expected = {name: value.shape for name, value in model.state_dict().items()}
     if {name: value.shape for name, value in state.items()} != expected:
-        raise ValueError(f"{str(path)!r} does not hold the weights of a {model.task.name} classifier")
+        raise ValueError(f"{str(path)!r} does not hold the weights of {model.task.name}")
     model.load_state_dict(state)
     return model.eval().requires_grad_(False)
 

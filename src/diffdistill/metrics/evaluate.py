@@ -12,13 +12,13 @@ import torch
 from torch import Tensor
 
 from diffdistill import distributed
+from diffdistill.data import Data
 from diffdistill.data.captions import read_captions
 from diffdistill.files.atomic import write_text
 from diffdistill.metrics.collect import Source, collect, parts_of, shard
 from diffdistill.metrics.extractors import make_features
 from diffdistill.metrics.measures import MEASURES, Measured, measure, needed, spread
 from diffdistill.metrics.sources import reference_from
-from diffdistill.metrics.text import measured
 
 
 @dataclass(frozen=True)
@@ -70,14 +70,14 @@ class Replayed:
 
 
 def evaluate(
-    source: Source, options: EvaluationOptions, *, data: Mapping[str, Any] | None, device: torch.device
+    source: Source, options: EvaluationOptions, *, data: Data | Mapping[str, Any] | None, device: torch.device
 ) -> dict[str, Any]:
     """Measure the images of a source.
 
     Args:
         source: stored images, or a sampler; every process takes its share.
         options: what to measure.
-        data: options of `load_data`, the reference where `options` names no file.
+        data: the reference where `options` names no file: a data set, or options of `load_data`.
         device: where to compute.
 
     Returns:
@@ -110,7 +110,8 @@ def evaluate(
         found = measure(collected, reference, features, options.measures)
         record["measures"].update({name: asdict(value) for name, value in found.items()})
         record.update(features=features.name, weights=features.weights)
-        record["reference"] = options.reference or dict(data or {})
+        named = dict(data) if isinstance(data, Mapping) else {"samples": len(data or ())}
+        record["reference"] = options.reference or named
     return record
 
 
@@ -134,7 +135,7 @@ def describe(record: Mapping[str, Any]) -> str:
     for name, values in record["measures"].items():
         label, found = MEASURES[name].label if name in MEASURES else name.replace("_", " "), Measured(**values)
         parts = "" if found.part_std is None else f" over {record.get('splits')} parts"
-        lines.append(f"{label}: {measured(found)}{parts}")
+        lines.append(f"{label}: {found}{parts}")
     return "\n".join(lines)
 
 

@@ -6,6 +6,7 @@ import math
 import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from typing import Any, Literal, TypeVar
 
 from torch import Tensor
 
@@ -15,7 +16,8 @@ from diffdistill.metrics.frechet import frechet_distance
 from diffdistill.metrics.kernel import inception_score, kernel_distance
 from diffdistill.metrics.manifold import density_coverage, precision_recall
 from diffdistill.metrics.reference import Reference
-from diffdistill.registry import choose
+from diffdistill.registry import choose, enter
+from diffdistill.reports.text import number
 
 KID_SUBSET = 1000
 INCEPTION_SPLITS = 10
@@ -35,6 +37,11 @@ class Measured:
     value: float
     part_mean: float | None = None
     part_std: float | None = None
+
+    def __str__(self) -> str:
+        """The value, and its spread where there is one."""
+        spread = "" if self.part_std is None else f" ± {number(self.part_std, 2)}"
+        return number(self.value) + spread
 
 
 @dataclass(frozen=True)
@@ -103,6 +110,36 @@ MEASURES: dict[str, Measure] = {
     "coverage": Measure(_density_coverage, "higher", "coverage", ROWS, True),
     "accuracy": Measure(_accuracy, "higher", "class accuracy", LOGITS),
 }
+
+
+M = TypeVar("M", bound=Callable[[Tensor, Tensor], Any])
+
+
+def register_metric(name: str, *, better: Literal["lower", "higher"], label: str | None = None) -> Callable[[M], M]:
+    """A decorator that gives a function of features a name among the measures.
+
+    The function maps the features of the samples, float32 `[N, D]`, and of the reference, `[M, D]`, to a number. With
+    `features=pixels` they are the samples themselves, flattened.
+
+    Args:
+        name: a word of letters, digits, "_" and "-".
+        better: whether a "lower" or a "higher" value is better.
+        label: how tables write it; by default the name.
+
+    Raises:
+        ValueError: the name is taken, or is no word, or `better` is neither.
+    """
+    choose("direction", better, {"lower": None, "higher": None})
+
+    def decorate(function: M) -> M:
+        def compute(samples: Collected, reference: Reference) -> dict[str, float]:
+            return {name: float(function(*_rows(samples, reference)))}
+
+        entry = Measure(compute, better, label or name.replace("_", " "), ROWS, reference_features=True)
+        enter("measure", name, MEASURES, entry, made_by=function)
+        return function
+
+    return decorate
 
 
 def needed(names: Sequence[str]) -> Keep:

@@ -103,10 +103,13 @@ class DINOv2(Features):
         return fingerprint(self._model)
 
     def both(self, x: Tensor) -> tuple[Tensor, Tensor | None]:
-        x = to_bytes(x).float()
+        return self.token(to_bytes(x).float()), None
+
+    def token(self, x: Tensor) -> Tensor:
+        """The class token `[B, 1024]` of images `[B, 3, H, W]` with values from 0 to 255."""
         x = F.interpolate(x, size=(224, 224), mode="bicubic", antialias=True, align_corners=False) / 255
         mean, std = (torch.tensor(v, device=x.device)[:, None, None] for v in (_IMAGENET_MEAN, _IMAGENET_STD))
-        return self._model.to(x.device)(pixel_values=(x - mean) / std).pooler_output, None
+        return self._model.to(x.device)(pixel_values=(x - mean) / std).pooler_output
 
 
 def load_pretrained(kind: Any, name: str) -> Any:

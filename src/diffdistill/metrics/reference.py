@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -13,6 +12,7 @@ import torch
 from torch import Tensor
 
 from diffdistill.files.archives import open_npz
+from diffdistill.files.remote import local_path
 from diffdistill.metrics.collect import Collected
 from diffdistill.metrics.features import Features
 from diffdistill.metrics.frechet import Gaussian, load_statistics, save_statistics
@@ -84,14 +84,15 @@ def load_reference(path: str | os.PathLike[str], *, extractor: str) -> Reference
     """Read the reference for one feature extractor.
 
     Args:
-        path: an `.npz` of EDM, ADM or ours, or a `.pkl` of EDM2, which is read as data: nothing in it is executed.
+        path: an `.npz` of EDM, ADM or ours, or a `.pkl` of EDM2, which is read as data: nothing in it is executed. A
+            hub id or a URL is fetched.
         extractor: name of the feature extractor; files of EDM2 hold several.
 
     Raises:
         FileNotFoundError: no such file.
         ValueError: it is damaged, or holds no statistics of this extractor.
     """
-    path = Path(path)
+    path = local_path(path)
     if path.suffix != ".pkl":
         gaussian = load_statistics(path)
         with open_npz(path, what="reference statistics") as file:

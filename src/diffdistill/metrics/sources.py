@@ -8,14 +8,12 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 
-from diffdistill.data import ImageData, ImageFolder, TensorData, ZipData, load_data, say_what_was_found
-from diffdistill.data.base import from_uint8
+from diffdistill.data import Data, ImageData, ImageFolder, ZipData, load_data, say_what_was_found
+from diffdistill.data.arrays import read_npz
 from diffdistill.denoiser import image_shape, spread_labels
-from diffdistill.files.archives import open_npz
 from diffdistill.metrics.collect import Keep, collect
 from diffdistill.metrics.features import Features
 from diffdistill.metrics.measures import needs_reference_features
@@ -32,7 +30,7 @@ class StoredImages:
 
     mixed = False
 
-    def __init__(self, data: ImageData, *, limit: int | None = None) -> None:
+    def __init__(self, data: Data, *, limit: int | None = None) -> None:
         self.data, self.shape = data, data.shape
         if limit is not None and not 1 <= limit <= len(data):
             raise ValueError(f"num_samples={limit} is outside 1 to {len(data)}, the number of images there are")
@@ -64,7 +62,7 @@ class Sampler:
     """
 
     mixed = True
-    names = None
+    names: Sequence[str] | None = None
 
     def __init__(
         self,
@@ -107,7 +105,7 @@ def reference_from(
     device: torch.device,
     batch_size: int = 256,
 ) -> Reference:
-    """The reference of an extractor: read from `file`, a path, or computed from `data`, options of `load_data`.
+    """The reference of an extractor: read from `file`, a path, or computed from `data`, or its options for `load_data`.
 
     Raises:
         FileNotFoundError: the file or the data is not there.
@@ -115,7 +113,8 @@ def reference_from(
     """
     if "file" in given:
         return load_reference(given["file"], extractor=features.name)
-    keep, images = Keep(features=needs_reference_features(measures)), StoredImages(load_data(**given["data"]))
+    keep, data = Keep(features=needs_reference_features(measures)), given["data"]
+    images = StoredImages(load_data(**data) if isinstance(data, Mapping) else data)
     return reference_of(collect(images, features, keep=keep, batch_size=batch_size, device=device), features)
 
 
@@ -147,42 +146,7 @@ def open_images(
         say_what_was_found(data)
         return data
     if path.suffix == ".npz":
-        return read_npz(path)
+        return read_npz(path, largest=WILD)
     if not path.exists():
         raise FileNotFoundError(f"no images at {str(path)!r}")
     raise ValueError(f"cannot read images from {str(path)!r}: expected a folder, a .zip or an .npz")
-
-
-def read_npz(path: Path) -> ImageData:
-    """Images of an .npz file, see `open_images`; nothing is unpickled.
-
-    Raises:
-        FileNotFoundError: no such file.
-        ValueError: not an .npz, or without images.
-    """
-    with open_npz(path, what="images") as file:
-        key = next((name for name in ("x", "arr_0") if name in file.files), None)
-        if key is None:
-            raise ValueError(f"{str(path)!r} has no images x or arr_0: it holds {', '.join(file.files) or 'nothing'}")
-        beside = {"x": "y", "arr_0": "arr_1"}[key]
-        images, labels = file[key], file[beside] if beside in file.files else None
-    if images.ndim != 4 or images.size == 0:
-        raise ValueError(
-            f"{key} in {str(path)!r} has shape {list(images.shape)}: expected at least one image, in four dimensions"
-        )
-    if labels is not None and (labels.shape != images.shape[:1] or labels.dtype.kind not in "iu" or labels.min() < -1):
-        raise ValueError(
-            f"{beside} in {str(path)!r} is {labels.dtype} {list(labels.shape)}: expected a label for each of the "
-            f"{len(images)} images, an integer from 0, or -1 for none"
-        )
-    if key == "arr_0":
-        if images.dtype != np.uint8:
-            raise ValueError(f"arr_0 in {str(path)!r} holds {images.dtype}: expected bytes [N, H, W, C]")
-        x = from_uint8(images.transpose(0, 3, 1, 2))
-    else:
-        if images.dtype.kind != "f" or not np.abs(images).max() <= WILD:
-            span = f" from {images.min():g} to {images.max():g}" if images.dtype.kind in "fiu" else ""
-            raise ValueError(f"x in {str(path)!r} holds {images.dtype}{span}: expected floats in [-1, 1]")
-        x = torch.from_numpy(images.astype(np.float32)).clamp(-1, 1)
-    y = torch.full((len(x),), -1) if labels is None else torch.from_numpy(labels.astype(np.int64))
-    return TensorData(x, y, num_classes=int(y.max()) + 1)

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from diffdistill.denoiser import Denoiser
 from diffdistill.devices import channels_last as to_channels_last
+from diffdistill.errors import one_line
 from diffdistill.models import Wrapper
 from diffdistill.solvers.features import FeatureTap
 
@@ -68,8 +69,9 @@ class _OneFunction(Wrapper):
     def wants_features(self) -> bool:
         return bool(self._stand_in._forward_hooks)
 
-    def evaluate(self, x: Tensor, sigma: Tensor, cond: Any) -> Outputs:
-        denoised = self.denoiser(x, sigma, cond)
+    def evaluate(self, x: Tensor, sigma: Tensor, cond: Any, s: Tensor | None = None) -> Outputs:
+        ends = {} if s is None else {"s": s}
+        denoised = self.denoiser(x, sigma, cond, **ends)
         if self._tap is None:
             return denoised, None
         features, self._tap.output = self._tap.output, None
@@ -97,9 +99,9 @@ class Compiled(_OneFunction):
         dynamo.cache_size_limit = max(dynamo.cache_size_limit, MOST_COMPILATIONS)
         self._compiled = torch.compile(self.evaluate, backend=backend, dynamic=False)
 
-    def forward(self, x: Tensor, sigma: Tensor, cond: Any = None) -> Tensor:
-        """Denoise `x: [B, ...]` at `sigma: [B]` under `cond`."""
-        return self.hand_on(self._compiled(x, sigma, cond))
+    def forward(self, x: Tensor, sigma: Tensor, cond: Any = None, s: Tensor | None = None) -> Tensor:
+        """Denoise `x: [B, ...]` at `sigma: [B]` under `cond`; of a flow map, for a step that ends at `s: [B]`."""
+        return self.hand_on(self._compiled(x, sigma, cond, s))
 
 
 @dataclass(frozen=True, eq=False)
@@ -133,8 +135,8 @@ class CudaGraphs(_OneFunction):
         self._record: Record = record or record_on_gpu
         self._graphs: dict[Any, _Graph] = {}
 
-    def forward(self, x: Tensor, sigma: Tensor, cond: Any = None) -> Tensor:
-        """Denoise `x: [B, ...]` at `sigma: [B]` under `cond`.
+    def forward(self, x: Tensor, sigma: Tensor, cond: Any = None, s: Tensor | None = None) -> Tensor:
+        """Denoise `x: [B, ...]` at `sigma: [B]` under `cond`; of a flow map, for a step that ends at `s: [B]`.
 
         Raises:
             RuntimeError: gradients are enabled.
@@ -145,16 +147,16 @@ class CudaGraphs(_OneFunction):
                 "a CUDA graph computes no gradients: sample under torch.no_grad(), or without CudaGraphs"
             )
         parts = [] if cond is None else list(cond.values()) if isinstance(cond, dict) else [cond]
-        given = [x, sigma, *parts]
+        given = [x, sigma, *([] if s is None else [s]), *parts]
         names = tuple(cond) if isinstance(cond, dict) else ()
         kind = x.device.type
         autocast = (torch.is_autocast_enabled(kind), torch.get_autocast_dtype(kind))
-        key = (names, autocast, *((t.shape, t.dtype, t.device) for t in given))
+        key = (names, s is None, autocast, *((t.shape, t.dtype, t.device) for t in given))
         graph = self._graphs.get(key)
         if graph is None:
             if len(self._graphs) >= MOST_GRAPHS:
                 self._graphs.pop(next(iter(self._graphs)))
-            graph = self._graphs[key] = self._recorded(given, names)
+            graph = self._graphs[key] = self._recorded(given, names, told=s is not None)
         for static, tensor in zip(graph.inputs, given, strict=True):
             static.copy_(tensor)
         graph.replay()
@@ -163,9 +165,10 @@ class CudaGraphs(_OneFunction):
         kept = features.clone() if features is not None and self.wants_features else None
         return self.hand_on((denoised.clone(), kept))
 
-    def _recorded(self, given: list[Tensor], names: tuple[str, ...]) -> _Graph:
+    def _recorded(self, given: list[Tensor], names: tuple[str, ...], *, told: bool) -> _Graph:
         inputs = [tensor.clone() for tensor in given]
         x, sigma, *parts = inputs
+        s = parts.pop(0) if told else None
         cond = dict(zip(names, parts, strict=True)) if names else parts[0] if parts else None
         kind = x.device.type
 
@@ -173,7 +176,7 @@ class CudaGraphs(_OneFunction):
             # Without autocast's cache: what it holds is freed when the caller leaves autocast, and would be read again.
             state = {"enabled": torch.is_autocast_enabled(kind), "dtype": torch.get_autocast_dtype(kind)}
             with torch.autocast(kind, cache_enabled=False, **state):
-                return self.evaluate(x, sigma, cond)
+                return self.evaluate(x, sigma, cond, s)
 
         # The streams of a recording are those of the current GPU.
         with torch.cuda.device(x.device) if kind == "cuda" else nullcontext():
@@ -198,8 +201,7 @@ def record_on_gpu(evaluate: Callable[[], Outputs]) -> tuple[Outputs, Callable[[]
         with torch.cuda.graph(graph, capture_error_mode="thread_local"):
             outputs = evaluate()
     except RuntimeError as error:
-        reason = str(error).strip().splitlines()[0]
         raise ValueError(
-            f"this model cannot be recorded as a CUDA graph ({reason}): choose cuda_graph=false"
+            f"this model cannot be recorded as a CUDA graph ({one_line(error)}): choose cuda_graph=false"
         ) from error
     return outputs, graph.replay

@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from diffdistill.models.layers import GroupNorm, for_fused_attention, guidance_embedding, positional_embedding, upsample
+from diffdistill.models.layers import AddedInputs, GroupNorm, for_fused_attention, positional_embedding, upsample
 from diffdistill.models.transformer import SpatialTransformer, attend, zeroed
 
 AttentionOrder = Literal["heads_first", "qkv_first"]
@@ -252,7 +252,7 @@ def decoder(shape: ADMShape, skips: list[int], style: ADMStyle) -> nn.ModuleList
     return stages
 
 
-class OpenAIUNet(nn.Module):
+class OpenAIUNet(AddedInputs):
     """The U-Net of ADM, consistency models and latent diffusion; the defaults are those of ADM at ImageNet 256x256.
 
     Args:
@@ -261,6 +261,7 @@ class OpenAIUNet(nn.Module):
         out_channels: channels of the output, if not `img_channels`; twice as many where the variance is predicted.
         label_dim: length of the one-hot class labels, 0 for none.
         w_channels: width of the embedding of a guidance weight, 0 for none.
+        s_channels: width of the embedding of the end of a step, of flow maps, 0 for none.
         model_channels: base number of channels.
         channel_mult: channels of each level over `model_channels`; every level halves the resolution.
         num_blocks: residual blocks per level.
@@ -278,6 +279,7 @@ class OpenAIUNet(nn.Module):
         out_channels: int | None = None,
         label_dim: int = 0,
         w_channels: int = 0,
+        s_channels: int = 0,
         model_channels: int = 256,
         channel_mult: Sequence[float] = (1, 1, 2, 2, 4, 4),
         num_blocks: int = 2,
@@ -291,7 +293,7 @@ class OpenAIUNet(nn.Module):
         context_dim: int = 0,
     ) -> None:
         super().__init__()
-        self.label_dim, self.w_channels = label_dim, w_channels
+        self.label_dim = label_dim
         emb_channels = 4 * model_channels
         style = ADMStyle(
             emb_channels=emb_channels,
@@ -311,8 +313,7 @@ class OpenAIUNet(nn.Module):
             attn_resolutions=attn_resolutions,
         )
         self.map_noise = positional_embedding(model_channels, endpoint=False, sin_first=False)
-        self.embed_w = guidance_embedding(w_channels) if w_channels else None
-        self.map_w = zeroed(nn.Linear(w_channels, model_channels, bias=False)) if w_channels else None
+        self.make_inputs(model_channels, w_channels=w_channels, s_channels=s_channels)
         self.time_embed = nn.Sequential(
             nn.Linear(model_channels, emb_channels), nn.SiLU(), nn.Linear(emb_channels, emb_channels)
         )
@@ -331,7 +332,12 @@ class OpenAIUNet(nn.Module):
         return self.middle_block
 
     def forward(
-        self, x: Tensor, noise_labels: Tensor, class_labels: Tensor | None = None, w: Tensor | None = None
+        self,
+        x: Tensor,
+        noise_labels: Tensor,
+        class_labels: Tensor | None = None,
+        w: Tensor | None = None,
+        ratio: Tensor | None = None,
     ) -> Tensor:
         """Evaluate the network.
 
@@ -340,11 +346,12 @@ class OpenAIUNet(nn.Module):
             noise_labels: `c_noise`, `[B]`; a place in the table of noise levels for ADM and latent diffusion.
             class_labels: one-hot, `[B, label_dim]`; None or zeros for no class.
             w: guidance weight, `[B]`; None for zeros.
+            ratio: end of the step over its beginning, `[B]` in [0, 1], of flow maps; None for 1.
 
         Returns:
             `[B, out_channels, H, W]`.
         """
-        emb = self._embed(noise_labels, class_labels, w)
+        emb = self._embed(noise_labels, class_labels, w, ratio)
         context = self._context(class_labels, len(x))
         skips = []
         for stage in self.input_blocks:
@@ -355,16 +362,14 @@ class OpenAIUNet(nn.Module):
             x = stage(torch.cat([x, skips.pop()], dim=1), emb, context)
         return self.out(x)
 
-    def _embed(self, noise_labels: Tensor, class_labels: Tensor | None, w: Tensor | None) -> Tensor:
+    def _embed(
+        self, noise_labels: Tensor, class_labels: Tensor | None, w: Tensor | None, ratio: Tensor | None
+    ) -> Tensor:
         dtype = next(self.time_embed.parameters()).dtype
         # Out of autocast: the embedding costs next to nothing, and its digits tell noise levels apart.
         with torch.autocast(noise_labels.device.type, enabled=False):
             emb = self.map_noise(noise_labels).to(dtype)
-            if self.embed_w is not None and self.map_w is not None:
-                w = torch.zeros_like(noise_labels) if w is None else w
-                emb = emb + self.map_w(self.embed_w(w).to(dtype))
-            elif w is not None:
-                raise ValueError("this network takes no guidance weight: build it with w_channels > 0, or pass w=None")
+            emb = self.add_inputs(emb, w, ratio)
             emb = self.time_embed(emb)
             if self.label_emb is not None and class_labels is not None:
                 emb = emb + class_labels.to(dtype) @ self.label_emb.weight

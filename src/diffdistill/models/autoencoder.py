@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -12,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from diffdistill.errors import one_line
+from diffdistill.files.remote import local_path
 from diffdistill.models.layers import Conv2d, GroupNorm, Init
 from diffdistill.models.storage import DAMAGES, MODEL, load_state, shipped_models, write_model
 
@@ -144,7 +144,7 @@ def load_autoencoder(name_or_path: str | os.PathLike[str]) -> Autoencoder:
     Raises:
         ValueError: there is no such file, or no autoencoder in it.
     """
-    path = shipped_models().get(os.fspath(name_or_path), Path(name_or_path))
+    path = shipped_models().get(os.fspath(name_or_path)) or local_path(name_or_path)
     file = path / "model.safetensors" if path.is_dir() else path
     if not file.is_file():
         raise ValueError(f"no autoencoder at {str(path)!r}: give a file, the folder of a run, or a latent model")

@@ -21,10 +21,14 @@ from diffdistill.models.preconditioning import make_preconditioning
 from diffdistill.models.song_unet import SongUNet
 from diffdistill.models.storage import MODEL
 from diffdistill.registry import check_options, construct
+from diffdistill.settings import check_names
 
 W_CHANNELS = 64
 """Width of the embedding of a guidance weight, and its parameters, for networks that do not state their own."""
 W_PARAMETERS = ("map_w.weight",)
+S_CHANNELS = 64
+"""Width of the embedding of the end of a step, of flow maps."""
+S_PARAMETER = "map_s.weight"
 
 NETWORKS: dict[str, Callable[..., nn.Module] | str] = {
     "song_unet": SongUNet,
@@ -36,6 +40,8 @@ NETWORKS: dict[str, Callable[..., nn.Module] | str] = {
 
 _REQUIRED = ("network", "preconditioning", "data_shape", "sigma_min", "sigma_max")
 _OPTIONAL = ("format", "num_classes", "w_range", "distilled", "autoencoder", "latents", "adapter", "provenance")
+ENTRIES = _REQUIRED + _OPTIONAL
+"""What the config of a denoiser has."""
 
 
 def build_denoiser(
@@ -49,7 +55,7 @@ def build_denoiser(
             taken from the rest of the config unless given;
             `preconditioning`: `name`, one of `PRECONDITIONINGS`, and its options;
             `data_shape`, `sigma_min`, `sigma_max`; and optionally `num_classes` (0), `w_range`, `distilled`
-            (`sigmas` and `sampler`), `autoencoder` (options of `Autoencoder`, for a denoiser of its latents),
+            (`sigmas` and `sampler`, and `afs` and `others`), `autoencoder` (options of `Autoencoder`, for a denoiser of its latents),
             `latents` (true for a denoiser of latents whose autoencoder is elsewhere), `adapter` (for a registered
             network, options of `OwnNetwork`), `provenance` (anything that JSON holds).
         network: a network that was built as the config says, to take in place of a fresh one.
@@ -76,7 +82,7 @@ def build_denoiser(
         sigma_min=config["sigma_min"],
         sigma_max=config["sigma_max"],
         w_range=None if config["w_range"] is None else tuple(config["w_range"]),
-        distilled=None if distilled is None else Distilled(tuple(distilled["sigmas"]), distilled["sampler"]),
+        distilled=None if distilled is None else _distilled(distilled),
         autoencoder=None if autoencoder is None else freeze(autoencoder),
     )
     denoiser.config = config
@@ -104,6 +110,11 @@ def _build_network(config: Mapping[str, Any]) -> nn.Module:
     return OwnNetwork(network, num_classes=config["num_classes"], call=call, **config["adapter"])
 
 
+def _distilled(plain: Mapping[str, Any]) -> Distilled:
+    others = tuple(tuple(levels) for levels in plain.get("others", ()))
+    return Distilled(tuple(plain["sigmas"]), plain["sampler"], bool(plain.get("afs", False)), others)
+
+
 def _options(part: dict[str, Any]) -> dict[str, Any]:
     return {key: value for key, value in part.items() if key != "name"}
 
@@ -113,10 +124,7 @@ def resolved_config(config: Mapping[str, Any]) -> dict[str, Any]:
     for key in _REQUIRED:
         if key not in config:
             raise ValueError(f"the config of a denoiser needs {key!r}: it has {', '.join(sorted(config)) or 'nothing'}")
-    for key in config:
-        if key not in _REQUIRED + _OPTIONAL:
-            valid = ", ".join(_REQUIRED + _OPTIONAL)
-            raise ValueError(f"the config of a denoiser has no entry {key!r}: it takes {valid}")
+    check_names("the config of a denoiser", config, _REQUIRED + _OPTIONAL, noun="entry", error=ValueError)
     # Through JSON, so that what is built is what a file gives back.
     resolved = json.loads(json.dumps(dict(config), default=_plain))
     if resolved.setdefault("format", MODEL.format) != MODEL.format:
@@ -207,11 +215,44 @@ def guidance_student(
     config, network = with_guidance_input(config_of(teacher), w_range, w_channels=width), None
     if isinstance(teacher.model, OwnNetwork):
         network = copy.deepcopy(teacher.model)
-        features = network.take_guidance(width, teacher.data_shape)
-        config["adapter"]["w_features"] = features
+        config["adapter"]["w_features"] = network.take_inputs(teacher.data_shape, w_channels=width)
     student = build_denoiser(config, network=network)
     missing, unexpected = student.load_state_dict(teacher.state_dict(), strict=False)
     if missing != [f"model.{name}" for name in getattr(student.model, "w_parameters", W_PARAMETERS)] or unexpected:
+        raise ValueError(f"the teacher's weights do not fit its config: missing {missing}, unexpected {unexpected}")
+    reference = next(teacher.parameters())
+    return student.to(device=reference.device, dtype=reference.dtype)
+
+
+def flow_map_student(teacher: NetworkDenoiser, *, s_channels: int = S_CHANNELS) -> NetworkDenoiser:
+    """A copy of `teacher` that also takes `s`, the level that a step ends at, and ignores it until it is trained.
+
+    At first it equals the teacher for every s.
+
+    Args:
+        teacher: the model of stage 1, or any other that was not distilled to a number of steps.
+        s_channels: width of the embedding of s.
+
+    Raises:
+        ValueError: the teacher has no config, takes s already, or has a network that cannot take it.
+    """
+    if teacher.flow_map:
+        raise ValueError("this denoiser takes the end of a step already: train it as it is")
+    config = {**config_of(teacher), "distilled": None, "provenance": None}
+    part, network = "network", None
+    if isinstance(teacher.model, OwnNetwork):
+        part, network = "adapter", copy.deepcopy(teacher.model)
+        config["adapter"]["w_features"] = network.take_inputs(teacher.data_shape, s_channels=s_channels)
+    try:
+        config[part] = {**config[part], "s_channels": s_channels}
+        student = build_denoiser(config, network=network)
+    except TypeError:
+        raise ValueError(
+            f"a network {config['network']['name']!r} takes no end of a step s: choose a method that needs none, such "
+            "as halving, trajectory or consistency"
+        ) from None
+    missing, unexpected = student.load_state_dict(teacher.state_dict(), strict=False)
+    if missing != [f"model.{getattr(student.model, 's_parameter', S_PARAMETER)}"] or unexpected:
         raise ValueError(f"the teacher's weights do not fit its config: missing {missing}, unexpected {unexpected}")
     reference = next(teacher.parameters())
     return student.to(device=reference.device, dtype=reference.dtype)
@@ -223,6 +264,11 @@ def config_of(denoiser: Denoiser) -> dict[str, Any]:
     if config is None:
         raise ValueError(f"this {type(denoiser).__name__} has no config: build it with build_denoiser")
     distilled = denoiser.distilled
-    plain = None if distilled is None else {"sigmas": list(distilled.sigmas), "sampler": distilled.sampler}
+    plain: dict[str, Any] | None = None
+    if distilled is not None:
+        plain = {"sigmas": list(distilled.sigmas), "sampler": distilled.sampler}
+        # What most students do not have is left out, so that their fingerprints stay as they are.
+        plain |= {"afs": True} if distilled.afs else {}
+        plain |= {"others": [list(levels) for levels in distilled.others]} if distilled.others else {}
     w_range = None if denoiser.w_range is None else list(denoiser.w_range)
     return {**copy.deepcopy(config), "distilled": plain, "w_range": w_range}

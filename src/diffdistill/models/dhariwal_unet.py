@@ -10,18 +10,18 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from diffdistill.models.layers import (
+    AddedInputs,
     BlockStyle,
     Conv2d,
     GroupNorm,
     Init,
     UNetBlock,
-    guidance_embedding,
     linear,
     positional_embedding,
 )
 
 
-class DhariwalUNet(nn.Module):
+class DhariwalUNet(AddedInputs):
     """The U-Net of ADM; the defaults are those of ImageNet 64x64.
 
     Args:
@@ -31,6 +31,7 @@ class DhariwalUNet(nn.Module):
         label_dim: length of the one-hot class labels, 0 for none.
         augment_dim: length of the augmentation labels, 0 for none.
         w_channels: width of the embedding of a guidance weight, 0 for none.
+        s_channels: width of the embedding of the end of a step, of flow maps, 0 for none.
         model_channels: base number of channels.
         channel_mult: channels of each level over `model_channels`; every level halves the resolution.
         channel_mult_emb: width of the embedding over `model_channels`.
@@ -48,6 +49,7 @@ class DhariwalUNet(nn.Module):
         label_dim: int = 0,
         augment_dim: int = 0,
         w_channels: int = 0,
+        s_channels: int = 0,
         model_channels: int = 192,
         channel_mult: Sequence[int] = (1, 2, 3, 4),
         channel_mult_emb: int = 4,
@@ -56,7 +58,7 @@ class DhariwalUNet(nn.Module):
         dropout: float = 0.10,
     ) -> None:
         super().__init__()
-        self.label_dim, self.w_channels = label_dim, w_channels
+        self.label_dim = label_dim
         emb_channels = model_channels * channel_mult_emb
         init = Init("kaiming_uniform", weight=3**-0.5, bias=3**-0.5)
         zero = Init("kaiming_uniform", weight=0)
@@ -64,8 +66,7 @@ class DhariwalUNet(nn.Module):
 
         self.map_noise = positional_embedding(model_channels, endpoint=False, sin_first=False)
         self.map_augment = linear(augment_dim, model_channels, zero, bias=False) if augment_dim else None
-        self.embed_w = guidance_embedding(w_channels) if w_channels else None
-        self.map_w = linear(w_channels, model_channels, zero, bias=False) if w_channels else None
+        self.make_inputs(model_channels, w_channels=w_channels, s_channels=s_channels)
         self.map_layer0 = linear(model_channels, emb_channels, init)
         self.map_layer1 = linear(emb_channels, emb_channels, init)
         one_hot = replace(Init("kaiming_normal"), weight=label_dim**0.5)
@@ -115,11 +116,12 @@ class DhariwalUNet(nn.Module):
         noise_labels: Tensor,
         class_labels: Tensor | None = None,
         w: Tensor | None = None,
+        ratio: Tensor | None = None,
         *,
         augment_labels: Tensor | None = None,
     ) -> Tensor:
         """Evaluate the network; the arguments are those of `SongUNet.forward`."""
-        emb = self._embed(noise_labels, class_labels, w, augment_labels)
+        emb = self._embed(noise_labels, class_labels, w, ratio, augment_labels)
         skips: list[Tensor] = []
         for name, block in self.enc.items():
             x = block(x) if name.endswith("conv") else block(x, emb)
@@ -129,7 +131,12 @@ class DhariwalUNet(nn.Module):
         return self.out_conv(F.silu(self.out_norm(x)))
 
     def _embed(
-        self, noise_labels: Tensor, class_labels: Tensor | None, w: Tensor | None, augment_labels: Tensor | None
+        self,
+        noise_labels: Tensor,
+        class_labels: Tensor | None,
+        w: Tensor | None,
+        ratio: Tensor | None,
+        augment_labels: Tensor | None,
     ) -> Tensor:
         dtype = self.map_layer0.weight.dtype
         # Out of autocast: the embedding costs next to nothing, and its digits tell noise levels apart.
@@ -137,11 +144,7 @@ class DhariwalUNet(nn.Module):
             emb = self.map_noise(noise_labels).to(dtype)
             if self.map_augment is not None and augment_labels is not None:
                 emb = emb + self.map_augment(augment_labels.to(dtype))
-            if self.embed_w is not None and self.map_w is not None:
-                w = torch.zeros_like(noise_labels) if w is None else w
-                emb = emb + self.map_w(self.embed_w(w).to(dtype))
-            elif w is not None:
-                raise ValueError("this network takes no guidance weight: build it with w_channels > 0, or pass w=None")
+            emb = self.add_inputs(emb, w, ratio)
             emb = self.map_layer1(F.silu(self.map_layer0(emb)))
             if self.map_label is not None and class_labels is not None:
                 emb = emb + self.map_label(class_labels.to(dtype))

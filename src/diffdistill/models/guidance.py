@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from diffdistill.denoiser import Codec, Denoiser, as_denoiser, per_sample
+from diffdistill.registry import construct
 
-_FORWARDED = ("sigma_min", "sigma_max", "sigma_data", "data_shape", "num_classes", "distilled", "latents")
+_FORWARDED = ("sigma_min", "sigma_max", "sigma_data", "data_shape", "num_classes", "flow_map", "distilled", "latents")
 
 
 class Wrapper(Denoiser):
@@ -51,10 +52,8 @@ class _Guided(Wrapper):
         super().__init__(denoiser)
         self.w = w
 
-    def weights(self, x: Tensor, w: Tensor | None = None) -> Tensor:
-        """w on the device of `x`, `[B]`: that of this call, or else the one that is kept."""
-        if w is not None:
-            return w
+    def weights(self, x: Tensor) -> Tensor:
+        """w on the device of `x`, `[B]`."""
         if not isinstance(self.w, Tensor):
             return torch.full((len(x),), float(self.w), device=x.device)
         if self.w.device != x.device:
@@ -73,24 +72,180 @@ class ClassifierFreeGuidance(_Guided):
         w: guidance weight, a float or `[B]`.
         null: the condition that carries no information, in the structure of `cond`, one for all or one per sample;
             by default `denoiser.null_condition(cond)`, which is the label -1.
+        interval: the levels that are guided, `low < sigma <= high`; all others are not (Kynkaanniemi et al. 2024).
     """
 
-    def __init__(self, denoiser: Callable[..., Tensor], w: float | Tensor, *, null: Any = None) -> None:
+    def __init__(
+        self,
+        denoiser: Callable[..., Tensor],
+        w: float | Tensor = 0.0,
+        *,
+        null: Any = None,
+        interval: Sequence[float] | None = None,
+    ) -> None:
         super().__init__(denoiser, w)
         self.null = null
+        self.interval = check_interval(interval)
         self.cost = 2 * self.denoiser.cost
 
     def forward(self, x: Tensor, sigma: Tensor, cond: Any = None, w: Tensor | None = None) -> Tensor:
         """Denoise `x: [B, ...]` at `sigma: [B]` under `cond`, a tensor `[B, ...]` or a dict of such.
 
-        A `w: [B]` goes before the weight that is kept.
+        `w: [B]` takes the place of the bound weight: so a guided model is called as a student that takes w.
         """
+        conditional, other = self.answers(x, sigma, cond)
+        return self.combine(conditional, other, self._weight(x, sigma, w))
+
+    def answers(self, x: Tensor, sigma: Tensor, cond: Any) -> tuple[Tensor, Tensor]:
+        """The conditional answer, and the one that guidance leads away from."""
         null = self.null_condition(cond) if self.null is None else self.null
         both = self.denoiser(torch.cat([x, x]), torch.cat([sigma, sigma]), _pair(cond, null))
         conditional, unconditional = both.chunk(2)
-        weight = self.w if w is None and not isinstance(self.w, Tensor) else per_sample(self.weights(x, w), x)
+        return conditional, unconditional
+
+    def combine(self, conditional: Tensor, other: Tensor, w: float | Tensor) -> Tensor:
+        """The guided answer; `w` is a number, or broadcasts to the answers."""
         # In this form w = 0 returns the conditional half to the last bit.
-        return conditional + weight * (conditional - unconditional)
+        return conditional + w * (conditional - other)
+
+    def _weight(self, x: Tensor, sigma: Tensor, w: Tensor | None) -> float | Tensor:
+        if w is None and self.interval is None and not isinstance(self.w, Tensor):
+            return self.w
+        w = self.weights(x) if w is None else w
+        if self.interval is not None:
+            low, high = self.interval
+            w = w * ((sigma > low) & (sigma <= high))
+        return per_sample(w, x)
+
+
+class AutoGuidance(ClassifierFreeGuidance):
+    """`D + w (D - D_weak)`: away from a weaker model under the same condition (Karras et al. 2024; their weight is 1 + w).
+
+    Args:
+        denoiser: the model.
+        w: guidance weight, a float or `[B]`.
+        weak: a smaller or less trained model of the same data.
+        interval: as for `ClassifierFreeGuidance`.
+
+    Raises:
+        ValueError: models of other data than each other's.
+    """
+
+    def __init__(
+        self,
+        denoiser: Callable[..., Tensor],
+        w: float | Tensor = 0.0,
+        *,
+        weak: Callable[..., Tensor],
+        interval: Sequence[float] | None = None,
+    ) -> None:
+        super().__init__(denoiser, w, interval=interval)
+        self.weak = as_denoiser(weak)
+        mine, other = (tuple(d.data_shape) for d in (self.denoiser, self.weak))
+        if mine and other and mine != other:
+            raise ValueError(f"the weak model denoises {list(other)}, but the model it guides {list(mine)}")
+        self.cost = self.denoiser.cost + self.weak.cost
+
+    def answers(self, x: Tensor, sigma: Tensor, cond: Any) -> tuple[Tensor, Tensor]:
+        return self.denoiser(x, sigma, cond), self.weak(x, sigma, cond)
+
+
+class ProjectedGuidance(ClassifierFreeGuidance):
+    """Adaptive projected guidance without momentum, which saturates less (Sadat et al. 2024, APG, Section 4).
+
+    Of the difference of both answers, the part along the conditional one counts `eta` times. Momentum would make the
+    answer one of the whole run in place of x and sigma, which no student can be taught.
+
+    Args:
+        denoiser, w, null, interval: as for `ClassifierFreeGuidance`.
+        eta: weight of the parallel part; 1 is classifier-free guidance.
+        radius: longest difference, as a norm over a sample; None for no limit.
+    """
+
+    def __init__(
+        self,
+        denoiser: Callable[..., Tensor],
+        w: float | Tensor = 0.0,
+        *,
+        eta: float = 0.0,
+        radius: float | None = None,
+        null: Any = None,
+        interval: Sequence[float] | None = None,
+    ) -> None:
+        super().__init__(denoiser, w, null=null, interval=interval)
+        if radius is not None and not radius > 0:
+            raise ValueError(f"radius must be a positive number or null, but is {radius}")
+        self.eta, self.radius = eta, radius
+
+    def combine(self, conditional: Tensor, other: Tensor, w: float | Tensor) -> Tensor:
+        difference = conditional - other
+        if self.radius is not None:
+            length = per_sample(difference.flatten(1).norm(dim=1), difference)
+            difference = difference * (self.radius / length.clamp(min=self.radius))
+        product = (difference * conditional).flatten(1).sum(1) / conditional.square().flatten(1).sum(1).clamp(min=1e-12)
+        parallel = per_sample(product, conditional) * conditional
+        return conditional + w * (difference - (1 - self.eta) * parallel)
+
+
+class RescaledGuidance(ClassifierFreeGuidance):
+    """Classifier-free guidance whose answer has the spread of the conditional one (Lin et al. 2023, Section 3.4).
+
+    Args:
+        denoiser, w, null, interval: as for `ClassifierFreeGuidance`.
+        phi: share of the rescaled answer; 0 is classifier-free guidance.
+    """
+
+    def __init__(
+        self,
+        denoiser: Callable[..., Tensor],
+        w: float | Tensor = 0.0,
+        *,
+        phi: float = 0.7,
+        null: Any = None,
+        interval: Sequence[float] | None = None,
+    ) -> None:
+        super().__init__(denoiser, w, null=null, interval=interval)
+        if not 0 <= phi <= 1:
+            raise ValueError(f"phi must lie between 0 and 1, but is {phi}")
+        self.phi = phi
+
+    def combine(self, conditional: Tensor, other: Tensor, w: float | Tensor) -> Tensor:
+        guided = super().combine(conditional, other, w)
+        spread, wanted = (answer.flatten(1).std(1) for answer in (guided, conditional))
+        return guided * per_sample(self.phi * wanted / spread + (1 - self.phi), guided)
+
+
+GUIDANCES: dict[str, Callable[..., ClassifierFreeGuidance]] = {
+    "cfg": ClassifierFreeGuidance,
+    "auto": AutoGuidance,
+    "apg": ProjectedGuidance,
+    "rescale": RescaledGuidance,
+}
+"""The guided teachers of stage 1, by name."""
+
+
+def make_guidance(name: str, denoiser: Callable[..., Tensor], **options: Any) -> ClassifierFreeGuidance:
+    """A guided denoiser that is called as a student that takes w: `(x, sigma, cond, w=w)`.
+
+    Args:
+        name: one of `GUIDANCES`.
+        denoiser: the model.
+        options: of the guidance; `weak` of "auto" is a denoiser.
+
+    Raises:
+        ValueError: an unknown name, an option out of range.
+        TypeError: an option that the guidance does not have, or a missing one.
+    """
+    return construct("guidance", name, GUIDANCES, denoiser, **options)
+
+
+def check_interval(interval: Sequence[float] | None) -> tuple[float, float] | None:
+    """The two ends of an interval of noise levels, or a `ValueError`."""
+    if interval is None:
+        return None
+    if len(interval) != 2 or not 0 <= interval[0] < interval[1]:
+        raise ValueError(f"interval must be two levels, 0 <= low < high, but is {list(interval)}")
+    return float(interval[0]), float(interval[1])
 
 
 class GuidanceConditioned(_Guided):
@@ -105,9 +260,15 @@ class GuidanceConditioned(_Guided):
         super().__init__(denoiser, w)
         self.cost = self.denoiser.cost
 
-    def forward(self, x: Tensor, sigma: Tensor, cond: Any = None, w: Tensor | None = None) -> Tensor:
-        """Denoise `x: [B, ...]` at `sigma: [B]` under `cond`; a `w: [B]` goes before the weight that is kept."""
-        return self.denoiser(x, sigma, cond, w=self.weights(x, w))
+    def forward(
+        self, x: Tensor, sigma: Tensor, cond: Any = None, s: Tensor | None = None, w: Tensor | None = None
+    ) -> Tensor:
+        """Denoise `x: [B, ...]` at `sigma: [B]` under `cond`; of a flow map, for a step that ends at `s: [B]`.
+
+        `w: [B]` takes the place of the bound weight.
+        """
+        ends = {} if s is None else {"s": s}
+        return self.denoiser(x, sigma, cond, w=self.weights(x) if w is None else w, **ends)
 
 
 def guided(denoiser: Callable[..., Tensor], w: float | Tensor) -> Denoiser:

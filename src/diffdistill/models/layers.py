@@ -305,3 +305,52 @@ def guidance_embedding(num_channels: int) -> SinusoidalEmbedding:
     """
     period = torch.logspace(6, 0, num_channels // 2, base=2)
     return SinusoidalEmbedding(1 / period, scale=2 * math.pi)
+
+
+def ratio_embedding(num_channels: int) -> SinusoidalEmbedding:
+    """Embedding of a number in [0, 1], the end of a step over its beginning: periods from 4 down to 1/2.
+
+    No faster wave, since flow maps are trained by derivatives through it (Lu and Song 2024, Section 4.1).
+    """
+    period = torch.logspace(2, -1, num_channels // 2, base=2)
+    return SinusoidalEmbedding(1 / period, scale=2 * math.pi)
+
+
+class AddedInputs(nn.Module):
+    """What the U-Nets share: a guidance weight and the end of a step as inputs, added to what embeds the noise level.
+
+    The layers that take them are linear, zero at first and have no bias: a fresh network ignores both.
+    """
+
+    def make_inputs(self, channels: int, *, w_channels: int, s_channels: int) -> None:
+        """Build their layers.
+
+        Args:
+            channels: of the embedded noise level.
+            w_channels: width of the embedding of a guidance weight, 0 for none.
+            s_channels: width of the embedding of the end of a step, 0 for none.
+        """
+        self.w_channels, self.s_channels = w_channels, s_channels
+        zero = Init("xavier_uniform", weight=0)
+        self.embed_w = guidance_embedding(w_channels) if w_channels else None
+        self.map_w = linear(w_channels, channels, zero, bias=False) if w_channels else None
+        self.embed_s = ratio_embedding(s_channels) if s_channels else None
+        self.map_s = linear(s_channels, channels, zero, bias=False) if s_channels else None
+
+    def add_inputs(self, emb: Tensor, w: Tensor | None, ratio: Tensor | None) -> Tensor:
+        """`emb: [B, channels]` with both inputs `[B]` added; None stands for w = 0, and for a ratio of 1.
+
+        Raises:
+            ValueError: an input that the network was not built with.
+        """
+        if self.embed_w is not None and self.map_w is not None:
+            w = emb.new_zeros(len(emb)) if w is None else w
+            emb = emb + self.map_w(self.embed_w(w).to(emb.dtype))
+        elif w is not None:
+            raise ValueError("this network takes no guidance weight: build it with w_channels > 0, or pass w=None")
+        if self.embed_s is not None and self.map_s is not None:
+            ratio = emb.new_ones(len(emb)) if ratio is None else ratio
+            emb = emb + self.map_s(self.embed_s(ratio).to(emb.dtype))
+        elif ratio is not None:
+            raise ValueError("this network takes no end of a step: build it with s_channels > 0, or pass ratio=None")
+        return emb

@@ -16,8 +16,10 @@ from torch import nn
 from diffdistill.denoiser import Denoiser
 from diffdistill.devices import channels_last
 from diffdistill.errors import one_line
+from diffdistill.files.remote import hub_hint, local_path
 from diffdistill.models.building import NETWORKS, build_denoiser, config_of, resolved_config
 from diffdistill.models.network import NetworkDenoiser
+from diffdistill.models.own.adapter import OwnNetwork
 from diffdistill.models.own.registration import UNREGISTERED
 from diffdistill.models.storage import DAMAGES, MODEL, load_state, shipped_models, write_model
 from diffdistill.registry import resolve
@@ -42,20 +44,24 @@ def save_denoiser(
     write_model(path, denoiser, resolved_config(config))
 
 
-def load_denoiser(name_or_path: str | os.PathLike[str], *, device: torch.device | str = "cpu") -> Denoiser:
+def load_denoiser(
+    name_or_path: str | os.PathLike[str], *, device: torch.device | str = "cpu", like: Denoiser | None = None
+) -> Denoiser:
     """Load a denoiser, ready for evaluation.
 
     Args:
-        name_or_path: the name of a shipped model (`shipped_models()` lists them), a file, or a folder that holds
-            `model.safetensors`.
+        name_or_path: the name of a shipped model (`shipped_models()` lists them), a file, a folder that holds
+            `model.safetensors` or is of diffusers, or that of a run, whose newest average is taken if it is not
+            finished; or a name that `files.remote.local_path` fetches, `hf:OWNER/NAME[@REVISION][:FILE]` or a URL.
         device: where to put it.
+        like: a denoiser whose network is copied where the file is of a network without a registered name.
 
     Raises:
         ValueError: there is no such model, or the file is truncated, of another format or another architecture.
     """
     name, (key, path) = os.fspath(name_or_path), find_model(name_or_path)
     # Channels last, because convolutions are faster so, on CPU as on GPU.
-    denoiser = resolve(READERS[key])(path).to(device).eval()
+    denoiser = (_read_like(path, like) or resolve(READERS[key])(path)).to(device).eval()
     denoiser.source = name if name in shipped_models() else str(path)
     channels_last(denoiser)
     return denoiser
@@ -64,20 +70,36 @@ def load_denoiser(name_or_path: str | os.PathLike[str], *, device: torch.device 
 def find_model(name_or_path: str | os.PathLike[str]) -> tuple[str, Path]:
     """How a model is read, an entry of `READERS`, and from which file; arguments and errors as of `load_denoiser`."""
     shipped, name = shipped_models(), os.fspath(name_or_path)
-    path = shipped.get(name, Path(name))
+    path = shipped.get(name) or local_path(name)
     if path.is_dir():
-        key = next((key for key in READERS if (path / key).is_file()), None)
+        unfinished = (path / "config.yaml").is_file() and not (path / "finished.json").is_file()
+        first = ["config.yaml"] if unfinished and any(path.glob("checkpoints/*.json")) else []
+        key = next((key for key in (*first, *READERS) if (path / key).is_file()), None)
         if key is None:
             raise ValueError(f"the folder {path} holds no model: expected one of {', '.join(_keys(folder=True))} in it")
         return key, path / key
     if not path.is_file():
         raise ValueError(
             f"unknown model {name!r}: choose one of {', '.join(sorted(shipped)) or '(none shipped)'}, or give the path "
-            "of a file or folder"
+            f"of a file or folder{hub_hint(name)}"
         )
     if path.suffix not in READERS:
         raise ValueError(f"cannot read {path}: models end in {', '.join(_keys(folder=False))}")
     return path.suffix, path
+
+
+def _read_like(path: Path, like: Denoiser | None) -> NetworkDenoiser | None:
+    """What a file of a network without a name holds, in a copy of a network; None for other files."""
+    if not isinstance(like, NetworkDenoiser) or not isinstance(like.model, OwnNetwork):
+        return None
+    config, state = MODEL.read(path)
+    if config["network"].get("name") != UNREGISTERED:
+        return None
+    own = like.model
+    network = OwnNetwork(own.bare_network(), num_classes=config["num_classes"], call=own.call, **config["adapter"])
+    denoiser = build_denoiser(config, network=network)
+    load_state(denoiser, state, source=str(path))
+    return denoiser
 
 
 def _keys(*, folder: bool) -> list[str]:
@@ -123,8 +145,10 @@ def _check_network(config: Mapping[str, Any], path: Path) -> None:
 READERS: dict[str, Callable[[Path], Denoiser] | str] = {
     ".safetensors": "diffdistill.interop:read_either",
     "model.safetensors": read_safetensors,
+    "config.yaml": "diffdistill.training.weights:read_run",
     "model_index.json": "diffdistill.interop.diffusers.folders:read_folder",
-    **dict.fromkeys((".pkl", ".pt", ".pth", ".ckpt"), "diffdistill.interop:read_denoiser"),
+    "config.json": "diffdistill.interop.diffusers.folders:read_network",
+    **dict.fromkeys((".pkl", ".pt", ".pth", ".ckpt", ".bin", ".gguf"), "diffdistill.interop:read_denoiser"),
 }
 """How to read a model: by the suffix of a file, or by the name of a file that a folder holds.
 

@@ -16,7 +16,8 @@ class NetworkDenoiser(Denoiser):
     """`D(x, sigma) = c_skip x + c_out F(c_in x, c_noise)` (Karras et al. 2022, Eq. 7).
 
     Args:
-        network: called as `network(x, noise_labels, class_labels, w)`, with one-hot class labels or None. Where it has
+        network: called as `network(x, noise_labels, class_labels, w)`, with one-hot class labels or None, and with a
+            fifth argument `ratio` where it has the attribute `s_channels` and that is not 0 (`step_ratio`). Where it has
             more output channels than the data, as networks that predict a variance do, the first ones count.
             A network with the attribute `conditional` is given the condition as it is, and defines `null_condition`
             and `check_condition` for it.
@@ -68,6 +69,7 @@ class NetworkDenoiser(Denoiser):
         self.sigma_max = sigma_max
         self.sigma_data = getattr(preconditioning, "sigma_data", Denoiser.sigma_data)
         self.w_range = None if w_range is None else (float(w_range[0]), float(w_range[1]))
+        self.flow_map = bool(getattr(network, "s_channels", 0))
         self.distilled = distilled
         self.register_buffer("classes", torch.arange(num_classes), persistent=False)
 
@@ -103,7 +105,18 @@ class NetworkDenoiser(Denoiser):
         """The dtype of the network's parameters, in which it computes; the result has that of `x`."""
         return next(self.model.parameters()).dtype
 
-    def forward(self, x: Tensor, sigma: Tensor, cond: Any = None, w: Tensor | None = None) -> Tensor:
+    def step_ratio(self, sigma: Tensor, s: Tensor) -> Tensor:
+        """How a network is told that a step from `sigma` ends at `s`: their ratio in `[0, 1]`, 1 where s = sigma.
+
+        It is one of angles, `atan(s / sigma_data) / atan(sigma / sigma_data)`, the times of TrigFlow (Lu and Song 2024):
+        the ratio of the levels themselves would not tell the ends of a step from noise apart.
+        """
+        scale = self.sigma_data
+        return (s.to(torch.float64) / scale).atan() / (sigma / scale).atan()
+
+    def forward(
+        self, x: Tensor, sigma: Tensor, cond: Any = None, w: Tensor | None = None, s: Tensor | None = None
+    ) -> Tensor:
         """Denoise.
 
         Args:
@@ -112,21 +125,25 @@ class NetworkDenoiser(Denoiser):
             cond: class labels, long `[B]`; -1, or None for the whole batch, stands for no class. Or the condition of
                 a network that defines its own.
             w: guidance weight, `[B]`, for a network that takes one; None stands for w = 0.
+            s: the level at which the step ends, `[B]` between 0 and sigma, for a flow map; None stands for s = sigma.
 
         Returns:
-            The expected clean image, in the shape and dtype of `x`.
+            The expected clean image, in the shape and dtype of `x`; of a flow map, what leads a step to s.
 
         Raises:
-            ValueError: `sigma` does not have the shape `[B]`, or `w` is given to a network that takes none.
+            ValueError: `sigma` does not have the shape `[B]`, or `w` or `s` is given to a network that takes none.
         """
         if w is not None and self.w_range is None:
             raise ValueError("this denoiser takes no guidance weight w: guide it with ClassifierFreeGuidance")
+        if s is not None and not self.flow_map:
+            raise ValueError("this denoiser takes no end of a step s: make a flow map with models.flow_map_student")
         coefficients, dtype = self.preconditioning, self.dtype
         sigma = sigma.to(level_dtype(sigma.device))
         x_in = (per_sample(coefficients.c_in(sigma), x) * x).to(dtype)
         noise_labels = coefficients.c_noise(sigma).to(torch.promote_types(dtype, torch.float32))
         given = cond if hasattr(self.model, "conditional") else self._one_hot(cond, len(x), dtype)
-        output = self.model(x_in, noise_labels, given, w)
+        ends = () if s is None else (self.step_ratio(sigma, s).to(noise_labels.dtype),)
+        output = self.model(x_in, noise_labels, given, w, *ends)
         output = output[:, : x.shape[1]].to(x.dtype)
         return per_sample(coefficients.c_skip(sigma), x) * x + per_sample(coefficients.c_out(sigma), x) * output
 

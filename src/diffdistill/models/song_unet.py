@@ -11,19 +11,19 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from diffdistill.models.layers import (
+    AddedInputs,
     BlockStyle,
     Conv2d,
     GroupNorm,
     Init,
     UNetBlock,
     fourier_embedding,
-    guidance_embedding,
     linear,
     positional_embedding,
 )
 
 
-class SongUNet(nn.Module):
+class SongUNet(AddedInputs):
     """The U-Net of DDPM++ (the defaults) and NCSN++.
 
     NCSN++ is `embedding_type="fourier", channel_mult_noise=2, encoder_type="residual", resample_filter=[1, 3, 3, 1]`.
@@ -35,6 +35,7 @@ class SongUNet(nn.Module):
         label_dim: length of the one-hot class labels, 0 for none.
         augment_dim: length of the augmentation labels, 0 for none.
         w_channels: width of the embedding of a guidance weight, 0 for none.
+        s_channels: width of the embedding of the end of a step, of flow maps, 0 for none.
         model_channels: channels of the first level.
         channel_mult: channels of each level over `model_channels`; every level halves the resolution.
         channel_mult_emb: width of the embedding over `model_channels`.
@@ -56,6 +57,7 @@ class SongUNet(nn.Module):
         label_dim: int = 0,
         augment_dim: int = 0,
         w_channels: int = 0,
+        s_channels: int = 0,
         model_channels: int = 128,
         channel_mult: Sequence[int] = (1, 2, 2, 2),
         channel_mult_emb: int = 4,
@@ -76,7 +78,7 @@ class SongUNet(nn.Module):
         ):
             if value not in valid:
                 raise ValueError(f"{option} {value!r} is unknown: choose one of {', '.join(valid)}")
-        self.label_dim, self.w_channels = label_dim, w_channels
+        self.label_dim = label_dim
         self.channel_mult, self.num_blocks = tuple(channel_mult), num_blocks
         self.model_channels, self.img_resolution = model_channels, img_resolution
         self.attn_resolutions = tuple(attn_resolutions)
@@ -102,8 +104,7 @@ class SongUNet(nn.Module):
             self.map_noise = fourier_embedding(noise_channels)
         self.map_label = linear(label_dim, noise_channels, init) if label_dim else None
         self.map_augment = linear(augment_dim, noise_channels, init, bias=False) if augment_dim else None
-        self.embed_w = guidance_embedding(w_channels) if w_channels else None
-        self.map_w = linear(w_channels, noise_channels, replace(init, weight=0), bias=False) if w_channels else None
+        self.make_inputs(noise_channels, w_channels=w_channels, s_channels=s_channels)
         self.map_layer0 = linear(noise_channels, emb_channels, init)
         self.map_layer1 = linear(emb_channels, emb_channels, init)
         self.enc, skips = self._encoder(img_channels, style, encoder_type)
@@ -170,6 +171,7 @@ class SongUNet(nn.Module):
         noise_labels: Tensor,
         class_labels: Tensor | None = None,
         w: Tensor | None = None,
+        ratio: Tensor | None = None,
         *,
         augment_labels: Tensor | None = None,
     ) -> Tensor:
@@ -180,16 +182,22 @@ class SongUNet(nn.Module):
             noise_labels: `c_noise`, `[B]`.
             class_labels: one-hot, `[B, label_dim]`; None or zeros for no class.
             w: guidance weight, `[B]`; None for zeros.
+            ratio: end of the step over its beginning, `[B]` in [0, 1], of flow maps; None for 1.
             augment_labels: `[B, augment_dim]`, or None for no augmentation.
 
         Returns:
             `[B, out_channels, H, W]`.
         """
-        emb = self._embed(noise_labels, class_labels, w, augment_labels)
+        emb = self._embed(noise_labels, class_labels, w, ratio, augment_labels)
         return self._decode(*self._encode(x, emb), emb)
 
     def _embed(
-        self, noise_labels: Tensor, class_labels: Tensor | None, w: Tensor | None, augment_labels: Tensor | None
+        self,
+        noise_labels: Tensor,
+        class_labels: Tensor | None,
+        w: Tensor | None,
+        ratio: Tensor | None,
+        augment_labels: Tensor | None,
     ) -> Tensor:
         dtype = self.map_layer0.weight.dtype
         # Out of autocast: the embedding costs next to nothing, and its digits tell noise levels apart.
@@ -200,11 +208,7 @@ class SongUNet(nn.Module):
                 emb = emb + self.map_label(labels * self.label_dim**0.5)
             if self.map_augment is not None and augment_labels is not None:
                 emb = emb + self.map_augment(augment_labels.to(dtype))
-            if self.embed_w is not None and self.map_w is not None:
-                w = torch.zeros_like(noise_labels) if w is None else w
-                emb = emb + self.map_w(self.embed_w(w).to(dtype))
-            elif w is not None:
-                raise ValueError("this network takes no guidance weight: build it with w_channels > 0, or pass w=None")
+            emb = self.add_inputs(emb, w, ratio)
             return F.silu(self.map_layer1(F.silu(self.map_layer0(emb))))
 
     def _encode(self, x: Tensor, emb: Tensor) -> tuple[Tensor, list[Tensor]]:

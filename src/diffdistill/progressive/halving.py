@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import copy
 import gc
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
-from torch import Tensor, nn
+from torch import Tensor
 
 from diffdistill.denoiser import Denoiser, Distilled
 from diffdistill.distributed import rank
@@ -76,7 +76,8 @@ def halve_steps(
     halving: Halving,
     run: Run,
     *,
-    on_samples: Callable[[nn.Module], Tensor] | None = None,
+    on_samples: Callable[[Any], Tensor] | None = None,
+    callbacks: Sequence[Any] = (),
     provenance: Callable[[Run], Mapping[str, Any]] | None = None,
 ) -> dict[int, Path]:
     """Make every student, and return the file of each by its number of steps.
@@ -89,6 +90,7 @@ def halve_steps(
         halving: the settings.
         run: the folder to write to.
         on_samples: as for `Trainer`.
+        callbacks: as for `Trainer`; they are told of every stage.
         provenance: what to record with a student, given the run of its stage.
     """
     trainers = {num_steps: halving.trainer_of(num_steps) for num_steps in halving.students()}
@@ -107,7 +109,9 @@ def halve_steps(
                 teacher, student, steps=steps, weighting=halving.weighting, w_range=teacher.w_range
             )
             name = f"{num_steps} step{'s' * (num_steps > 1)}"
-            model = Trainer(objective, data, trainer, stage, on_samples=on_samples, name=name).train()
+            model = Trainer(
+                objective, data, trainer, stage, on_samples=on_samples, callbacks=callbacks, name=name
+            ).train()
             if rank() == 0:
                 assert isinstance(model, NetworkDenoiser)
                 save_denoiser(model, paths[num_steps], provenance=provenance(stage) if provenance else None)
@@ -116,7 +120,7 @@ def halve_steps(
             teacher.to("cpu")
             del student, objective, model
             gc.collect()
-        teacher = load_denoiser(paths[num_steps])
+        teacher = load_denoiser(paths[num_steps], like=teacher)
     if not run.finished:
         run.finish()
     return paths

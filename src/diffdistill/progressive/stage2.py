@@ -2,18 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from diffdistill.denoiser import Denoiser, per_sample
-from diffdistill.models import GuidanceConditioned
-from diffdistill.solvers import Euler, Interval, ProbabilityFlow
-from diffdistill.training.conditions import condition_of
-from diffdistill.training.objective import Loss, Objective
-from diffdistill.training.randomness import draw_w, normal_like, randint
-from diffdistill.training.weighting import weighted_error
+from diffdistill.denoiser import Denoiser
+from diffdistill.progressive.objective import Hop, StepRegression, bound
+from diffdistill.progressive.targets import two_hop_target
+from diffdistill.solvers import ProbabilityFlow
+from diffdistill.training.randomness import randint
 
 
 def deterministic_steps(sigmas: Tensor) -> Tensor:
@@ -66,15 +65,12 @@ STEPS: dict[str, Callable[[Tensor], Tensor]] = {
 """The steps a student is distilled at, by the sampler that it is meant for."""
 
 
-class StepDistillation(Objective):
-    """`E omega(sigma) || D_student(z, sigma, y, w) - x~ ||^2`, with x~ the x0 that leads one step to where two ended.
+class StepDistillation(StepRegression):
+    """Progressive distillation: both hops are the teacher's, and meet in the middle of the student's step.
 
     Args:
-        teacher: the model that takes two steps; frozen.
-        student: a copy of the teacher, to be trained.
+        teacher, student, weighting, w_range: as for `StepRegression`; the student begins as a copy of the teacher.
         steps: `[S, 3]` from `STEPS`; each batch draws from them uniformly.
-        weighting: `omega`.
-        w_range: the guidance weights to draw, or None for models that take none.
     """
 
     def __init__(
@@ -86,37 +82,15 @@ class StepDistillation(Objective):
         weighting: Callable[[Tensor], Tensor],
         w_range: tuple[float, float] | None = None,
     ) -> None:
-        super().__init__()
-        self.teacher = teacher.eval().requires_grad_(False)
-        self.trained = student
-        self.weighting = weighting
-        self.w_range = w_range
+        super().__init__(teacher, student, weighting=weighting, w_range=w_range)
         self.steps: Tensor
         self.register_buffer("steps", steps.double(), persistent=False)
 
-    def train(self, mode: bool = True) -> StepDistillation:
-        """Keep dropout off: the target is a function of the input, and noise in the student would only blur it."""
-        super().train(False)
-        return self
+    def draw(self, count: int, generator: torch.Generator) -> Hop:
+        sigma, sigma_mid, sigma_next = self.steps[randint(len(self.steps), (count,), generator)].unbind(1)
+        return Hop(sigma, sigma_next, sigma_mid)
 
-    def loss(self, batch: Mapping[str, Tensor], generator: torch.Generator) -> Loss:
-        """`batch` holds images `x` `[B, ...]` and, for a conditional model, conditions as `condition_of` reads them."""
-        x, y = batch["x"], condition_of(batch, self.trained)
-        index = randint(len(self.steps), (len(x),), generator)
-        sigma, sigma_mid, sigma_next = self.steps[index].unbind(1)
-        noisy = x + per_sample(sigma, x) * normal_like(x, generator)
-        teacher, student = self.teacher, self.trained
-        if self.w_range is not None:
-            w = draw_w(self.w_range, len(x), generator)
-            teacher, student = GuidanceConditioned(teacher, w), GuidanceConditioned(student, w)
-        target = two_step_target(ProbabilityFlow(teacher, y), noisy, sigma, sigma_mid, sigma_next)
-        return Loss(weighted_error(student(noisy, sigma, y), target, self.weighting(sigma)), {})
-
-
-@torch.no_grad()
-def two_step_target(flow: ProbabilityFlow, x: Tensor, sigma: Tensor, sigma_mid: Tensor, sigma_next: Tensor) -> Tensor:
-    """The x0 for which one Euler step from sigma to sigma_next ends where two of the teacher's end, `[B, ...]`."""
-    euler = Euler()
-    x_mid, _ = euler.step(flow, x, Interval(sigma, sigma_mid))
-    x_next, _ = euler.step(flow, x_mid, Interval(sigma_mid, sigma_next))
-    return Euler.invert(x, x_next, Interval(sigma, sigma_next))
+    def target(self, x: Tensor, hop: Hop, cond: Any, w: Tensor | None) -> Tensor:
+        assert hop.sigma_mid is not None
+        flow = ProbabilityFlow(bound(self.teacher, w), cond)
+        return two_hop_target(flow, flow, x, hop.sigma, hop.sigma_mid, hop.sigma_next)

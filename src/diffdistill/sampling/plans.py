@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -10,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from diffdistill.denoiser import Denoiser, Distilled, spread_labels
+from diffdistill.denoiser import Codec, Denoiser, Distilled, spread_labels
 from diffdistill.devices import device_of, native_bf16
 from diffdistill.learned.storage import load_predictor
 from diffdistill.models import guided
@@ -18,6 +19,7 @@ from diffdistill.progressive.stochastic import StochasticEuler
 from diffdistill.registry import choose
 from diffdistill.solvers import (
     Euler,
+    FlowMap,
     GaussianStart,
     Solver,
     load_gaussian,
@@ -26,10 +28,12 @@ from diffdistill.solvers import (
     seeded_noise,
     shipped_gaussians,
 )
-from diffdistill.solvers.guidance import make_guidance
+from diffdistill.solvers.guidance import make_guidance_weight
 from diffdistill.solvers.schedules import OF_A_TABLE
 from diffdistill.training.inputs import inputs_of
 
+END_TOLERANCE = 1e-3
+"""Relative; a level above the model's range by more is one that it does not know."""
 WARM_UP_SAMPLES = 256
 """Trajectories from which GITS chooses a schedule (Chen et al. 2024, Section 4)."""
 WARM_UP_SEED = 2_000_000
@@ -40,18 +44,21 @@ WARM_UP_STEPS = 60
 
 @dataclass(frozen=True)
 class Plan:
-    """A denoiser with the solver, the noise levels and the analytic start to sample it with.
+    """A denoiser with the solver, the noise levels, the analytic start and the thresholding to sample it with.
 
     With `bf16` the network runs in bfloat16 by autocast; the solver's arithmetic stays in float32. `preparation_nfe`
-    counts the network evaluations that choosing the noise levels took, over all trajectories.
+    counts the network evaluations that choosing the noise levels took, over all trajectories. `codec` is the
+    autoencoder of a latent model that holds none itself.
     """
 
     denoiser: Denoiser
     solver: Solver
     sigmas: Tensor
     start: GaussianStart | None = None
+    thresholding: str | None = None
     bf16: bool = False
     preparation_nfe: int = 0
+    codec: Codec | None = None
     guidance: Callable[[float], float] | None = None
 
     @property
@@ -61,7 +68,8 @@ class Plan:
     @property
     def options(self) -> dict[str, Any]:
         """What `sample` takes of it, beside the denoiser."""
-        return {"solver": self.solver, "sigmas": self.sigmas, "start": self.start, "guidance": self.guidance}
+        names = ("solver", "sigmas", "start", "thresholding", "guidance")
+        return {name: getattr(self, name) for name in names}
 
     @property
     def device(self) -> torch.device:
@@ -69,7 +77,7 @@ class Plan:
 
     def pictures(self, x: Tensor) -> Tensor:
         """What was sampled, `[B, ...]`, as images: the latents of a latent model are decoded."""
-        codec = self.denoiser.codec
+        codec = self.codec or self.denoiser.codec
         return x if codec is None else codec.decode(x)
 
 
@@ -95,7 +103,14 @@ def schedule_for(denoiser: Denoiser, options: Mapping[str, Any]) -> Tensor:
         given = {}
     if options["name"] in OF_A_TABLE and denoiser.table is not None:
         given["table"] = denoiser.table.cpu()
-    return make_schedule(**{**given, **options})
+    sigmas = make_schedule(**{**given, **options})
+    if float(sigmas[0]) > denoiser.sigma_max * (1 + END_TOLERANCE):
+        warnings.warn(
+            f"the noise levels begin at {float(sigmas[0]):g}, above {denoiser.sigma_max:g}, the highest of the model: "
+            "it was not trained there",
+            stacklevel=2,
+        )
+    return sigmas
 
 
 def plan(
@@ -113,14 +128,14 @@ def plan(
     Args:
         model: from `load_denoiser`.
         w: guidance weight; None leaves the model as it is.
-        solver: options of `make_solver`, "euler" by default, or `name` "learned" and `predictor`, the name or path of
-            a learned solver. A few-step student brings its own sampler.
+        solver: options of `make_solver`, "euler" by default and "flow_map" for a flow map, or `name` "learned" and
+            `predictor`, the name or path of a learned solver. A few-step student brings its own sampler.
         schedule: options of `make_schedule`, by default "cosine" down to sigma = 0. Students and learned solvers bring
             their own. "gits" chooses the levels on trajectories of the model.
         num_steps: steps of the schedule; students and learned solvers have only their own.
         start: the level to begin at by the analytic start, or a mapping of this `sigma` and, where they are not those
             stored beside the model, `statistics` (of `load_gaussian`). Students and learned solvers bring their own.
-        guidance: options of `make_guidance`, in place of w, for a weight that depends on the noise level.
+        guidance: options of `make_guidance_weight`, in place of w, for a weight that depends on the noise level.
 
     Raises:
         ValueError: both w and guidance; a number of steps that a student or a learned solver was not trained for, a
@@ -132,13 +147,13 @@ def plan(
         if w is not None:
             raise ValueError(f"guidance has a weight of its own: leave out w={w:g}")
         made = plan(model, w=0.0, solver=solver, schedule=schedule, num_steps=num_steps, start=start)
-        return replace(made, guidance=make_guidance(**{"sigmas": made.sigmas, **guidance}))
+        return replace(made, guidance=make_guidance_weight(**{"sigmas": made.sigmas, **guidance}))
     denoiser = model if w is None else guided(model, w)
-    solver_options = solver or {"name": "euler"}
+    solver_options = solver or {"name": "flow_map" if model.flow_map else "euler"}
     learned = solver_options["name"] == "learned"
     _check_fit(model, learned=learned, solver=solver, schedule=schedule, num_steps=num_steps, start=start)
     if model.distilled is not None:
-        return _student_plan(denoiser, model.distilled)
+        return _student_plan(denoiser, model.distilled, num_steps)
     if learned:
         return _learned_plan(denoiser, solver_options["predictor"], num_steps)
     begin = None if start is None else start_for(model, start)
@@ -159,28 +174,33 @@ def _check_fit(
     own = model.distilled
     if own is not None and own.sampler == "encoder":
         raise ValueError("this student carries images to noise, not noise to images: editing encodes with it")
-    if own is not None and num_steps not in (None, own.num_steps):
-        raise ValueError(f"num_steps={num_steps}: this student was distilled for {own.num_steps} steps only")
+    if own is not None:
+        own.levels(num_steps)
     if own is not None and any(option is not None for option in (solver, schedule, start)):
         raise ValueError(
             "a few-step student brings its own sampler and noise levels: leave out solver, schedule and start"
         )
+    if solver is not None and solver["name"] == "flow_map" and not model.flow_map:
+        raise ValueError("solver=flow_map is for flow maps, and this model is none: it takes no end of a step")
     if learned and (schedule is not None or start is not None):
         raise ValueError("a learned solver brings its own noise levels: leave out schedule and start")
     if num_steps is None and own is None and not learned:
         raise ValueError("num_steps is missing: this model was not distilled to a number of steps, so choose one")
 
 
-def _student_plan(denoiser: Denoiser, own: Distilled) -> Plan:
-    levels = torch.tensor(own.sigmas, dtype=torch.float64)
-    return Plan(denoiser, StochasticEuler() if own.sampler == "stochastic" else Euler(), levels)
+def _student_plan(denoiser: Denoiser, own: Distilled, num_steps: int | None) -> Plan:
+    levels = torch.tensor(own.levels(num_steps), dtype=torch.float64)
+    if own.sampler == "stochastic":
+        return Plan(denoiser, StochasticEuler(), levels)
+    return Plan(denoiser, FlowMap(afs=own.afs) if denoiser.flow_map else Euler(afs=own.afs), levels)
 
 
 def _learned_plan(denoiser: Denoiser, predictor: str, num_steps: int | None) -> Plan:
     device = device_of(denoiser)
     learned = load_predictor(predictor, device=device)
     learned.check(denoiser, num_steps=num_steps)
-    return Plan(denoiser, learned.solver, learned.sigmas, learned.gaussian_start(device=device))
+    start = learned.gaussian_start(device=device)
+    return Plan(denoiser, learned.solver, learned.sigmas, start, learned.thresholding)
 
 
 def _scheduled_plan(

@@ -9,13 +9,14 @@ from pathlib import Path
 import numpy as np
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
 from diffdistill.denoiser import NULL_LABEL, Denoiser, spread_labels
 from diffdistill.distributed import barrier, rank, world_size
+from diffdistill.files.archives import open_npz
 from diffdistill.files.atomic import replacing
 from diffdistill.pictures import save_grid
-from diffdistill.sampling.generation import generate, makes_pictures
+from diffdistill.progress import progress
+from diffdistill.sampling.generation import Condition, condition_rows, generate, makes_pictures
 from diffdistill.sampling.plans import Plan
 
 GRID_SAMPLES = 100
@@ -49,7 +50,7 @@ def chosen_labels(labels: int | Sequence[int] | None, num_samples: int, model: D
 
 
 def draw_to(
-    folder: Path, plan: Plan, seeds: Sequence[int], labels: Tensor | None, *, key: str, batch_size: int = 256
+    folder: Path, plan: Plan, seeds: Sequence[int], labels: Condition | None, *, key: str, batch_size: int = 256
 ) -> Samples:
     """Draw a sample for each seed; the parts that lie in `folder` already are read instead of drawn again.
 
@@ -59,7 +60,7 @@ def draw_to(
         folder: where the parts lie.
         plan: how to sample.
         seeds: of the samples.
-        labels: long `[N]`, or None.
+        labels: long `[N]`, or the condition of a text model, or None.
         key: what decides the samples, such as `Run.digest`: parts of another key are not read.
         batch_size: samples of a part.
 
@@ -73,23 +74,23 @@ def draw_to(
         for start in range(0, len(seeds), batch_size)
     }
     own = list(paths.items())[rank() :: world_size()]
-    for start, path in tqdm(own, desc="sampling", unit="batch", disable=True if rank() else None):
+    for start, path in progress(own, desc="sampling", unit="batch", hidden=rank() != 0):
         if path.exists():
             continue
-        chunk = slice(start, start + batch_size)
-        (x,) = generate(plan, seeds[chunk], None if labels is None else labels[chunk], batch_size=batch_size)
-        x = x.float().clamp(-1, 1) if makes_pictures(plan.denoiser) else x.float()
+        chunk = seeds[start : start + batch_size]
+        (x,) = generate(plan, chunk, condition_rows(labels, start, len(chunk)), batch_size=batch_size)
+        x = x.float().clamp(-1, 1) if plan.codec is not None or makes_pictures(plan.denoiser) else x.float()
         with replacing(path) as temporary:
             np.savez(temporary, x=x.cpu().numpy())
     barrier()
     return Samples(
         torch.cat([_read_part(path) for path in paths.values()]),
-        torch.full((len(seeds),), NULL_LABEL) if labels is None else labels,
+        labels if isinstance(labels, Tensor) else torch.full((len(seeds),), NULL_LABEL),
     )
 
 
 def _read_part(path: Path) -> Tensor:
-    with np.load(path, allow_pickle=False) as part:
+    with open_npz(path, what="samples") as part:
         return torch.from_numpy(part["x"])
 
 

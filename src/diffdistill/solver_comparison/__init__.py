@@ -2,18 +2,18 @@
 
 from diffdistill.solver_comparison.candidates import Candidate, Grid, learned_candidate, num_steps_for, predictor_name
 from diffdistill.solver_comparison.problem import Problem, reference_endpoints
-from diffdistill.solver_comparison.ranking import Row, best, compare, entries, measure
+from diffdistill.solver_comparison.ranking import Measurement, best, compare, entries, measure_candidate
 
 __all__ = [
     "Candidate",
     "Grid",
+    "Measurement",
     "Problem",
-    "Row",
     "best",
     "compare",
     "entries",
     "learned_candidate",
-    "measure",
+    "measure_candidate",
     "num_steps_for",
     "predictor_name",
     "reference_endpoints",

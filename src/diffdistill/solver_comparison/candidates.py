@@ -11,6 +11,7 @@ from typing import Any
 from torch import Tensor
 
 from diffdistill.learned import load_predictor
+from diffdistill.registry import choose
 from diffdistill.solver_comparison.problem import Problem
 from diffdistill.solvers import GaussianStart, GaussianStatistics, Solver, make_schedule, make_solver, sample
 
@@ -21,7 +22,7 @@ class Candidate:
 
     Attributes:
         label: of the solver.
-        solver, sigmas, start: as for `sample`.
+        solver, sigmas, start, thresholding: as for `sample`.
         schedule: of the noise levels, in words.
         parameters: learned numbers.
         training_seconds: that learning took.
@@ -31,6 +32,7 @@ class Candidate:
     solver: Solver
     sigmas: Tensor
     start: GaussianStart | None = None
+    thresholding: str | None = None
     schedule: str = "own"
     parameters: int = 0
     training_seconds: float | None = None
@@ -44,6 +46,7 @@ class Candidate:
             sigmas=self.sigmas,
             cond=cond,
             start=self.start,
+            thresholding=self.thresholding,
             return_trajectory=True,
         )
         return run.x[-1], run.nfe
@@ -103,8 +106,22 @@ class Grid:
                     num_steps = num_steps_for(solver, evaluations, to_zero=schedule.get("sigma_min") == 0)
                     if num_steps is not None:
                         sigmas, begin = self._levels(name, num_steps, start, problem)
-                        found.append(Candidate(label, solver, sigmas, begin, name + suffix))
+                        found.append(Candidate(label, solver, sigmas, begin, schedule=name + suffix))
         return found
+
+    def base(
+        self, label: str, solver: Mapping[str, Any], schedule: str, evaluations: int, problem: Problem
+    ) -> Candidate | None:
+        """The solver of `solver` (of `make_solver`) on the schedule of that label, or None for such evaluations.
+
+        Raises:
+            ValueError: a schedule that is not one of the grid.
+        """
+        made, options = make_solver(**solver), choose("schedule", schedule, self.schedules)
+        num_steps = num_steps_for(made, evaluations, to_zero=options.get("sigma_min") == 0)
+        if num_steps is None:
+            return None
+        return Candidate(label, made, self._levels(schedule, num_steps, None, problem)[0], schedule=schedule)
 
     @cache  # noqa: B019 (a grid lives as long as the comparison)
     def _levels(
@@ -142,6 +159,7 @@ def learned_candidate(predictor: str, denoiser: Any) -> Candidate:
         learned.solver,
         learned.sigmas,
         learned.gaussian_start(),
+        learned.thresholding,
         schedule="learned",
         parameters=sum(p.numel() for p in learned.solver.predictor.parameters()),
         training_seconds=learned.provenance.get("metrics", {}).get("seconds"),

@@ -10,10 +10,10 @@ from typing import Any
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
-from tqdm import tqdm
 
 from diffdistill.devices import device_of
 from diffdistill.files.atomic import replacing
+from diffdistill.progress import progress
 from diffdistill.solvers import Solver, make_schedule, sample, seeded_noise
 
 
@@ -76,7 +76,7 @@ def reference_endpoints(
     )
     parts = []
     todo = batches(denoiser, seeds, labels, batch_size)
-    for index, (noise, cond) in enumerate(tqdm(todo, desc="reference", unit="batch", disable=None)):
+    for index, (noise, cond) in enumerate(progress(todo, desc="reference", unit="batch")):
         path = folder / f"{index:05d}.safetensors"
         known = load_file(path)["endpoints"] if path.exists() else noise[:0].expand(2, *noise[:0].shape)
         if known.shape[1] < len(noise):

@@ -13,18 +13,18 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
 from diffdistill.files.atomic import write_text
 from diffdistill.files.hashes import sha256
 from diffdistill.learned.storage import PREDICTOR
+from diffdistill.progress import progress
 from diffdistill.solver_comparison.candidates import Candidate, Grid, learned_candidate, predictor_name
 from diffdistill.solver_comparison.problem import Problem
 
 
 @dataclass(frozen=True)
-class Row:
-    """One measurement.
+class Measurement:
+    """One way to sample, measured on all seeds.
 
     Attributes:
         solver: its label.
@@ -49,10 +49,10 @@ class Row:
     training_seconds: float | None = None
 
 
-def measure(
+def measure_candidate(
     candidate: Candidate, problem: Problem, frechet: Callable[[Tensor], float] | None = None
-) -> tuple[Row, Tensor]:
-    """Run a candidate on all seeds; the row, and the distance of each sample to the reference, `[N]`."""
+) -> tuple[Measurement, Tensor]:
+    """Run a candidate on all seeds; the measurement, and the distance of each sample to the reference, `[N]`."""
     started, parts, nfe = time.perf_counter(), [], 0
     for noise, cond in problem.batches():
         x, nfe = candidate.run(problem.denoiser, noise, cond)
@@ -60,7 +60,7 @@ def measure(
     seconds = time.perf_counter() - started
     x = torch.cat(parts)
     distances = (x - problem.endpoints[int(candidate.sigmas[-1] == 0)]).flatten(1).norm(dim=1)
-    row = Row(
+    row = Measurement(
         solver=candidate.label,
         nfe=nfe,
         start=None if candidate.start is None else candidate.start.sigma,
@@ -81,7 +81,7 @@ def best(candidates: Sequence[Candidate], problem: Problem) -> Candidate | None:
     """
     for share in (16, 4, 1):
         part = problem.part(max(len(problem.seeds) // share, 2))
-        errors = {candidate: measure(candidate, part)[0].error for candidate in candidates}
+        errors = {candidate: measure_candidate(candidate, part)[0].error for candidate in candidates}
         ranked = sorted(errors, key=lambda candidate: (isnan(errors[candidate]), errors[candidate]))
         candidates = ranked[: ceil(len(ranked) / 4)]
     return candidates[0] if candidates else None
@@ -94,17 +94,19 @@ Entry = tuple[str, Callable[[], Candidate | None]]
 def entries(
     grid: Grid,
     solvers: Mapping[str, Mapping[str, Any]],
+    bases: Mapping[str, Mapping[str, Any]],
     evaluations: Sequence[int],
     predictors: Sequence[str],
     problem: Problem,
     *,
     tuning_samples: int,
 ) -> Iterator[Entry]:
-    """Who takes part: every solver at every number of evaluations, with and without start, and learned solvers.
+    """Who takes part: every solver at every number of evaluations, with and without start, bases, and learned solvers.
 
     Args:
         grid: what each solver is tried with.
         solvers: options of `make_solver` by label.
+        bases: options of `Grid.base` by label: `solver` and `schedule`.
         evaluations: of the denoiser.
         predictors: what `load_predictor` takes.
         problem: its first `tuning_samples` seeds choose the best of the grid.
@@ -119,6 +121,9 @@ def entries(
         for count in evaluations:
             for started in (False, True) if grid.starts else (False,):
                 yield f"{label}_{count}{'_start' if started else ''}", partial(choose, label, count, started)
+    for label, base in bases.items():
+        for count in evaluations:
+            yield f"{label}_{count}", partial(grid.base, label, evaluations=count, problem=few, **base)
     for name in predictors:
         row = f"learned_{predictor_name(name)}_{sha256(PREDICTOR.find(name))[:8]}"
         yield row, partial(learned_candidate, name, problem.denoiser)
@@ -126,15 +131,15 @@ def entries(
 
 def compare(
     candidates: Iterable[Entry], problem: Problem, folder: Path, frechet: Callable[[Tensor], float] | None = None
-) -> list[Row]:
-    """Measure every entry, in the order of evaluations. A row is a file of `folder`; those there are not made again."""
+) -> list[Measurement]:
+    """Measure every entry, in the order of evaluations; each measurement is a file of `folder`, made once."""
     rows = []
-    for name, choose in tqdm(list(candidates), desc="solvers", disable=None):
+    for name, choose in progress(list(candidates), desc="solvers"):
         path = folder / f"{name}.json"
         if not path.exists():
             candidate = choose()
-            row = None if candidate is None else measure(candidate, problem, frechet)[0]
+            row = None if candidate is None else measure_candidate(candidate, problem, frechet)[0]
             write_text(path, json.dumps(row and asdict(row)) + "\n")
         if row := json.loads(path.read_text(encoding="utf-8")):
-            rows.append(Row(**row))
+            rows.append(Measurement(**row))
     return sorted(rows, key=lambda row: (row.nfe, row.solver, row.start is not None))

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from diffdistill.pictures import save_figure
+from diffdistill.reports.plots import save_figure
 from diffdistill.solvers.integration import Trajectory
 
 MAX_COMPONENTS = 5

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
 
-from diffdistill.registry import construct
+from diffdistill.registry import construct, enter
 from diffdistill.solvers.amed import AMED, AMEDPlugin, AMEDPredictor, LearnedTable, Predictor, TabulatedPredictor
 from diffdistill.solvers.ancestral import EulerAncestral
 from diffdistill.solvers.base import Solver
@@ -21,11 +21,12 @@ from diffdistill.solvers.edm_sde import EDMStochastic
 from diffdistill.solvers.euler import Euler
 from diffdistill.solvers.features import FeatureTap
 from diffdistill.solvers.flow import ProbabilityFlow, dynamic_thresholding
+from diffdistill.solvers.flow_map import FlowMap
 from diffdistill.solvers.gaussian.start import GaussianStart
 from diffdistill.solvers.gaussian.start_choice import StartChoice, choose_start_sigma
 from diffdistill.solvers.gaussian.statistics import GaussianStatistics, load_gaussian, save_gaussian, shipped_gaussians
 from diffdistill.solvers.gits import gits
-from diffdistill.solvers.guidance import GUIDANCE, cfg_plus_plus, guidance_interval, make_guidance
+from diffdistill.solvers.guidance import GUIDANCE_WEIGHTS, cfg_plus_plus, guidance_interval, make_guidance_weight
 from diffdistill.solvers.heun import Heun
 from diffdistill.solvers.integration import Trajectory, integrate, sample
 from diffdistill.solvers.ipndm import IPNDM, IPNDMV
@@ -74,6 +75,7 @@ SOLVERS: dict[str, type[Solver]] = {
     "lcm": LCM,
     "tcd": TCD,
     "amed": AMED,
+    "flow_map": FlowMap,
 }
 
 SCHEDULES: dict[str, Callable[..., Tensor]] = {
@@ -117,6 +119,26 @@ def make_schedule(name: str | Sequence[float] | Tensor, **options: Any) -> Tenso
     return check_sigmas(torch.as_tensor(name, dtype=torch.float64))
 
 
+S = TypeVar("S", bound=type[Solver])
+
+
+def register_solver(name: str) -> Callable[[S], S]:
+    """A decorator that gives a `Solver` class a name for `make_solver`, configs and files of learned solvers.
+
+    Raises:
+        ValueError: the name is taken, or is no word.
+        TypeError: what is decorated is no `Solver` class.
+    """
+
+    def decorate(solver: S) -> S:
+        if not (isinstance(solver, type) and issubclass(solver, Solver)):
+            raise TypeError(f"the solver {name!r} must be a class that extends diffdistill.solvers.Solver: {solver!r}")
+        enter("solver", name, SOLVERS, solver)
+        return solver
+
+    return decorate
+
+
 def make_solver(name: str, **options: Any) -> Solver:
     """Build a solver by name; `SOLVERS` lists them.
 
@@ -132,7 +154,7 @@ __all__ = [
     "DEIS",
     "DPM2",
     "DPM3",
-    "GUIDANCE",
+    "GUIDANCE_WEIGHTS",
     "IPNDM",
     "IPNDMV",
     "LCM",
@@ -151,6 +173,7 @@ __all__ = [
     "EulerAncestral",
     "Evaluation",
     "FeatureTap",
+    "FlowMap",
     "GaussianStart",
     "GaussianStatistics",
     "Heun",
@@ -173,9 +196,10 @@ __all__ = [
     "integrate",
     "intervals",
     "load_gaussian",
-    "make_guidance",
+    "make_guidance_weight",
     "make_schedule",
     "make_solver",
+    "register_solver",
     "sample",
     "save_gaussian",
     "seeded_noise",

@@ -33,7 +33,7 @@ class ProbabilityFlow:
 
     def __init__(
         self,
-        denoiser: Callable[[Tensor, Tensor, Any], Tensor],
+        denoiser: Callable[..., Tensor],
         cond: Any = None,
         *,
         thresholding: Callable[[Tensor], Tensor] | None = None,
@@ -49,10 +49,13 @@ class ProbabilityFlow:
         self.guidance = guidance
         self.nfe = 0
 
-    def __call__(self, x: Tensor, sigma: Level, *, scale_time: Tensor | None = None) -> Evaluation:
+    def __call__(
+        self, x: Tensor, sigma: Level, *, scale_time: Tensor | None = None, s: Tensor | None = None
+    ) -> Evaluation:
         """Evaluate at `x: [B, ...]` and `sigma: [B]`, or a number for all samples.
 
         `scale_time: [B]` multiplies the sigma that the network is given; the evaluation keeps the nominal one.
+        `s: [B]` is the level at which the step ends, for flow maps.
 
         Raises:
             ValueError: the denoiser answers in another shape than that of `x`.
@@ -60,10 +63,10 @@ class ProbabilityFlow:
         sigma = on_batch(sigma, x)
         given = sigma if scale_time is None else sigma * scale_time
         self.nfe += self.denoiser.cost
-        if self.guidance is None:
-            denoised = self.denoiser(x, given, self.cond)
-        else:
-            denoised = self.denoiser(x, given, self.cond, w=self._weight(sigma))
+        options = {} if s is None else {"s": s}
+        if self.guidance is not None:
+            options["w"] = self._weight(sigma)
+        denoised = self.denoiser(x, given, self.cond, **options)
         if denoised.shape != x.shape:  # which would broadcast
             raise ValueError(f"the denoiser answers {list(denoised.shape)} for x of the shape {list(x.shape)}")
         features = None if self.features is None else self.features()

@@ -52,11 +52,11 @@ def cfg_plus_plus(*, scale: float, sigmas: Sequence[float] | Tensor) -> Weight:
     return weight
 
 
-GUIDANCE: dict[str, Callable[..., Weight]] = {"interval": guidance_interval, "cfg_pp": cfg_plus_plus}
+GUIDANCE_WEIGHTS: dict[str, Callable[..., Weight]] = {"interval": guidance_interval, "cfg_pp": cfg_plus_plus}
 
 
-def make_guidance(name: str, *, sigmas: Sequence[float] | Tensor, **options: Any) -> Weight:
-    """A guidance weight by name; `GUIDANCE` lists them. `sigmas` are the noise levels of the run.
+def make_guidance_weight(name: str, *, sigmas: Sequence[float] | Tensor, **options: Any) -> Weight:
+    """A guidance weight by name; `GUIDANCE_WEIGHTS` lists them. `sigmas` are the noise levels of the run.
 
     Raises:
         ValueError: an unknown name, or an option out of range.
@@ -64,4 +64,4 @@ def make_guidance(name: str, *, sigmas: Sequence[float] | Tensor, **options: Any
     """
     if name == "cfg_pp":
         options["sigmas"] = sigmas
-    return construct("guidance", name, GUIDANCE, **options)
+    return construct("guidance weight", name, GUIDANCE_WEIGHTS, **options)

@@ -70,7 +70,15 @@ def _published(sigma_next: Level, sigmas: Sequence[Level]) -> list[Level]:
 
 
 def _relative(h: Level, steps: list[Level]) -> list[Level]:
-    """Published weights of the newest slopes over `h`, from the coming step `h` and the past ones, newest first."""
+    """Published weights of the newest slopes over `h`, from the coming step `h` and the past ones, newest first.
+
+    The slope is interpolated in Newton's form, whose terms are divided differences of past slopes times
+    `s`, `s (s + h1)`, `s (s + h1) (s + h1 + h2)` at the distance s into the step. `half`, `second` and `third` are the
+    means of these over the step, over the denominators of the newest slope in the differences. `half` is exact. Of the
+    others the exact ones, which `coefficients="exact"` takes, differ in three places: `second` is
+    `(1 - h / (3 h01)) h h01 / (2 h1 h12)`, `third` has a minus between its terms, and in the last weight `h2 / h3`
+    stands for `ratio`. Published results were made with the weights as they are here.
+    """
     h1 = steps[0]
     half = h / h1 / 2
     weights = [1 + half, -half]

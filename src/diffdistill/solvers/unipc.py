@@ -13,8 +13,10 @@ from diffdistill.solvers.levels import Level, expm1, plain
 from diffdistill.solvers.multistep import Multistep
 from diffdistill.solvers.step import AFS, Evaluation, Step
 
-# B(h) of Section 3.1. It matters where a lone rho is set to 1/2; where several rho solve Eq. 5 it cancels. Their
-# Vandermonde matrix is inverted by hand below, with the right side c_k = k! psi_{k+1}.
+# B(h) of Section 3.1. It matters where a lone rho is set to 1/2; where several rho solve Eq. 5 it cancels.
+# The weights w_j of f_j - f_0 follow from f_j = sum_k r_j^k f^(k) / k! in the exact solution (`exponential.py`), for
+# polynomials: sum_j w_j r_j^k = c_k with c_k = k! psi_{k+1}. Summing the equations with the coefficients of
+# r prod (r - r_i) over the other places leaves one w_j: for a and b, w_a a (a - b) = c_2 - b c_1.
 VARIANTS: dict[str, Callable[[Level], Level]] = {"bh1": lambda h: h, "bh2": expm1}
 
 

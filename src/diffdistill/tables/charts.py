@@ -6,7 +6,8 @@ from pathlib import Path
 from typing import Any
 
 from diffdistill.metrics.measures import MEASURES
-from diffdistill.pictures import GAP, name_lines, save_figure, save_mosaic
+from diffdistill.pictures import GAP, save_mosaic
+from diffdistill.reports.plots import Line, Panel, plot_panels
 from diffdistill.tables.cells import GRID_COLUMNS, GRID_IMAGES
 from diffdistill.tables.pages import row_cells
 from diffdistill.tables.reproduction import Outcome
@@ -21,32 +22,26 @@ LINE_HEIGHT = 32
 def plot(outcome: Outcome, path: Path) -> None:
     """One panel for each measure: a line for each row, dashed where the values are published ones."""
     table = outcome.table
+    panels = [_panel(outcome, name) for name in table.measures]
+    plot_panels(panels, path, size=(1 + 5.5 * len(panels), max(3.8, 1 + 0.17 * len(table.rows))))
 
-    def draw(figure: Any) -> None:
-        panels = figure.subplots(1, len(table.measures), squeeze=False)[0]
-        for axes, name in zip(panels, table.measures, strict=True):
-            values: list[float] = []
-            for i, row in enumerate(table.rows):
-                style = {"color": COLOURS[i % len(COLOURS)], "linewidth": 1.3, "markersize": 4}
-                marker = MARKERS[i // len(COLOURS) % len(MARKERS)]
-                cells = row_cells(outcome, row)
-                found = [(c.column, r.measures[name].value) for c in cells if (r := outcome.result(c)) is not None]
-                paper = [
-                    (c.column, c.published) for c in cells if c.published is not None and name == table.measures[0]
-                ]
-                if found:
-                    axes.plot(*zip(*found, strict=True), f"{marker}-", label=row.name, **style)
-                if paper:
-                    label = None if found else f"{row.name} (published)"
-                    axes.plot(*zip(*paper, strict=True), f"{marker}--", markerfacecolor="white", label=label, **style)
-                values += [float(v) for _, v in (*found, *paper)]
-            axes.set(xlabel=COLUMNS[table.column], ylabel=MEASURES[name].label)
-            axes.set_xticks(list(table.columns), [f"{c:g}" for c in table.columns])
-            if values and min(values) > 0 and max(values) > 8 * min(values):
-                axes.set_yscale("log")
-            name_lines(axes)
 
-    save_figure(draw, path, size=(1 + 5.5 * len(table.measures), max(3.8, 1 + 0.17 * len(table.rows))))
+def _panel(outcome: Outcome, name: str) -> Panel:
+    table, lines = outcome.table, []
+    for i, row in enumerate(table.rows):
+        color, marker = COLOURS[i % len(COLOURS)], MARKERS[i // len(COLOURS) % len(MARKERS)]
+        cells = row_cells(outcome, row)
+        found = [(c.column, r.measures[name].value) for c in cells if (r := outcome.result(c)) is not None]
+        paper = [(c.column, c.published) for c in cells if c.published is not None and name == table.measures[0]]
+        if found:
+            lines.append(Line(row.name, found, color, marker))
+        if paper:
+            lines.append(Line(None if found else f"{row.name} (published)", paper, color, marker, dashed=True))
+    values = [value for line in lines for _, value in line.points]
+    wide = bool(values) and 0 < 8 * min(values) < max(values)
+    return Panel(
+        lines, COLUMNS[table.column], MEASURES[name].label, xticks=table.columns, yscale="log" if wide else "linear"
+    )
 
 
 def show_samples(outcome: Outcome, path: Path) -> None:

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from diffdistill.denoiser import spread_labels
-from diffdistill.metrics.text import grid_of
-from diffdistill.pictures import save_figure, save_grid
+from diffdistill.pictures import save_grid
+from diffdistill.reports.plots import Line, Panel, plot_panels
+from diffdistill.reports.text import markdown_table
 from diffdistill.sampling.generation import generate
 from diffdistill.tables.cells import Models, Result, prepare
 from diffdistill.tables.reproduction import Outcome
@@ -33,7 +33,7 @@ def comparison_table(outcome: Outcome) -> str:
         line = [name, str(last.nfe), f"{1000 * last.seconds_per_image:.2f}", f"{unit / last.seconds_per_image:.0f} x"]
         line += [f"{result.measures[measure].value:.3f}" for measure in measures.values() for result in results]
         lines.append(line)
-    return grid_of(lines).rstrip("\n")
+    return markdown_table(lines).rstrip("\n")
 
 
 def _by_row(outcome: Outcome) -> dict[str, list[Result]]:
@@ -47,35 +47,42 @@ def _by_row(outcome: Outcome) -> dict[str, list[Result]]:
 
 
 def plot_comparison(outcome: Outcome, path: Path) -> None:
-    """Fréchet distance and class accuracy against the evaluations at the greatest w, a curve for each w, as PNG."""
-
+    """Fréchet distance and class accuracy against the evaluations at the greatest w, a line for each w, as PNG."""
     rows = sorted(_by_row(outcome).values(), key=lambda results: results[-1].nfe)
-    evaluations = [results[-1].nfe for results in rows]
 
-    def draw(figure: Any) -> None:
-        left, right = figure.subplots(1, 2)
-        for i, w in enumerate(outcome.table.columns):
-            for axes, measure in ((left, "fid"), (right, "accuracy")):
-                axes.plot(
-                    evaluations, [results[i].measures[measure].value for results in rows], "o-", label=f"w = {w:g}"
-                )
-        left.set(xscale="log", yscale="log", xlabel="network evaluations", ylabel="Fréchet distance (pixels)")
-        right.set(xscale="log", xlabel="network evaluations", ylabel="class accuracy")
-        right.set_ylim(min(0.9, right.get_ylim()[0]), 1.005)
-        right.legend(frameon=False)
+    def lines(measure: str) -> list[Line]:
+        return [
+            Line(f"w = {w:g}", [(results[-1].nfe, results[i].measures[measure].value) for results in rows])
+            for i, w in enumerate(outcome.table.columns)
+        ]
 
-    save_figure(draw, path, size=(9, 3.6))
+    distance, accuracy = lines("fid"), lines("accuracy")
+    lowest = min((value for line in accuracy for _, value in line.points), default=1.0)
+    evaluations = "network evaluations"
+    panels = [
+        Panel(distance, evaluations, "Fréchet distance (pixels)", xscale="log", yscale="log"),
+        Panel(accuracy, evaluations, "class accuracy", xscale="log", ylim=(min(0.9, lowest - 0.005), 1.005)),
+    ]
+    plot_panels(panels, path, size=(9, 3.6))
 
 
 def side_by_side(outcome: Outcome, folder: Path, device: torch.device, *, columns: int = 20) -> list[Path]:
-    """For each w a grid `samples_w1.png`, with one model a row and one seed a column."""
+    """For each w a grid `samples_w1.png` of what was measured, with one model a row and one seed a column.
+
+    Raises:
+        ValueError: the columns of the table are not guidance weights.
+    """
     table, models, paths = outcome.table, Models(device), []
+    if table.column != "w":
+        raise ValueError(f"side_by_side needs a table whose columns are w, not {table.column}")
     for w in table.columns:
+        cells = [cell for cell in table.cells() if cell.column == w and outcome.result(cell)]
         images: list[Tensor] = []
-        for cell in (cell for cell in table.cells() if cell.column == w):
+        for cell in cells:
             planned = prepare(cell, models).plan
             images += generate(planned, range(columns), spread_labels(columns, planned.denoiser.num_classes))
-        paths.append(folder / f"samples_w{w:g}.png")
-        names = [row.name for row in table.rows]
-        save_grid(torch.cat(images), paths[-1], columns=columns, scale=4, row_captions=names)
+        if images:
+            paths.append(folder / f"samples_w{w:g}.png")
+            names = [cell.row for cell in cells]
+            save_grid(torch.cat(images), paths[-1], columns=columns, scale=4, row_captions=names)
     return paths

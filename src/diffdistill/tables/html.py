@@ -9,7 +9,6 @@ from pathlib import Path
 
 from diffdistill.files.atomic import write_text
 from diffdistill.metrics.measures import MEASURES
-from diffdistill.metrics.text import measured
 from diffdistill.tables import pages
 from diffdistill.tables.charts import plot, show_samples
 from diffdistill.tables.reproduction import Outcome
@@ -117,7 +116,7 @@ def _value(outcome: Outcome, cell: Cell, name: str, best: float | None) -> str:
     published = cell.published if name == outcome.table.measures[0] else None
     if cell.impossible and published is None:
         return '<td class="quiet">-</td>'
-    parts = [] if found is None else [f"<b>{escape(measured(found))}</b>"]
+    parts = [] if found is None else [f"<b>{escape(str(found))}</b>"]
     if published is not None:
         parts.append(f'<small title="{escape(cell.source or "", quote=True)}">published {published:g}</small>')
         if found is not None:

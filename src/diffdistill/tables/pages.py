@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import csv
-import io
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 from diffdistill.metrics.measures import MEASURES
-from diffdistill.metrics.text import grid_of, measured, number
+from diffdistill.reports.text import csv_text, markdown_table, number
 from diffdistill.tables.cells import Result
 from diffdistill.tables.reproduction import Outcome
 from diffdistill.tables.tables import Cell, Row
@@ -30,7 +29,7 @@ def entry(cell: Cell, result: Result | None, measure: str, *, first: bool) -> st
     if cell.impossible and published is None:
         return "-"
     found = None if result is None else result.measures.get(measure)
-    texts = [] if found is None else [measured(found)]
+    texts = [] if found is None else [str(found)]
     if published is not None:
         difference = "" if found is None else f", {found.value - published:+.2f}"
         texts.append(f"({published:g}{difference})")
@@ -129,12 +128,12 @@ def markdown(outcome: Outcome) -> str:
     parts = [f"# {table.title}\n", table.about.strip() + "\n" if table.about else ""]
     parts.append("\n".join(status(outcome)) + "\n")
     for name in table.measures:
-        parts.append(f"## {heading(outcome, name)}\n\n{grid_of(measure_lines(outcome, name))}")
+        parts.append(f"## {heading(outcome, name)}\n\n{markdown_table(measure_lines(outcome, name))}")
     parts.append(explanation(outcome) + "\n")
     notes = [f"- {row.name}: {row.note}" for row in table.rows if row.note]
     parts.append("\n".join(notes) + "\n" if notes else "")
     if outcome.results:
-        parts.append(f"## Cost of one image\n\n{grid_of(cost_lines(outcome))}")
+        parts.append(f"## Cost of one image\n\n{markdown_table(cost_lines(outcome))}")
         parts.append(COST_NOTE + "\n")
     parts += [f"Published values of {', '.join(rows)}: {source}.\n" for source, rows in sources(outcome).items()]
     parts += [f"Measured on {text}.\n" for text in made_on(outcome)]
@@ -150,9 +149,11 @@ FIELDS: tuple[str, ...] = (
 
 def as_csv(outcome: Outcome) -> str:
     """One line for each cell and measure; what is not known is empty."""
-    table, text = outcome.table, io.StringIO()
-    writer = csv.DictWriter(text, FIELDS, lineterminator="\n")
-    writer.writeheader()
+    return csv_text(FIELDS, _records(outcome))
+
+
+def _records(outcome: Outcome) -> Iterator[dict[str, Any]]:
+    table = outcome.table
     for row in table.rows:
         for cell in row_cells(outcome, row):
             result = outcome.result(cell)
@@ -160,7 +161,7 @@ def as_csv(outcome: Outcome) -> str:
                 published = cell.published if name == table.measures[0] else None
                 if result is None and published is None:
                     continue
-                line = {
+                record = {
                     "table": table.name,
                     "row": row.name,
                     "column": table.column,
@@ -169,10 +170,7 @@ def as_csv(outcome: Outcome) -> str:
                     "published": published,
                     "source": cell.source if published is not None else None,
                 }
-                if result is not None:
-                    line.update(_numbers(result, name, published, learned(outcome, row)))
-                writer.writerow(line)
-    return text.getvalue()
+                yield record if result is None else record | _numbers(result, name, published, learned(outcome, row))
 
 
 def _numbers(result: Result, name: str, published: float | None, training: str) -> dict[str, Any]:

@@ -9,15 +9,16 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from tqdm import tqdm
 
 from diffdistill import distributed
 from diffdistill.files.atomic import write_text
 from diffdistill.files.hashes import sha256
 from diffdistill.metrics.extractors import make_features
 from diffdistill.metrics.sources import reference_from
+from diffdistill.progress import progress
 from diffdistill.tables.cells import CellEvaluator, Clock, Models, Result, count_evaluations, prepare
 from diffdistill.tables.tables import Cell, Need, Table, located
+from diffdistill.training.progress import duration
 
 
 @dataclass(frozen=True)
@@ -139,7 +140,7 @@ def reproduce(
         reference = reference_from(table.reference, features, table.measures, device=device)
         evaluator = CellEvaluator(features, reference, models, batch_size, save_samples, switches or {})
         total, mine = len(todo) * table.num_samples, distributed.rank() == 0
-        with tqdm(total=total, desc=table.name, unit="image", disable=None if mine else True) as bar:
+        with progress(total=total, desc=table.name, unit="image", hidden=not mine) as bar:
             update = _scaled(bar)
             for cell in todo:
                 bar.set_postfix_str(f"{cell.row}, {table.column} {cell.column:g}")
@@ -179,11 +180,11 @@ def dry_run(table: Table, folder: Path, *, device: torch.device, batch_size: int
         nfe = count_evaluations(table, cell, prepare(_unprepared(cell), models).plan)
         took = nfe * table.num_samples * clock.seconds(cell.model, min(batch_size, table.num_samples))
         evaluations, seconds = evaluations + nfe * table.num_samples, seconds + took
-        lines.append(f"  to do    {where}: {nfe} evaluations an image, about {_duration(took)}")
+        lines.append(f"  to do    {where}: {nfe} evaluations an image, about {duration(took)}")
     lines.append("")
     for need in missing_files(table):
         lines.append(f"missing: {need.path}: {need.get}")
-    lines.append(f"{evaluations:,} network evaluations to do; about {_duration(seconds)} for those that can start now")
+    lines.append(f"{evaluations:,} network evaluations to do; about {duration(seconds)} for those that can start now")
     uncounted = "" if table.column == "nfe" else ", and their evaluations are not counted"
     if unknown:
         lines.append(f"{unknown} cells wait for files{uncounted}")
@@ -193,9 +194,3 @@ def dry_run(table: Table, folder: Path, *, device: torch.device, batch_size: int
 def _unprepared(cell: Cell) -> Cell:
     """The cell with as many steps, on levels that cost nothing to choose."""
     return replace(cell, schedule={"name": "polynomial"}) if (cell.schedule or {}).get("name") == "gits" else cell
-
-
-def _duration(seconds: float) -> str:
-    if seconds < 90:
-        return f"{seconds:.0f} s"
-    return f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import math
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields
@@ -17,6 +16,7 @@ from diffdistill.metrics.measures import MEASURES
 from diffdistill.models.storage import shipped_models
 from diffdistill.registry import choose
 from diffdistill.sampling.plans import statistics_of
+from diffdistill.settings import Count, Finite, Integer, check_fields, check_names, check_values, hints_of
 from diffdistill.solvers import SOLVERS, shipped_gaussians
 
 STATISTICS = "statistics/"
@@ -51,10 +51,10 @@ class Row:
     solver: Mapping[str, Any] | None = None
     schedule: Mapping[str, Any] | None = None
     predictor: str | None = None
-    num_steps: int | None = None
-    w: float | None = None
+    num_steps: Count | None = None
+    w: Finite | None = None
     start: float | Mapping[str, Any] | None = None
-    published: Sequence[float | None] = ()
+    published: Sequence[Finite | None] = ()
     source: str | None = None
     get: str | None = None
     run: bool = True
@@ -157,14 +157,14 @@ class Table:
     name: str
     title: str
     column: Literal["nfe", "num_steps", "w"]
-    columns: Sequence[float]
+    columns: Sequence[Finite]
     rows: Sequence[Row]
     reference: Mapping[str, Any]
     features: str = "inception"
     measures: Sequence[str] = ("fid",)
-    num_samples: int = 50_000
-    seed: int = 0
-    splits: int = 5
+    num_samples: Count = 50_000
+    seed: Integer = 0
+    splits: Count = 5
     about: str = ""
     model: str | None = None
     schedule: Mapping[str, Any] | None = None
@@ -216,19 +216,11 @@ class Table:
         return table
 
     def _check_numbers(self) -> None:
-        entries: list[tuple[str, Any, type | tuple[type, ...]]] = [
-            *(("columns", c, (int, float) if self.column == "w" else int) for c in self.columns),
-            *(("published", v, (int, float)) for row in self.rows for v in row.published if v is not None),
-            *(("num_steps", row.num_steps, int) for row in self.rows if row.num_steps is not None),
-            ("num_samples", self.num_samples, int),
-            ("splits", self.splits, int),
-            ("seed", self.seed, int),
-        ]
-        for name, value, kind in entries:
-            least = -math.inf if name in ("columns", "published", "seed") else 1
-            if not isinstance(value, kind) or isinstance(value, bool) or not value >= least:
-                wanted = "numbers" if kind is not int else "integers" if least < 1 else "integers of at least 1"
-                raise ValueError(f"table {self.name}: {name} takes {wanted}, not {value!r}")
+        check_fields(self, what=f"table {self.name}")
+        for row in self.rows:
+            check_fields(row, what=f"table {self.name}, row {row.name}")
+        if self.column != "w":
+            check_values({"columns": self.columns}, {"columns": Sequence[Count]}, what=f"table {self.name}")
         if self.splits > self.num_samples:
             raise ValueError(f"table {self.name}: splits={self.splits} is more than num_samples={self.num_samples}")
 
@@ -281,10 +273,7 @@ class Table:
 
 
 def _checked(kind: str, config: Mapping[str, Any], cls: type, *, drop: str = "") -> dict[str, Any]:
-    valid = [f.name for f in fields(cls)]
-    wrong = next((key for key in config if key not in valid), None)
-    if wrong is not None:
-        raise TypeError(f"a {kind} has no entry {wrong!r}: it takes {', '.join(valid)}")
+    check_names(f"a {kind}", config, hints_of(cls), noun="entry")
     required = [f.name for f in fields(cls) if f.default is f.default_factory]  # both are dataclasses.MISSING
     lacking = next((key for key in required if key not in config), None)
     if lacking is not None:

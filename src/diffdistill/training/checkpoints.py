@@ -53,10 +53,11 @@ class Checkpoints:
 
     Args:
         folder: it is made by the first checkpoint.
-        configs: digests of the configurations whose checkpoints are this run's; first the one it has now.
+        configs: digests of the configurations whose checkpoints are this run's; first the one it has now. None, to
+            read those of any.
     """
 
-    def __init__(self, folder: Path, configs: Sequence[str]) -> None:
+    def __init__(self, folder: Path, configs: Sequence[str] | None = None) -> None:
         self.folder, self.configs = folder, configs
 
     def save(self, update: int, state: Mapping[str, Any], *, keep: int) -> Path:
@@ -65,6 +66,7 @@ class Checkpoints:
         Raises:
             CheckpointError: a process could not write its part; earlier checkpoints are untouched.
         """
+        config = self.configs[0] if self.configs else ""
         common, pieces = sharding.separate(state)
         main, record = rank() == 0, self._record_path(update)
         path = record.with_suffix(f".{rank() + 1}of{world_size()}.pt" if pieces else ".pt")
@@ -80,7 +82,7 @@ class Checkpoints:
             written = {"parts": dict(gather((path.name, written)))} if pieces else written
             with _together(failed):
                 if main:
-                    write_text(record, json.dumps({"update": update, **written, "config": self.configs[0]}) + "\n")
+                    write_text(record, json.dumps({"update": update, **written, "config": config}) + "\n")
         except CheckpointError as error:
             if main:
                 record.unlink(missing_ok=True)
@@ -94,19 +96,19 @@ class Checkpoints:
         barrier()
         return record if pieces else path
 
-    def load(self) -> Checkpoint | None:
-        """The newest checkpoint whose files are as they were written, or None if there is none.
+    def load(self, update: int | None = None) -> Checkpoint | None:
+        """The newest checkpoint, or that of an update, whose files are as they were written; None if there is none.
 
         A damaged one is passed over with a warning; the one before it is taken. Every file is verified by one process.
 
         Raises:
             CheckpointError: there are checkpoints, but none can be read, or one was written by another run.
         """
-        updates = from_main(self._updates())
+        updates = from_main([u for u in self._updates() if update in (None, u)])
         for update in reversed(updates):
             record = from_main(self._record(update))
             path = self._path(update, record)
-            if record.get("config", self.configs[0]) not in self.configs:
+            if self.configs is not None and record.get("config", self.configs[0]) not in self.configs:
                 raise CheckpointError(
                     f"the checkpoint {path} was written by a run of other settings: remove what is not of this run"
                 )

@@ -9,27 +9,33 @@ from typing import Any
 
 from diffdistill.files.contents import Content, files_within
 from diffdistill.files.records import shipped_files
+from diffdistill.files.remote import local_path
 from diffdistill.models.loading import find_model
+from diffdistill.training.checkpoints import Checkpoints
 
 
 def model_files(name: str) -> list[Path]:
-    """The files of a model by its name or path: one file, or those of a diffusers folder."""
+    """The files of a model by its name or path: one file, the newest checkpoint of a run, or a diffusers folder."""
     try:
         key, path = find_model(name)
     except ValueError:
         return []  # what reads it says why
-    return [path] if key in ("model.safetensors", path.suffix) else files_within(path.parent)
+    if key == "config.yaml":
+        newest = Checkpoints(path.parent / "checkpoints").newest()
+        return [] if newest is None else [newest]
+    return files_within(path.parent) if key in ("model_index.json", "config.json") else [path]
 
 
 def _record_files(folder: str) -> Callable[[str], list[Path]]:
-    return lambda name: files_within(shipped_files(folder).get(name, Path(name)))
+    return lambda name: files_within(shipped_files(folder).get(name) or local_path(name))
 
 
 FILES: dict[str, Callable[[str], list[Path]]] = {
     **dict.fromkeys(("model", "teacher", "init", "pipeline"), model_files),
     **dict.fromkeys(("predictor", "learned"), _record_files("predictors")),
     "statistics": _record_files("statistics"),
-    **dict.fromkeys(("root", "path", "images", "lora", "reference", "captions", "mask"), files_within),
+    **dict.fromkeys(("lora", "reference"), lambda name: files_within(local_path(name))),
+    **dict.fromkeys(("root", "path", "images", "captions", "mask"), files_within),
 }
 """The files of a setting with such a name, wherever it stands."""
 

@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+import warnings
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from diffdistill.denoiser import per_sample
+from diffdistill.denoiser import Denoiser, per_sample
 from diffdistill.registry import construct
 from diffdistill.training.randomness import normal_like, rand, randint, randn
 
+ROUNDING = 1e-3
+"""Relative: ends that were rounded are no others."""
 NoiseLevels = Callable[[int, torch.Generator], Tensor]
 
 
@@ -24,6 +27,40 @@ def add_noise(x: Tensor, sigma: Tensor, generator: torch.Generator) -> Tensor:
 def make_noise_levels(name: str, **options: Any) -> NoiseLevels:
     """Build a distribution by name: "cosine", "lognormal" or "on_schedule"; errors list the valid names and options."""
     return construct("noise-level distribution", name, NOISE_LEVELS, **options)
+
+
+def noise_levels_of(denoiser: Denoiser, options: Mapping[str, Any] | None = None) -> NoiseLevels:
+    """A distribution of noise levels for a model.
+
+    Args:
+        denoiser: its `sigma_min` and `sigma_max` are the ends of the distribution where `options` do not say others.
+        options: of `make_noise_levels`; by default "cosine".
+
+    Raises:
+        ValueError, TypeError: as `make_noise_levels`.
+
+    Warns where levels lie outside the range of the model.
+    """
+    options = dict(options or {"name": "cosine"})
+    if options.get("name") == "cosine":
+        given = {name: options.get(name) for name in ("sigma_min", "sigma_max")}
+        options |= {n: getattr(denoiser, n) if value is None else value for n, value in given.items()}
+    made = make_noise_levels(**options)
+    if options["name"] == "cosine":
+        _warn_outside(denoiser, options["sigma_min"], options["sigma_max"])
+    elif options["name"] == "on_schedule":
+        levels = [float(sigma) for sigma in options["sigmas"] if sigma > 0]
+        _warn_outside(denoiser, min(levels), max(levels))
+    return made
+
+
+def _warn_outside(denoiser: Denoiser, low: float, high: float) -> None:
+    if low < denoiser.sigma_min * (1 - ROUNDING) or high > denoiser.sigma_max * (1 + ROUNDING):
+        warnings.warn(
+            f"noise levels from {low:g} to {high:g} lie outside those of the model, {denoiser.sigma_min:g} to "
+            f"{denoiser.sigma_max:g}, which it was not trained on",
+            stacklevel=3,
+        )
 
 
 def cosine(*, sigma_min: float = 0.002, sigma_max: float = 80.0) -> NoiseLevels:

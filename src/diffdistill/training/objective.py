@@ -33,9 +33,11 @@ class Objective(nn.Module):
 
     Attributes:
         trained: what is optimised, averaged and saved.
+        progress: share of the updates that are done, in [0, 1); the trainer sets it before each update.
     """
 
     trained: nn.Module
+    progress: float = 0.0
 
     def loss(self, batch: Mapping[str, Tensor], generator: torch.Generator) -> Loss:
         """The loss of a batch: tensors `[B, ...]` by name. The generator lives on the device of the batch."""

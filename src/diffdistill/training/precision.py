@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Literal
 
 import torch
@@ -12,8 +12,11 @@ from tqdm import tqdm
 
 from diffdistill.devices import native_bf16
 from diffdistill.distributed import rank
+from diffdistill.errors import one_line
 
 ROUNDS = 2
+SMALL_SECONDS = 0.03
+"""Of an update in float32; the time of a smaller one is lost between its operations, and too noisy to decide on."""
 WORTHWHILE = 0.75
 """The share of float32's time that bf16 may take at most: it rounds 65 536 times as coarsely, and timings are noisy."""
 
@@ -28,7 +31,7 @@ def choose_precision(device: torch.device, update: Callable[[Precision], object]
     Args:
         device: of the computation.
         update: computes as much as the run will, again and again, in the precision that it is given; on a CPU it is
-            called up to six times.
+            called six times at most.
     """
     chosen, reason = _chosen(device, update)
     if rank() == 0:
@@ -42,19 +45,25 @@ def _chosen(device: torch.device, update: Callable[[Precision], object]) -> tupl
         return "fp32", f"this {'GPU' if device.type == 'cuda' else 'CPU'} has no instructions for bf16"
     if device.type == "cuda":
         return "bf16", "this GPU has instructions for it"
-    plain = _seconds(update, "fp32")
     try:
-        share = _seconds(update, "bf16") / plain
+        seconds = _seconds(update, ["fp32", "bf16"])
     except (RuntimeError, NotImplementedError) as error:  # an operation without a form for bf16
-        return "fp32", f"the model does not compute in bf16 here ({str(error).strip().splitlines()[0]})"
+        return "fp32", f"the model does not compute in bf16 here ({one_line(error)})"
+    if seconds["fp32"] < SMALL_SECONDS:
+        return "fp32", "an update is too small to gain by bf16"
+    share = seconds["bf16"] / seconds["fp32"]
     return "bf16" if share < WORTHWHILE else "fp32", f"bf16 takes {share:.2f} of the time of float32 here"
 
 
-def _seconds(update: Callable[[Precision], object], precision: Precision) -> float:
-    """The time of one update, at its best; the first one, which sets things up, does not count."""
-    times = []
+def _seconds(update: Callable[[Precision], object], precisions: Sequence[Precision]) -> dict[Precision, float]:
+    """The time of an update in each precision, at its best; in turns, so that other programs disturb all alike.
+
+    The first round, which sets things up, does not count.
+    """
+    times: dict[Precision, list[float]] = {precision: [] for precision in precisions}
     for _ in range(1 + ROUNDS):
-        start = time.perf_counter()
-        update(precision)
-        times.append(time.perf_counter() - start)
-    return min(times[1:])
+        for precision in precisions:
+            start = time.perf_counter()
+            update(precision)
+            times[precision].append(time.perf_counter() - start)
+    return {precision: min(taken[1:]) for precision, taken in times.items()}

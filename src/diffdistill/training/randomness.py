@@ -85,3 +85,9 @@ def draw_w(w_range: tuple[float, float], batch: int, generator: torch.Generator)
     """Guidance weights `[batch]`, uniform in `w_range`."""
     low, high = w_range
     return low + (high - low) * rand((batch,), generator)
+
+
+def choice(count: int, generator: torch.Generator) -> int:
+    """One integer in [0, count) for the whole batch, however it is split; it depends on the generator's seed alone."""
+    source, _, _ = generator.rows(generator.count) if isinstance(generator, BatchGenerator) else _rows(1, generator)
+    return seed_from(source.initial_seed(), "choice") % count

@@ -64,7 +64,9 @@ class Run:
         self.path = Path(path)
         self.inputs, self._decisions = dict(inputs or {}), self.path / DECIDED
         self.config: dict[str, Any] = json.loads(json.dumps(config, default=_plain))
-        self.harmless = frozenset(harmless)
+        self.harmless = frozenset(
+            {*harmless, "fetch"}
+        )  # consent to fetch files changes none | {"plugins"}  # which decide nothing that they do not name
         self.accept_changes = bool(self.config.pop("accept_changes", False)) or accept_changes
         if self.path.exists() and not self.path.is_dir():
             raise ValueError(f"{self.path} is a file: a run needs a folder")
@@ -142,7 +144,7 @@ class Run:
         return not staged and _grown(stored, self.config)
 
     def _checkpoints_kept(self) -> Path | None:
-        return Checkpoints(self.path / "checkpoints", []).newest()
+        return Checkpoints(self.path / "checkpoints").newest()
 
     def _contents(self, before: Mapping[str, Content]) -> dict[str, Content]:
         """What the inputs hold; those that cannot be read any more are left out, and known by their paths."""
@@ -344,9 +346,11 @@ def _plain(value: Any) -> Any:
 
 def _content(path: Path) -> str | None:
     """The first entry that is neither what a command leaves that failed before it computed anything, nor Hydra's."""
-    names = sorted(p.name for p in path.iterdir() if not p.name.startswith(".") and p.suffix != ".log")
-    names = [name for name in names if name not in ("config.yaml", "inputs.json", DECIDED)]
-    return names[0] if names else None
+    for entry in sorted(path.iterdir()):
+        passing = entry.name in ("config.yaml", "inputs.json", DECIDED) or entry.suffix == ".log"
+        if not passing and not entry.name.startswith(".") and (not entry.is_dir() or _content(entry) is not None):
+            return entry.name
+    return None
 
 
 def _write_yaml(path: Path, config: Mapping[str, Any]) -> None:

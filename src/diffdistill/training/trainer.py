@@ -6,7 +6,7 @@ import copy
 import logging
 import sys
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 from itertools import chain
 from typing import Any, NoReturn
@@ -18,19 +18,23 @@ from tqdm import tqdm
 from diffdistill import distributed
 from diffdistill.devices import channels_last, device_of, tuned_convolutions
 from diffdistill.errors import one_line
-from diffdistill.pictures import plot_curves, save_grid
+from diffdistill.progress import shows_bars
 from diffdistill.training import sharding
 from diffdistill.training.average import WeightAverage
 from diffdistill.training.batches import Batches, DataError, MapData, split
+from diffdistill.training.callbacks import Callback, Pictures, as_callback
 from diffdistill.training.checkpoints import CheckpointError
 from diffdistill.training.config import TrainerConfig
 from diffdistill.training.journal import Journal, NonFiniteLossError
 from diffdistill.training.objective import Loss, Objective
 from diffdistill.training.optimizers import make_optimizer
 from diffdistill.training.precision import Precision, choose_precision
+from diffdistill.training.progress import Pace
 from diffdistill.training.randomness import BatchGenerator, seed_from
 from diffdistill.training.run import Run
 from diffdistill.training.signals import Interrupted, StopRequest
+from diffdistill.training.trackers import tracked
+from diffdistill.training.weights import description
 
 logger = logging.getLogger(__name__)
 
@@ -56,13 +60,16 @@ class Trainer:
         data: a map-style data set of dicts of tensors, or None (see `batches.Batches`).
         config: the settings.
         run: the folder to write to.
-        on_samples: maps the model (averaged, if there is an average) to images `[N, C, H, W]` in [-1, 1]; they become
-            a grid in `samples/` every `sample_every` updates.
+        on_samples: maps the model (averaged, if there is an average) to samples `[N, ...]`, such as images in [-1, 1];
+            they become a picture in `samples/` every `sample_every` updates.
+        callbacks: what is told of updates and of the log: `Callback` objects, or functions `(trainer, record)` that are
+            called after each line of the log.
         name: shown on the progress bar.
 
     Raises:
         ValueError: a batch that does not divide, an empty data set, a device that is not there, or a model that cannot
             be split.
+        TypeError: a callback that is none.
     """
 
     def __init__(
@@ -72,10 +79,12 @@ class Trainer:
         config: TrainerConfig,
         run: Run,
         *,
-        on_samples: Callable[[nn.Module], Tensor] | None = None,
+        on_samples: Callable[[Any], Tensor] | None = None,
+        callbacks: Sequence[Callback | Callable[[Trainer, Mapping[str, Any]], object]] = (),
         name: str = "",
     ) -> None:
-        self.config, self.run, self.on_samples, self.name = config, run, on_samples, name
+        self.config, self.run, self.name = config, run, name
+        self.callbacks = [Pictures(on_samples), *map(as_callback, callbacks)]
         self.device = device_of(config.device)
         self.objective = objective.to(self.device)
         if config.channels_last:
@@ -132,6 +141,11 @@ class Trainer:
         return batches, generators
 
     @property
+    def splits(self) -> bool:
+        """Whether the model is split over the processes, which then evaluate it together."""
+        return self._result is not None
+
+    @property
     def model(self) -> nn.Module:
         """What is evaluated: the average of the weights, or the weights where there is no average."""
         return self.objective.trained if self.average is None else self.average.module
@@ -150,7 +164,8 @@ class Trainer:
         with self.run.held(), StopRequest() as self._stop, forked, tuned_convolutions():
             self._resume()
             if self.update < self.config.updates:
-                self._loop()
+                with tracked(self):
+                    self._loop()
         self.objective.eval()
         model = self.model if self._result is None else sharding.gather_into(self._result, self.model)
         return model.eval()
@@ -169,7 +184,7 @@ class Trainer:
             batches = chain([first], batches)
         if config.compile:
             self.objective.compile_networks()
-        hidden = None if distributed.rank() == 0 else True
+        hidden = distributed.rank() != 0 or not shows_bars()
         with tqdm(total=config.updates, initial=self.update, desc=self.name or None, disable=hidden) as bar:
             for batch in batches:
                 self._stop.waits_for = f"update {self.update + 1} to end"
@@ -184,13 +199,15 @@ class Trainer:
                 done = self.update == config.updates
                 if self._log_due():
                     self._write_log(bar)
-                if done or (config.sample_every and self.update % config.sample_every == 0):
-                    self._write_pictures()
+                for callback in self.callbacks:
+                    callback.on_update(self)
                 stopped = self._stopped()
                 if done or stopped or self._checkpoint_due():
                     self.save()
                 if stopped:
                     self._end(bar, stopped)
+        for callback in self.callbacks:
+            callback.on_end(self)
 
     def _end(self, bar: Any, signum: int) -> NoReturn:
         bar.close()
@@ -222,6 +239,7 @@ class Trainer:
     def _streams(self, batch: Mapping[str, Tensor]) -> list[Iterator[Loss]]:
         """The losses of each part of a batch, and all generators where the update begins."""
         config, k = self.config, self.update
+        self.objective.progress = k / config.updates
         self._seed_network(seed_from(config.seed, "network", k, self._generators[0].start))
         if config.channels_last:
             batch = {n: t.contiguous(memory_format=torch.channels_last) if t.ndim == 4 else t for n, t in batch.items()}
@@ -306,16 +324,19 @@ class Trainer:
             "seconds": round(seconds, 3),
         }
         self.run.log(record)
+        for callback in self.callbacks:
+            callback.on_log(self, record)
         self._agree_every = self._updates_in(AGREE_SECONDS)
-        bar.set_postfix(loss=f"{means['loss']:.4g}")
+        pace = self._pace()
+        bar.set_postfix_str(f"loss {means['loss']:.4g}, {pace.images_per_second}")
         if bar.disable and distributed.rank() == 0:
-            logger.info(
-                "%supdate %d of %d, loss %.4g",
-                self.name and f"{self.name}: ",
-                self.update,
-                self.config.updates,
-                means["loss"],
-            )
+            place = f"{self.name and f'{self.name}: '}update {self.update} of {self.config.updates}"
+            logger.info("%s, loss %.4g, %s, %s left", place, means["loss"], pace.images_per_second, pace.time_left)
+
+    def _pace(self) -> Pace:
+        """How fast this process goes on since it began or continued the run."""
+        done, seconds = self.update - self._started_at, time.monotonic() - self._started
+        return Pace(seconds / max(done, 1), self.config.batch_size, self.config.updates - self.update)
 
     def _check_finite(self) -> None:
         try:
@@ -326,19 +347,6 @@ class Trainer:
     def _kept(self) -> str:
         last = self.run.newest_checkpoint()
         return f"the last good checkpoint is {last}" if last else "there is no checkpoint before it"
-
-    def _write_pictures(self) -> None:
-        main = distributed.rank() == 0
-        if self.on_samples is not None and self.config.sample_every is not None and (main or self._result is not None):
-            training = self.model.training
-            with torch.no_grad():
-                images = self.on_samples(self.model.eval())  # a split model is evaluated by all processes together
-            self.model.train(training)
-            if main:
-                save_grid(images, self.run.path / "samples" / f"{self.update:07d}.png")
-        if main:
-            plot_curves(self.run.metrics(), self.run.path / "curves.png")
-        distributed.barrier()
 
     def _stopped(self) -> int:
         """The signal that asks to stop, or 0. Several processes agree on it now and then."""
@@ -380,6 +388,7 @@ class Trainer:
         if not bool(distributed.mean(torch.stack(norms)).isfinite().all()):
             raise NonFiniteLossError(f"a weight is not finite after update {self.update}", update=self.update)
         state = {
+            "model": description(self.objective.trained),
             "trained": self._learned(self.objective.trained),
             "average": {} if self.average is None else self._learned(self.average.module),
             "optimizer": self.optimizer.state_dict(),

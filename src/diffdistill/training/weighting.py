@@ -31,3 +31,15 @@ def weighted_error(prediction: Tensor, target: Tensor, weight: Tensor) -> Tensor
     """Mean over the batch of `weight [B]` times the mean squared error of each sample."""
     error = (prediction - target).square().flatten(1).mean(1)
     return (weight.to(error.dtype) * error).mean()
+
+
+def pseudo_huber(prediction: Tensor, target: Tensor, weight: Tensor, *, c: float = 5.4e-4) -> Tensor:
+    """`sqrt(e + c**2) - c` of the error e that `weighted_error` takes the mean of (Song and Dhariwal 2024, Eq. 8).
+
+    Their c is 0.00054 times the root of the number of pixels, over which the error here is the mean.
+    """
+    error = (prediction - target).square().flatten(1).mean(1)
+    return ((weight.to(error.dtype) * error + c**2).sqrt() - c).mean()
+
+
+ERRORS: dict[str, Callable[[Tensor, Tensor, Tensor], Tensor]] = {"squared": weighted_error, "huber": pseudo_huber}

@@ -129,3 +129,64 @@ def load_levels(pipe, folder):
     pipe.save_pretrained(folder)
     denoiser = load_denoiser(folder)
     return denoiser.config["preconditioning"], denoiser.sigma_min, denoiser.sigma_max
+
+
+def denoised(denoiser):
+    generator = torch.Generator().manual_seed(0)
+    x, sigma = torch.randn(2, 4, 8, 8, generator=generator), torch.tensor([0.5, 4.0])
+    with torch.no_grad():
+        return denoiser(x, sigma, {"encoder_hidden_states": torch.randn(2, 7, 12, generator=generator)})
+
+
+@pytest.mark.parametrize("safe", [True, False])
+@pytest.mark.parametrize("size", ["10KB", "1GB"])
+def test_a_network_by_itself_and_weights_that_are_pickles_of_tensors(good, safe, size, tmp_path):
+    stored, expected = pipeline(), denoised(load_denoiser(good))
+    stored.save_pretrained(tmp_path / "whole", safe_serialization=safe, max_shard_size=size)
+    assert any((tmp_path / "whole/unet").glob("*.safetensors")) is safe
+    assert torch.equal(denoised(load_denoiser(tmp_path / "whole")), expected)
+    assert torch.equal(denoised(load_denoiser(tmp_path / "whole/unet")), expected)
+    shutil.move(tmp_path / "whole/unet", tmp_path / "alone")
+    with pytest.raises(ValueError, match="nothing says what it predicts .*: put the scheduler_config.json"):
+        load_denoiser(tmp_path / "alone")
+    shutil.copy(tmp_path / "whole/scheduler/scheduler_config.json", tmp_path / "alone")
+    assert torch.equal(denoised(load_denoiser(tmp_path / "alone")), expected)
+
+
+def test_a_pickle_with_code_is_not_run(tmp_path):
+    class Bomb:
+        def __reduce__(self):
+            return (open, (str(tmp_path / "hacked"), "w"))
+
+    pipeline().save_pretrained(tmp_path / "bad", safe_serialization=False)
+    for part in ("unet", "text_encoder"):
+        shutil.copytree(tmp_path / "bad", tmp_path / part)
+        (weights,) = (tmp_path / part / part).glob("*.bin")
+        torch.save({"a": Bomb()}, weights)
+        with pytest.raises(ValueError, match="cannot read the diffusers folder"):
+            load_denoiser(tmp_path / part)
+        assert not (tmp_path / "hacked").exists()
+    with pytest.raises(ValueError, match="cannot read the network of diffusers"):
+        load_denoiser(tmp_path / "unet/unet")
+    assert not (tmp_path / "hacked").exists()
+
+
+def test_a_latent_consistency_model_takes_w_as_it_was_distilled(tmp_path):
+    from tests.interop.diffusers.builders import unet
+
+    made = pipeline(network=unet(w_channels=32))
+    made.scheduler = diffusers.LCMScheduler.from_config(made.scheduler.config)
+    made.save_pretrained(tmp_path / "lcm")
+    assert (
+        load_denoiser(tmp_path / "lcm").model.embedded
+        is load_pipeline(tmp_path / "lcm", guidance_convention="w").denoiser.model.embedded
+    )
+    made.scheduler = diffusers.DDIMScheduler.from_config(made.scheduler.config)
+    made.save_pretrained(tmp_path / "unknown")
+    with pytest.raises(ValueError, match=r'write "guidance_convention": .*into its config.json'):
+        load_denoiser(tmp_path / "unknown")
+    config = json.loads((tmp_path / "unknown/unet/config.json").read_text())
+    (tmp_path / "unknown/unet/config.json").write_text(
+        json.dumps({**config, "guidance_convention": {"embeds": "scale"}})
+    )
+    assert load_denoiser(tmp_path / "unknown").w_range == (0.0, 14.0)

@@ -321,3 +321,37 @@ def test_damaged_files_are_refused(models, tmp_path):
     del state["first_stage_model.post_quant_conv.bias"]
     with pytest.raises(ForeignFileError, match="autoencoder.*missing"):
         read_foreign(written(tmp_path / "x.ckpt", state), Hints(**HINTS))
+
+
+SAID = [
+    ({"modelspec.prediction_type": "v"}, "v"),
+    ({"modelspec.prediction_type": "epsilon"}, "eps"),
+    ({"modelspec.architecture": "stable-diffusion-v2-768-v"}, "v"),
+    ({"ss_v_parameterization": "True"}, "v"),
+    ({"ss_v_parameterization": "False"}, "eps"),
+    ({}, "eps"),
+]
+
+
+@pytest.mark.parametrize(("metadata", "prediction"), SAID)
+def test_what_a_file_says_of_itself_is_heard(metadata, prediction, models, tmp_path):
+    state = {name: value.clone().contiguous() for name, value in first_version(*models).items()}
+    save_file(state, tmp_path / "model.safetensors", metadata)
+    assert f"predicting {prediction};" in read_foreign(tmp_path / "model.safetensors", Hints(**HINTS)).description
+    asked = read_foreign(tmp_path / "model.safetensors", Hints(**HINTS, prediction="eps"))
+    assert "predicting eps;" in asked.description
+
+
+def test_a_file_that_contradicts_itself_or_is_not_understood_is_refused(models, tmp_path):
+    state = {name: value.clone().contiguous() for name, value in first_version(*models).items()}
+    path = tmp_path / "model.safetensors"
+    save_file({**state, "v_pred": torch.zeros(1)}, path, {"modelspec.prediction_type": "epsilon"})
+    with pytest.raises(ForeignFileError, match=r"contradicts itself .*v_pred.*: give hints.prediction"):
+        read_foreign(path, Hints(**HINTS))
+    assert "predicting v;" in read_foreign(path, Hints(**HINTS, prediction="v")).description
+    save_file(state, path, {"modelspec.prediction_type": "rectified", "modelspec.resolution": "72x72"})
+    with pytest.raises(ForeignFileError, match="'rectified' is unknown: give hints.prediction=eps or v"):
+        read_foreign(path, Hints(num_heads=2))
+    save_file(state, path, {"modelspec.resolution": "72x72", "ss_zero_terminal_snr": "True"})
+    found = read_foreign(path, Hints(num_heads=2))
+    assert found.denoiser.data_shape == (4, 9, 9) and found.settings["scheduler"].config.rescale_betas_zero_snr

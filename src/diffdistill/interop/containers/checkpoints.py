@@ -1,4 +1,4 @@
-"""The containers of checkpoints: pickles, the two formats of `torch.save` (without torch's unpickler), safetensors."""
+"""The containers of checkpoints: pickles, both formats of `torch.save` (not by its unpickler), safetensors, GGUF."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import struct
 import zipfile
 import zlib
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from operator import itemgetter
 from pathlib import Path
 from typing import Any
@@ -20,9 +20,11 @@ import torch
 from torch import Tensor
 
 from diffdistill.errors import one_line
+from diffdistill.interop.containers.gguf import MAGIC, read_gguf
 from diffdistill.interop.containers.pickles import Machine
 from diffdistill.interop.containers.records import MAX_TENSORS, AllowList, Budget, ForeignFileError, Name, shown
 from diffdistill.interop.containers.tensors import ALLOWED, CALLS, STORAGES, ArrayRecord, Raw, Storage, TensorRecord
+from diffdistill.interop.containers.wrappings import unwrapped
 
 _MAGIC = 0x1950A86A20F9469CFC6C
 _PROTOCOL = 1001
@@ -37,12 +39,14 @@ class ForeignCheckpoint:
     """What a file holds, as plain values and records.
 
     Attributes:
-        root: the pickled value.
+        root: the pickled value, without what training programs put around a state dict.
         nbytes: size of the file; nothing taken from it may be larger in all.
+        metadata: what the header of a safetensors file says, by name.
     """
 
     root: Any
     nbytes: int
+    metadata: Mapping[str, str] = field(default_factory=dict)
 
     @property
     def state(self) -> Mapping[Any, Any]:
@@ -87,21 +91,24 @@ def open_checkpoint(path: str | os.PathLike[str]) -> Iterator[ForeignCheckpoint]
         UnsafePickleError: it names something outside the allow-list.
         ForeignFileError: it is truncated, damaged, or of another format.
     """
-    path = Path(path)
+    path, metadata = Path(path), {}
     try:
         with contextlib.ExitStack() as stack:
             with open(path, "rb") as file:
                 start = file.read(9)
             size = path.stat().st_size
             if start[8:] == b"{" and int.from_bytes(start[:8], "little") <= size - 8:
-                root = _read_safetensors(path, size)
+                root, metadata = _read_safetensors(path, size)
+            elif start.startswith(MAGIC):
+                root = read_gguf(path)
+                size = sum(record.nbytes for record in root.values())  # decoded, which the blocks in the file bound
             elif start.startswith(b"PK\x03\x04"):
                 with _damaged_archives():
                     archive = stack.enter_context(zipfile.ZipFile(path))
                 root = _read_zip(archive, size)
             else:
                 root = read_stream(path.read_bytes())
-            yield ForeignCheckpoint(root, size)
+            yield ForeignCheckpoint(unwrapped(root), size, metadata)
     except ForeignFileError as error:
         if str(path) in str(error):
             raise
@@ -208,18 +215,18 @@ SAFE_DTYPES = {
 }
 
 
-def _read_safetensors(path: Path, size: int) -> dict[str, Any]:
-    """The tensors of a safetensors file."""
+def _read_safetensors(path: Path, size: int) -> tuple[dict[str, Any], dict[str, str]]:
+    """The tensors of a safetensors file, and what it says of itself."""
     try:
         with open(path, "rb") as file:
             length = int.from_bytes(file.read(8), "little")
             if length > MAX_HEADER:
                 raise ForeignFileError(f"the header of the safetensors file has {length} bytes")
             header = json.loads(file.read(length))
-        header.pop("__metadata__", None)
+        metadata = {str(name): str(value) for name, value in dict(header.pop("__metadata__", None) or {}).items()}
         if len(header) > MAX_TENSORS:
             raise ForeignFileError(f"the safetensors file lists {len(header)} tensors")
-        return {name: _safe_record(path, entry, 8 + length, size) for name, entry in header.items()}
+        return {name: _safe_record(path, entry, 8 + length, size) for name, entry in header.items()}, metadata
     except (KeyError, TypeError, ValueError, AttributeError, RecursionError) as error:
         if isinstance(error, ForeignFileError):
             raise

@@ -61,12 +61,16 @@ class Storage:
 
 @dataclass(eq=False)
 class TensorRecord:
-    """A view of a storage: what `_rebuild_tensor_v2` is called with. It lies within the storage and repeats nothing."""
+    """A view of a storage: what `_rebuild_tensor_v2` is called with. It lies within the storage and repeats nothing.
+
+    `scale` is one number that it is to be multiplied by, as weights of 8 bits are.
+    """
 
     storage: Storage
     offset: int
     size: tuple[int, ...]
     stride: tuple[int, ...]
+    scale: TensorRecord | None = None
 
     def __post_init__(self) -> None:
         numbers = (self.offset, *self.size, *self.stride)
@@ -103,7 +107,8 @@ class TensorRecord:
         start, end = self.offset * dtype.itemsize, (self.offset + self.extent) * dtype.itemsize
         raw = self.storage.bytes() if raw is None else raw
         flat = torch.frombuffer(bytearray(memoryview(raw)[start:end]), dtype=dtype)
-        return flat.as_strided(self.size, self.stride).contiguous()
+        tensor = flat.as_strided(self.size, self.stride).contiguous()
+        return tensor if self.scale is None else tensor.float() * self.scale.tensor().float()
 
 
 @dataclass(eq=False)

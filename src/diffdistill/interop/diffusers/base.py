@@ -12,6 +12,8 @@ from diffdistill.denoiser import NULL_LABEL
 from diffdistill.interop.diffusers.adapters import inject
 from diffdistill.interop.diffusers.conventions import GUIDANCE_CONVENTIONS, guidance_scale_embedding
 from diffdistill.interop.diffusers.extra import diffusers
+from diffdistill.models.layers import ratio_embedding
+from diffdistill.models.transformer import zeroed
 from diffdistill.registry import choose
 
 
@@ -21,6 +23,7 @@ class DiffusersNetwork(nn.Module):
     Args:
         module: the network, or its options, from which it is built with fresh weights.
         w_channels: width of the embedding of a guidance weight, 0 for none.
+        s_channels: width of the embedding of the end of a step, of flow maps, 0 for none. No stock pipeline gives it.
         guidance_convention: what of w the network embeds, one of `GUIDANCE_CONVENTIONS`.
         null: shapes of the parts of a condition that carry no information, by name. They are buffers of the network,
             zero until they are set.
@@ -41,13 +44,14 @@ class DiffusersNetwork(nn.Module):
         module: nn.Module | Mapping[str, Any],
         *,
         w_channels: int = 0,
+        s_channels: int = 0,
         guidance_convention: str = "w",
         null: Mapping[str, Sequence[int]] | None = None,
         lora: Mapping[str, Any] | None = None,
     ) -> None:
         super().__init__()
         self.embedded = choose("guidance convention", guidance_convention, GUIDANCE_CONVENTIONS)
-        self.w_channels = w_channels
+        self.w_channels, self.s_channels = w_channels, s_channels
         built: Any = module
         if not isinstance(module, nn.Module):
             built = self.build({key: value for key, value in module.items() if not key.startswith("_")})
@@ -58,12 +62,19 @@ class DiffusersNetwork(nn.Module):
             self.register_buffer(f"null_{name}", torch.zeros(*shape))
         self.required: tuple[str, ...] = ()
         self.lora = None if lora is None else inject(self.module, lora)
+        self._added: Tensor | None = None
+        self.map_s: nn.Linear | None = None
+        if s_channels:
+            self.embed_s = ratio_embedding(s_channels)
+            self.map_s = zeroed(nn.Linear(s_channels, self.embedding_width, bias=False))
+            self.add_at_places()
         self.unfreeze()
 
     def unfreeze(self) -> None:
         """Let all parameters be trained; where there are adapters, those and what takes w."""
         for name, parameter in self.named_parameters():
-            parameter.requires_grad_(self.lora is None or "lora_" in name or name in self.w_parameters)
+            added = name in self.w_parameters or name == "map_s.weight"
+            parameter.requires_grad_(self.lora is None or "lora_" in name or added)
 
     def build(self, options: dict[str, Any]) -> Any:
         """The network with fresh weights."""
@@ -117,7 +128,44 @@ class DiffusersNetwork(nn.Module):
             if len(cond[name]) != batch:
                 raise ValueError(f"{name} of the condition holds {len(cond[name])} samples, but the batch {batch}")
 
-    def forward(self, x: Tensor, noise_labels: Tensor, cond: Any = None, w: Tensor | None = None) -> Tensor:
+    @property
+    def places(self) -> list[nn.Module]:
+        """The modules that embed the time."""
+        raise NotImplementedError
+
+    @property
+    def embedding_width(self) -> int:
+        """Channels of the embedded time."""
+        raise NotImplementedError
+
+    def add_at_places(self) -> None:
+        """Let `places` add what `added` says."""
+        for place in self.places:
+            if not place._forward_hooks:
+                place.register_forward_hook(self._add)
+
+    def _add(self, place: nn.Module, args: Any, embedded: Tensor) -> Tensor:
+        return embedded if self._added is None else embedded + self._added.to(embedded.dtype)
+
+    def __getstate__(self) -> dict[str, Any]:
+        # What is added is of the last evaluation, and carries its graph: copies begin without.
+        return {**self.__dict__, "_added": None}
+
+    def added(self, w: Tensor | None, ratio: Tensor | None, like: Tensor) -> Tensor | None:
+        """What the next evaluation adds to the embedded time; kept, since gradient checkpointing evaluates again."""
+        if self.map_s is None:
+            return None
+        ratio = like.new_ones(len(like)) if ratio is None else ratio
+        return self.map_s(self.embed_s(ratio).to(self.map_s.weight.dtype))
+
+    def forward(
+        self,
+        x: Tensor,
+        noise_labels: Tensor,
+        cond: Any = None,
+        w: Tensor | None = None,
+        ratio: Tensor | None = None,
+    ) -> Tensor:
         """Evaluate the network.
 
         Args:
@@ -125,6 +173,7 @@ class DiffusersNetwork(nn.Module):
             noise_labels: the continuous timestep, `[B]`.
             cond: the condition; None stands for the one that carries no information.
             w: guidance weight of Meng et al., `[B]`; None for 0.
+            ratio: end of the step over its beginning, `[B]` in [0, 1], of flow maps; None for 1.
         """
         if self.required:
             cond = self._filled(cond, len(x))
@@ -134,6 +183,9 @@ class DiffusersNetwork(nn.Module):
             embedded = self.embedded(torch.zeros_like(noise_labels) if w is None else w.to(noise_labels.dtype))
         elif w is not None:
             raise ValueError("this network takes no guidance weight: guide it with ClassifierFreeGuidance")
+        if ratio is not None and self.map_s is None:
+            raise ValueError("this network takes no end of a step: build it with s_channels > 0, or pass ratio=None")
+        self._added = self.added(embedded, ratio, x)
         return self.evaluate(x, noise_labels, cond, embedded)
 
     def _filled(self, cond: Any, batch: int) -> dict[str, Tensor]:
@@ -161,35 +213,17 @@ class AddedWeight(DiffusersNetwork):
     def __init__(self, module: Any, **common: Any) -> None:
         super().__init__(module, **common)
         self.map_w: nn.Linear | None = None
-        self._term: Tensor | None = None
         if self.w_channels:
-            self.map_w = nn.Linear(self.w_channels, self.embedding_width, bias=False)
-            nn.init.zeros_(self.map_w.weight)  # so that a fresh student ignores w
-            for place in self.places:
-                place.register_forward_hook(self._add)
+            self.map_w = zeroed(nn.Linear(self.w_channels, self.embedding_width, bias=False))
+            self.add_at_places()
+            self.unfreeze()
 
-    @property
-    def places(self) -> list[nn.Module]:
-        """The modules that embed the time."""
-        raise NotImplementedError
-
-    @property
-    def embedding_width(self) -> int:
-        """Channels of the embedded time."""
-        raise NotImplementedError
-
-    def _add(self, place: nn.Module, args: Any, embedded: Tensor) -> Tensor:
-        return embedded if self._term is None else embedded + self._term
-
-    def __getstate__(self) -> dict[str, Any]:
-        # The term is of the last evaluation, and carries its graph: copies begin without.
-        return {**self.__dict__, "_term": None}
-
-    def take(self, w: Tensor | None, like: Tensor) -> None:
-        """Embed w for the next evaluation; it is kept, since gradient checkpointing evaluates again."""
-        self._term = None
-        if self.map_w is not None and w is not None:
-            self._term = self.map_w(guidance_scale_embedding(w, self.w_channels).to(like.dtype))
+    def added(self, w: Tensor | None, ratio: Tensor | None, like: Tensor) -> Tensor | None:
+        term = super().added(w, ratio, like)
+        if self.map_w is None or w is None:
+            return term
+        embedded = self.map_w(guidance_scale_embedding(w, self.w_channels).to(like.dtype))
+        return embedded if term is None else embedded + term
 
 
 class Labelled(AddedWeight):
@@ -205,7 +239,8 @@ class Labelled(AddedWeight):
         if cond is not None and self.null_class is None:
             raise ValueError(
                 "this network was trained with a class for every image, so that there is nothing to guide away from: "
-                "give null_class if a row of its table stands for no class"
+                "if a row of its table stands for no class, say so by null_class, or diffdistill convert FOLDER FILE "
+                "hints.null_class=ROW"
             )
         return None if cond is None else torch.full_like(cond, NULL_LABEL)
 

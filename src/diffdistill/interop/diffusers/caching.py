@@ -13,7 +13,6 @@ from pathlib import Path
 import numpy as np
 import torch
 from torch import Tensor, nn
-from tqdm import tqdm
 
 from diffdistill.data.base import from_uint8
 from diffdistill.data.finding import find_pictures, in_order
@@ -23,6 +22,7 @@ from diffdistill.data.pictures import PictureReader, is_picture
 from diffdistill.files.contents import is_junk
 from diffdistill.interop.diffusers.parts import Parts
 from diffdistill.models.loading import fingerprint
+from diffdistill.progress import progress
 from diffdistill.registry import choose
 
 
@@ -132,7 +132,7 @@ def cache_latents(
         pieces = [_encode(parts, items[i : i + batch_size], resolution, seed) for i in range(0, len(items), batch_size)]
         return {name: torch.cat([piece[name] for piece in pieces]).to(kind) for name in pieces[0]}
 
-    images = tqdm(captioned(source), desc="encoding", unit="image", disable=None)
+    images = progress(captioned(source), desc="encoding", unit="image")
     shards = write_shards(out, images, encoded, shard_size=shard_size, origin=origin, digest=_digest)
     if not shards:
         raise FileNotFoundError(f"no images with captions in the shards of {os.fspath(source)!r}")

@@ -18,20 +18,35 @@ FLOW_NOTES = """\
 - A negative prompt has no effect. Leave true_cfg_scale at 1: the network contains the guidance.
 - It was distilled for text-to-image.
 """
+UNCONDITIONAL = """\
+---
+library_name: diffusers
+---
+# A distilled model of {count}
+
+Distilled with diffdistill (Salimans and Ho 2022, Progressive Distillation). It runs in stock diffusers:
+
+    from diffusers import DDPMPipeline
+    pipeline = DDPMPipeline.from_pretrained(FOLDER)
+    image = pipeline(num_inference_steps={steps}).images[0]
+
+- Steps: {count}. Keep the scheduler of this folder.
+"""
 
 
 def model_card(student: NetworkDenoiser, pipeline: str, *, apart: bool = False) -> str:
     """What a user of the folder must know.
 
     Args:
-        student: it takes w as an input.
+        student: it takes w as an input, or no condition at all.
         pipeline: the class of the pipeline that runs it.
         apart: whether its adapters lie in a file of their own.
     """
-    assert student.w_range is not None
-    low, high = (f"{w + 1:g}" for w in student.w_range)
     steps = student.distilled.num_steps if student.distilled else None
     count = f"{steps} step{'s' * (steps > 1)}" if steps else "any number of steps"
+    if student.w_range is None:
+        return UNCONDITIONAL.format(count=count, steps=steps or 20)
+    low, high = (f"{w + 1:g}" for w in student.w_range)
     flow = isinstance(student.model, FluxTransformer)
     times = stock_times(student.distilled) if flow and student.distilled else None
     loading = "\n    pipeline.load_lora_weights(FOLDER)" if apart else ""

@@ -18,7 +18,7 @@ from diffdistill.interop.diffusers.card import model_card
 from diffdistill.interop.diffusers.conventions import GUIDANCE_CONVENTIONS
 from diffdistill.interop.diffusers.extra import diffusers
 from diffdistill.interop.diffusers.levels import flow_shift, sigma_table, stock
-from diffdistill.interop.diffusers.networks import FluxTransformer, UNet2DCondition
+from diffdistill.interop.diffusers.networks import FluxTransformer, UNet2D, UNet2DCondition
 from diffdistill.interop.diffusers.parts import RECORD, Parts
 from diffdistill.models.network import NetworkDenoiser
 from diffdistill.models.preconditioning import RectifiedFlow
@@ -41,7 +41,7 @@ def export_student(
 
     Args:
         student: of stage 1 (any number of steps) or stage 2, a `UNet2DConditionModel` or `FluxTransformer2DModel` that
-            takes w as its own.
+            takes w as its own, or of stage 2 a `UNet2DModel` without classes, which becomes a `DDPMPipeline`.
         teacher: the pipeline whose autoencoder, text encoder and tokenizer the student shares, from `from_pipeline`.
         folder: where to write; it must be empty or new.
         adapters: of a student that has some: "merged" into its weights, or "apart", in a file for the pipeline's
@@ -67,16 +67,20 @@ def _write(student: NetworkDenoiser, teacher: Parts, folder: Path, *, apart: boo
     module = copy.deepcopy(network.module).cpu().to(memory_format=torch.contiguous_format)  # as files hold weights
     if network.lora is not None:
         remove(module, merge=not apart)
-    module.register_to_config(**{RECORD: guidance_record(student)})
-    parts = {**pipeline.components, EXPORTED[type(network)]: module, "scheduler": scheduler}
-    flags = ("force_zeros_for_empty_prompt", "requires_safety_checker")
-    exported = type(pipeline)(**parts, **{flag: pipeline.config[flag] for flag in flags if flag in pipeline.config})
+    module.register_to_config(**{RECORD: student_record(student)})
+    if isinstance(network, UNet2D):
+        # DDIMPipeline would put a scheduler of its own, which clips, in place of this one.
+        exported = diffusers().DDPMPipeline(unet=module, scheduler=scheduler)
+    else:
+        parts = {**pipeline.components, EXPORTED[type(network)]: module, "scheduler": scheduler}
+        flags = ("force_zeros_for_empty_prompt", "requires_safety_checker")
+        exported = type(pipeline)(**parts, **{flag: pipeline.config[flag] for flag in flags if flag in pipeline.config})
     exported.save_pretrained(folder, safe_serialization=True)
     if apart:
         assert network.lora is not None
         layers = {f"{EXPORTED[type(network)]}_lora_layers": adapter_state(network.module, network.lora)}
         exported.save_lora_weights(folder, **layers)
-    card = model_card(student, type(pipeline).__name__, apart=apart)
+    card = model_card(student, type(exported).__name__, apart=apart)
     (folder / "README.md").write_text(card, encoding="utf-8")
 
 
@@ -91,11 +95,20 @@ def checked(student: NetworkDenoiser) -> DiffusersNetwork:
         ValueError: it is of another kind, takes no w, or takes it in another convention.
     """
     network = student.model
+    if isinstance(network, UNet2D) and not network.label_dim:
+        if student.w_range is not None or student.flow_map:
+            raise ValueError("stock pipelines give a UNet2DModel neither a guidance weight nor the end of a step")
+        return network
     if not isinstance(network, (UNet2DCondition, FluxTransformer)):
         kind = getattr(network, "kind", type(network).__name__)
         raise ValueError(
             f"stock pipelines give no guidance weight to a {kind}: students of the classes UNet2DConditionModel and "
-            "FluxTransformer2DModel are exported"
+            "FluxTransformer2DModel are exported, and of UNet2DModel those without classes"
+        )
+    if student.flow_map:
+        raise ValueError(
+            "stock pipelines do not tell a network where a step ends, which a flow map needs: export a student of a "
+            "fixed number of steps, by the method halving, trajectory or consistency"
         )
     if student.w_range is None:
         raise ValueError("the student takes no guidance weight: make it with models.guidance_student, and train it")
@@ -179,16 +192,17 @@ def on_trailing_grid(sigmas: tuple[float, ...], table: Tensor) -> bool:
     return torch.allclose(levels, trailing(num_steps=len(levels) - 1, table=table), rtol=1e-5, atol=0)
 
 
-def guidance_record(student: NetworkDenoiser) -> dict[str, Any]:
+def student_record(student: NetworkDenoiser) -> dict[str, Any]:
     """What the field `guidance_convention` of the UNet's config says."""
-    assert student.w_range is not None
-    low, high = student.w_range
-    record: dict[str, Any] = {
-        "embeds": next(name for name, of in GUIDANCE_CONVENTIONS.items() if of is student.model.embedded),
-        "w": "guidance_scale - 1",
-        "w_range": [low, high],
-        "guidance_scale_range": [low + 1, high + 1],
-    }
+    record: dict[str, Any] = {}
+    if student.w_range is not None:
+        low, high = student.w_range
+        record = {
+            "embeds": next(name for name, of in GUIDANCE_CONVENTIONS.items() if of is student.model.embedded),
+            "w": "guidance_scale - 1",
+            "w_range": [low, high],
+            "guidance_scale_range": [low + 1, high + 1],
+        }
     if student.distilled is not None:
         record["distilled"] = {"sigmas": list(student.distilled.sigmas), "sampler": student.distilled.sampler}
     return record

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Iterator
+import pickle
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -12,22 +13,40 @@ from safetensors import SafetensorError
 from torch import nn
 
 from diffdistill.errors import one_line
+from diffdistill.files.remote import local_path
 from diffdistill.interop.diffusers.extra import diffusers
-from diffdistill.interop.diffusers.parts import Parts, from_pipeline
+from diffdistill.interop.diffusers.networks import FAMILIES
+from diffdistill.interop.diffusers.parts import Parts, from_network, from_pipeline
 from diffdistill.models.network import NetworkDenoiser
+from diffdistill.registry import choose
 
 ADAPTERS = "pytorch_lora_weights.safetensors"
 """What stock pipelines name the file of a pipeline's adapters."""
+SCHEDULER = "scheduler_config.json"
+STABLE_DIFFUSION = (768, 2048)
+"""Widths of the text of Stable Diffusion 1 and XL, which predict eps; for that of 2, 1024, there are two ways."""
 OWN = "diffdistill.interop.diffusers."
-DAMAGES = (OSError, ValueError, RuntimeError, AttributeError, TypeError, LookupError, ArithmeticError, SafetensorError)
+DAMAGES = (
+    pickle.UnpicklingError,
+    OSError,
+    ValueError,
+    RuntimeError,
+    AttributeError,
+    TypeError,
+    LookupError,
+    ArithmeticError,
+    SafetensorError,
+)
 """What the loading of a damaged folder ends in."""
 
 
 def load_pipeline(folder: str | Path, **options: Any) -> Parts:
-    """Load a diffusers folder, in float32; nothing is downloaded, and no code of the folder runs.
+    """Load a diffusers folder, in float32; no code of the folder runs.
+
+    Weights are safetensors, or, in parts without these, `.bin`, which torch reads with weights_only.
 
     Args:
-        folder: it holds `model_index.json`.
+        folder: it holds `model_index.json`. What `hf:OWNER/NAME` names is fetched first, see `files.remote`.
         options: those of `from_pipeline`.
 
     Raises:
@@ -35,13 +54,13 @@ def load_pipeline(folder: str | Path, **options: Any) -> Parts:
         ImportError: the extra is missing.
     """
     library = diffusers()
-    folder = Path(folder)
+    folder = local_path(folder)
     try:
         index = json.loads((folder / "model_index.json").read_text(encoding="utf-8"))
         _check(folder, index)
         absent = {name: None for name, entry in index.items() if entry == [None, None] or name == "safety_checker"}
         pipeline = library.DiffusionPipeline.from_pretrained(
-            folder, local_files_only=True, use_safetensors=True, variant=_variant(folder), **absent
+            folder, local_files_only=True, use_safetensors=_safe(folder), variant=_variant(folder), **absent
         )
         for part in pipeline.components.values():
             if isinstance(part, nn.Module):
@@ -58,11 +77,19 @@ def load_pipeline(folder: str | Path, **options: Any) -> Parts:
         raise ValueError(f"cannot read the diffusers folder {folder}: {one_line(error)}") from None
 
 
+def _safe(folder: Path) -> bool | None:
+    """True where all weights are safetensors; None, to take `.bin` too, where a part has only those."""
+    parts = [folder, *(part for part in folder.iterdir() if part.is_dir())]
+    bins = any(any(part.glob("*.bin")) and not any(part.glob("*.safetensors")) for part in parts)
+    return None if bins else True
+
+
 def _variant(folder: Path) -> str | None:
     """The variant of the weights, such as "fp16", of which a part has no others: `model.fp16.safetensors`."""
-    for part in folder.iterdir():
-        kinds = {file.name.split(".")[1].partition("-")[0] for file in part.glob("*.safetensors")}
-        if kinds and "safetensors" not in kinds:
+    for part in (folder, *folder.iterdir()):
+        files = [*part.glob("*.safetensors")] or [*part.glob("*.bin")]
+        kinds = {file.name.split(".")[1].partition("-")[0] for file in files}
+        if kinds and not kinds & {"safetensors", "bin"}:
             return min(kinds)
     return None
 
@@ -94,6 +121,52 @@ def _check(folder: Path, index: Any) -> None:
     code = next((place for place in places if place.exists()), None)
     if code is not None:
         raise ValueError(f"it brings code of its own, {code}, which is not run")
+
+
+def read_network(config: Path) -> NetworkDenoiser:
+    """The denoiser of the folder of a network alone, such as `unet/`, given its `config.json`.
+
+    Noise levels are those of the scheduler beside it: `scheduler_config.json` in the folder, or in a folder `scheduler`
+    next to it. Without one, U-Nets of Stable Diffusion 1 and XL have the published levels, and `UNet2DModel` those of
+    DDPM.
+
+    Raises:
+        ValueError: the folder is damaged, or of a network that is not read.
+        ImportError: the extra is missing.
+    """
+    folder, library = config.parent, diffusers()
+    try:
+        options = json.loads(config.read_text(encoding="utf-8"))
+        kind = choose("network of diffusers", options.get("_class_name"), FAMILIES)
+        scheduler = _scheduler_beside(folder, options)
+        network = getattr(library, options["_class_name"]).from_pretrained(
+            folder, local_files_only=True, use_safetensors=_safe(folder), variant=_variant(folder)
+        )
+        denoiser = from_network(network.float(), scheduler)
+    except DAMAGES as error:
+        raise ValueError(f"cannot read the network of diffusers in {folder}: {one_line(error)}") from None
+    logger = logging.getLogger("diffdistill")
+    logger.info("%s: %s alone, with the noise levels of %s", folder, kind.kind, type(scheduler).__name__)
+    return denoiser
+
+
+def _scheduler_beside(folder: Path, options: Mapping[str, Any]) -> Any:
+    library = diffusers()
+    places = (folder / SCHEDULER, folder.absolute().parent / "scheduler" / SCHEDULER)
+    path = next((place for place in places if place.is_file()), None)
+    if path is not None:
+        stated = json.loads(path.read_text(encoding="utf-8"))
+        made = getattr(library, str(stated.get("_class_name")), None)
+        if not (isinstance(made, type) and issubclass(made, library.SchedulerMixin)):
+            raise ValueError(f"{path} is of no scheduler of diffusers")
+        return made.from_config(stated)
+    if options["_class_name"] == "UNet2DModel":
+        return library.DDPMScheduler()
+    if options["_class_name"] == "UNet2DConditionModel" and options.get("cross_attention_dim") in STABLE_DIFFUSION:
+        return library.DDIMScheduler(beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear")
+    raise ValueError(
+        f"nothing says what it predicts at which noise levels: put the {SCHEDULER} of its pipeline into it"
+    )
 
 
 def read_folder(index: Path) -> NetworkDenoiser:

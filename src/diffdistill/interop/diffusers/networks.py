@@ -45,7 +45,6 @@ class UNet2D(Labelled):
         return self.module.time_embedding.linear_2.out_features
 
     def evaluate(self, x: Tensor, noise_labels: Tensor, cond: Any, w: Tensor | None) -> Tensor:
-        self.take(w, x)
         return self.module(x, noise_labels, class_labels=self.rows(cond, x), return_dict=False)[0]
 
 
@@ -77,7 +76,6 @@ class DiT(Labelled):
         return self.options.num_attention_heads * self.options.attention_head_dim
 
     def evaluate(self, x: Tensor, noise_labels: Tensor, cond: Any, w: Tensor | None) -> Tensor:
-        self.take(w, x)
         rows = self.rows(cond, x)
         return self.module(x, timestep=noise_labels, class_labels=rows, return_dict=False)[0]
 
@@ -114,6 +112,14 @@ class UNet2DCondition(DiffusersNetwork):
             nn.init.zeros_(module.time_embedding.cond_proj.weight)  # so that a fresh student ignores w
         return module
 
+    @property
+    def places(self) -> list[nn.Module]:
+        return [self.module.time_embedding]
+
+    @property
+    def embedding_width(self) -> int:
+        return self.module.time_embedding.linear_2.out_features
+
     def evaluate(self, x: Tensor, noise_labels: Tensor, cond: Any, w: Tensor | None) -> Tensor:
         if self.further_channels:
             x = torch.cat([x, cond["channels"]], dim=1)
@@ -147,7 +153,6 @@ class SD3Transformer(AddedWeight):
         return self.options.num_attention_heads * self.options.attention_head_dim
 
     def evaluate(self, x: Tensor, noise_labels: Tensor, cond: Any, w: Tensor | None) -> Tensor:
-        self.take(w, x)
         return self.module(x, timestep=noise_labels, **cond, return_dict=False)[0]
 
 
@@ -182,6 +187,14 @@ class FluxTransformer(DiffusersNetwork):
             nn.init.zeros_(last.bias)
         return module
 
+    @property
+    def places(self) -> list[nn.Module]:
+        return [self.module.time_text_embed]
+
+    @property
+    def embedding_width(self) -> int:
+        return self.options.num_attention_heads * self.options.attention_head_dim
+
     def evaluate(self, x: Tensor, noise_labels: Tensor, cond: Any, w: Tensor | None) -> Tensor:
         height, width = x.shape[2] // 2, x.shape[3] // 2
         places = torch.zeros(height, width, 3, device=x.device, dtype=x.dtype)
@@ -213,6 +226,7 @@ def diffusers_network(
     kind: str,
     options: Mapping[str, Any],
     w_channels: int = 0,
+    s_channels: int = 0,
     guidance_convention: str = "w",
     null: Mapping[str, Sequence[int]] | None = None,
     null_class: int | None = None,
@@ -226,7 +240,7 @@ def diffusers_network(
     Args:
         kind: the name of its class, one of `FAMILIES`.
         options: its config.
-        w_channels: as in `DiffusersNetwork`.
+        w_channels, s_channels: as in `DiffusersNetwork`.
         guidance_convention: as in `DiffusersNetwork`.
         null: as in `DiffusersNetwork`.
         null_class: as in `UNet2D`.
@@ -236,7 +250,12 @@ def diffusers_network(
         label_dim: the same.
     """
     family = choose("network of diffusers", kind, FAMILIES)
-    common: dict[str, Any] = {"w_channels": w_channels, "guidance_convention": guidance_convention, "null": null}
+    common: dict[str, Any] = {
+        "w_channels": w_channels,
+        "s_channels": s_channels,
+        "guidance_convention": guidance_convention,
+        "null": null,
+    }
     common["lora"] = lora
     if family is UNet2D:
         common["null_class"] = null_class

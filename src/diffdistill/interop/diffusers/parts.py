@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -18,6 +19,8 @@ from diffdistill.models.building import build_denoiser
 from diffdistill.models.network import NetworkDenoiser
 from diffdistill.registry import choose
 
+CONSISTENCY = re.compile(r"LatentConsistency|\bLCM")
+"""Names of the pipelines and schedulers of latent consistency models."""
 RECORD = "guidance_convention"
 """The entry of a UNet's config.json that says how it takes the guidance weight, and in which range."""
 
@@ -173,8 +176,9 @@ def _guidance_input(
     convention = convention or record.get("embeds")
     if convention is None:
         raise ValueError(
-            "this network takes a guidance weight, but its config does not say in which convention: give "
-            'guidance_convention="w" (models of Meng et al., latent consistency models) or "scale" (invertible-CD)'
+            "this network takes a guidance weight, but its config does not say in which convention: write "
+            f'"{RECORD}": {{"embeds": "w"}} (models of Meng et al., latent consistency models) or '
+            '{"embeds": "scale"} (invertible-CD) into its config.json, or give guidance_convention= to from_network'
         )
     low, high = w_range or record.get("w_range") or (0.0, 14.0)
     return convention, (low, high), channels
@@ -213,6 +217,9 @@ def from_pipeline(
         null = {n: (v[0] * 0 if zeros else v[0]) for n, v in empty.items() if n != "time_ids"}
     record = network.config.get(RECORD) or {}
     distilled = record.get("distilled")
+    consistency = f"{type(pipeline).__name__} {type(pipeline.scheduler).__name__}"
+    if guidance_convention is None and not record.get("embeds") and CONSISTENCY.search(consistency):
+        guidance_convention = "w"  # Luo et al. 2023 (latent consistency models) embed w as Meng et al. do
     denoiser = from_network(
         network,
         pipeline.scheduler,

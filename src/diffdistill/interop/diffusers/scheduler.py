@@ -40,14 +40,18 @@ def scheduler_for(
 
     Raises:
         ValueError: as `make_solver` and `make_schedule`; a scheduler that is not known; a solver that reads a
-            bottleneck of a network that has none; a learned solver with other levels than its own, or with an analytic
-            start; a solver of several evaluations a step in a pipeline that does not expect such.
+            bottleneck of a network that has none; a learned solver with other levels than its own, an analytic start,
+            or thresholding; a solver of several evaluations a step in a pipeline that does not expect such.
     """
     if isinstance(solver, LearnedSolver):
         if schedule is not None or sigmas is not None:
             raise ValueError("a learned solver brings its own noise levels: leave out schedule and sigmas")
         if solver.start is not None:
             raise ValueError("this learned solver has an analytic start, for which stock pipelines have no place")
+        if solver.thresholding is not None:
+            raise ValueError(
+                "this learned solver was trained with thresholding, for which stock pipelines have no place"
+            )
         sigmas, solver = solver.sigmas, solver.solver
     own = stock(pipeline.scheduler)
     kind = FlowSolverScheduler if read_source(own).flow else SolverScheduler

@@ -38,7 +38,9 @@ class Replay(ProbabilityFlow):
         super().__init__(lambda x, sigma, cond: x)
         self.answers = iter(answers)
 
-    def __call__(self, x: Tensor, sigma: Level, *, scale_time: Tensor | None = None) -> Evaluation:
+    def __call__(
+        self, x: Tensor, sigma: Level, *, scale_time: Tensor | None = None, s: Tensor | None = None
+    ) -> Evaluation:
         known = next(self.answers, None)
         if known is not None:
             return known

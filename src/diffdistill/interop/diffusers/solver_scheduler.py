@@ -378,7 +378,7 @@ class SolverScheduler(SchedulerMixin, ConfigMixin):
             return None
         storage = timestep.untyped_storage().data_ptr()
         inside = storage and storage == own.untyped_storage().data_ptr()
-        return timestep.storage_offset() - own.storage_offset() if inside else None
+        return int(timestep.storage_offset() - own.storage_offset()) if inside else None
 
     def _enter(self, timestep: Any) -> None:
         """Be where the pipeline is.

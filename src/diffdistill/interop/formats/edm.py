@@ -161,7 +161,7 @@ _PREDICTOR_SETTINGS = (
 def _read_predictor(record: Record, checkpoint: ForeignCheckpoint) -> ForeignModel:
     bounds = {name: finite_float(record.state.get(name), name) for name in ("scale_dir", "scale_time")}
     try:
-        predictor = AMEDPredictor(**bounds)
+        predictor = AMEDPredictor(scale_dir=bounds["scale_dir"], scale_time=bounds["scale_time"])
     except ValueError as error:
         raise ForeignFileError(str(error)) from None
     load_strictly(predictor, module_state(record), checkpoint)

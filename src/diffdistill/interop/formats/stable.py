@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import torch
 
@@ -24,6 +24,10 @@ from diffdistill.interop.formats.unets import Architecture, Hints
 AUTOENCODER = "first_stage_model."
 BETAS = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear", "num_train_timesteps": 1000}
 """The noise levels that all versions were trained with."""
+Prediction = Literal["eps", "v"]
+STATED: dict[str, Prediction] = {"epsilon": "eps", "eps": "eps", "v": "v", "v_prediction": "v"}
+"""What `modelspec.prediction_type` says."""
+MAX_RESOLUTION = 8192
 PREDICTIONS = {"eps": "epsilon", "v": "v_prediction"}
 TIME_IDS = 6
 """Numbers that Stable Diffusion XL takes beside the pooled text: sizes before and after cropping, and its corner."""
@@ -72,13 +76,14 @@ def read_stable_diffusion(
     """
     diffusers()
     state = checkpoint.state
-    marked = "v" if "v_pred" in state else None  # an empty tensor of this name, by a convention of later training
-    version = _version(state, architecture, (hints or Hints()).prediction or marked)
-    hints = (hints or Hints()).over(version.published)
+    hints = hints or Hints()
+    stated = said_of_itself(checkpoint, hints.prediction)
+    version = _version(state, architecture, hints.prediction or stated.prediction)
+    hints = hints.over(stated).over(version.published)
     texts = text_encoders(checkpoint, state, xl=architecture.vector_dim > 0)
     unet = _unet(checkpoint, records, architecture, hints, _added(architecture, texts))
     vae = _autoencoder(checkpoint, state, hints, version.scaling)
-    parts = {"unet": unet, "scheduler": _scheduler(state, hints, betas), "vae": vae, **texts}
+    parts = {"unet": unet, "scheduler": _scheduler(checkpoint, hints, betas), "vae": vae, **texts}
     names = {"vae": "autoencoder", "text_encoder": "text encoder", "text_encoder_2": "second text encoder"}
     held = [name for part, name in names.items() if parts.get(part) is not None]
     further = unet.config.in_channels - unet.config.out_channels
@@ -92,7 +97,7 @@ def read_stable_diffusion(
     return ForeignModel("stable-diffusion", denoiser, description, settings=parts)
 
 
-def _version(state: Mapping[str, Any], architecture: Architecture, prediction: str | None) -> Version:
+def _version(state: Mapping[str, Any], architecture: Architecture, prediction: Prediction | None) -> Version:
     """The versions are told apart by the width of their text, and XL by the vector that it takes beside the text.
 
     Raises:
@@ -122,9 +127,42 @@ def _version(state: Mapping[str, Any], architecture: Architecture, prediction: s
     return Version("Stable Diffusion", 0.18215, Hints(image_size=64, num_heads=8, prediction=prediction or "eps"))
 
 
-def _scheduler(state: Mapping[str, Any], hints: Hints, betas: list[float] | None) -> Any:
+def said_of_itself(checkpoint: ForeignCheckpoint, asked: Prediction | None = None) -> Hints:
+    """What the metadata of a file say, as programs that train write them, or empty tensors of later conventions.
+
+    What the network predicts is `asked`, where that is not None.
+
+    Raises:
+        ForeignFileError: they contradict each other, or say something that is not known.
+    """
+    metadata = checkpoint.metadata
+    said: dict[str, Prediction] = {}
+    stated = metadata.get("modelspec.prediction_type") if asked is None else None
+    if stated is not None:
+        if stated not in STATED:
+            raise ForeignFileError(
+                f"modelspec.prediction_type={stated[:40]!r} is unknown: give hints.prediction=eps or v"
+            )
+        said["modelspec.prediction_type"] = STATED[stated]
+    if metadata.get("modelspec.architecture", "").endswith(("-768-v", "-v")):
+        said["modelspec.architecture"] = "v"
+    if metadata.get("ss_v_parameterization") == "True":
+        said["ss_v_parameterization"] = "v"
+    if "v_pred" in checkpoint.state:
+        said["v_pred"] = "v"
+    if asked is not None:
+        said = {"hints.prediction": asked}
+    if len(set(said.values())) > 1:
+        raise ForeignFileError(f"the file contradicts itself ({', '.join(said)}): give hints.prediction=eps or v")
+    width, _, height = metadata.get("modelspec.resolution", "").partition("x")
+    square = width.isdigit() and width == height and int(width) % 8 == 0 and 0 < int(width) <= MAX_RESOLUTION
+    return Hints(prediction=next(iter(said.values()), None), image_size=int(width) // 8 if square else None)
+
+
+def _scheduler(checkpoint: ForeignCheckpoint, hints: Hints, betas: list[float] | None) -> Any:
     schedule: dict[str, Any] = {"trained_betas": betas} if betas and not _published_betas(betas) else dict(BETAS)
-    if "ztsnr" in state:  # beside v_pred: trained down to a signal of zero
+    # Trained down to a signal of zero: an empty tensor beside v_pred, or an entry of the metadata.
+    if "ztsnr" in checkpoint.state or checkpoint.metadata.get("ss_zero_terminal_snr") == "True":
         schedule |= {"rescale_betas_zero_snr": True, "timestep_spacing": "trailing"}
     return diffusers().DDIMScheduler(
         **schedule,

@@ -5,7 +5,9 @@ Records only: a convolution of one pixel becomes a linear layer, and a joint mat
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from typing import Any
 
 from diffdistill.interop.containers.records import ForeignFileError
@@ -87,6 +89,32 @@ def unet(records: Mapping[str, Any], num_blocks: int) -> Records:
     return renamed(records, rename, "U-Net")
 
 
+ORIGINAL = re.compile(r"^(?:(input|output)_blocks_(\d+)_(\d)|middle_block_(\d))_(.+)$")
+
+
+def lora_name(name: str, num_blocks: int) -> str:
+    """The name that the kohya tools give a layer of the U-Net, with underscores, as `UNet2DConditionModel` has it.
+
+    Those that are no layers of the original code are returned as they are.
+    """
+    flat = {original.replace(".", "_"): ours for original, ours in UNET_TOP.items()}
+    residual = {original.replace(".", "_"): ours for original, ours in UNET_RESIDUAL.items()}
+    match = ORIGINAL.match(name)
+    if match is None:
+        return flat.get(name, name).replace(".", "_")
+    side, index, layer, middle, rest = match.groups()
+    if middle is not None:
+        place = MIDDLE[int(middle)] if int(middle) < len(MIDDLE) else name
+        return f"{place}.{residual.get(rest, rest) if middle != '1' else rest}".replace(".", "_")
+    down = side == "input"
+    block, within = divmod(int(index) - down, num_blocks + 1)
+    start = f"{'down' if down else 'up'}_blocks.{block}"
+    if rest in ("op", "conv"):
+        return f"{start}.{'down' if down else 'up'}samplers.0.conv".replace(".", "_")
+    kind = "resnets" if layer == "0" else "attentions"
+    return f"{start}.{kind}.{within}.{residual.get(rest, rest) if layer == '0' else rest}".replace(".", "_")
+
+
 def autoencoder(records: Mapping[str, Any], levels: int) -> Records:
     """Parameters of the first stage with `levels` levels, as `AutoencoderKL` names them, without its loss."""
 
@@ -118,7 +146,7 @@ def _linear(record: TensorRecord) -> TensorRecord:
     """A convolution of one pixel as a matrix."""
     if record.size[2:] != (1, 1):
         return record
-    return TensorRecord(record.storage, record.offset, record.size[:2], record.stride[:2])
+    return replace(record, size=record.size[:2], stride=record.stride[:2])
 
 
 def clip(records: Mapping[str, Any]) -> Records:
@@ -162,7 +190,7 @@ def open_clip(records: Mapping[str, Any], dropped: tuple[str, ...] = ()) -> Reco
 
 def _transposed(record: TensorRecord) -> TensorRecord:
     """A matrix that multiplies from the right as one that multiplies from the left."""
-    return TensorRecord(record.storage, record.offset, record.size[::-1], record.stride[::-1])
+    return replace(record, size=record.size[::-1], stride=record.stride[::-1])
 
 
 def _thirds(record: Any) -> list[TensorRecord]:
@@ -172,4 +200,4 @@ def _thirds(record: Any) -> list[TensorRecord]:
     rows = record.size[0] // 3
     step = rows * record.stride[0]
     size = (rows, *record.size[1:])
-    return [TensorRecord(record.storage, record.offset + i * step, size, record.stride) for i in range(3)]
+    return [replace(record, offset=record.offset + i * step, size=size) for i in range(3)]

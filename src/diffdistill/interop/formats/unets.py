@@ -5,11 +5,12 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, Literal
 
 from diffdistill.interop.containers.records import ForeignFileError
 from diffdistill.interop.containers.tensors import TensorRecord
 from diffdistill.interop.formats.building import check_size, size_of, with_prefix
+from diffdistill.settings import Count, check_fields
 
 VECTOR = "label_emb.0.0.weight"
 _STAGE = re.compile(r"(input_blocks|output_blocks)\.(\d{1,4})\.(\d)\.")
@@ -29,25 +30,16 @@ class Hints:
         prediction: "eps" or "v", for Stable Diffusion.
     """
 
-    image_size: int | None = None
-    head_channels: int | None = None
-    num_heads: int | None = None
-    attention_order: str | None = None
+    image_size: Count | None = None
+    head_channels: Count | None = None
+    num_heads: Count | None = None
+    attention_order: Literal["heads_first", "qkv_first"] | None = None
     noise_levels: str | None = None
-    family: str | None = None
-    prediction: str | None = None
+    family: Literal["edm", "consistency"] | None = None
+    prediction: Literal["eps", "v"] | None = None
 
     def __post_init__(self) -> None:
-        if self.family not in (None, "edm", "consistency"):
-            raise ValueError(f"family {self.family!r} is unknown: choose one of edm, consistency")
-        if self.prediction not in (None, "eps", "v"):
-            raise ValueError(f"prediction {self.prediction!r} is unknown: choose one of eps, v")
-        if self.attention_order not in (None, "heads_first", "qkv_first"):
-            raise ValueError(f"attention_order {self.attention_order!r} is unknown: choose heads_first or qkv_first")
-        for name in ("image_size", "head_channels", "num_heads"):
-            value = getattr(self, name)
-            if value is not None and (type(value) is not int or value < 1):
-                raise ValueError(f"{name} is {value!r}: expected a positive whole number")
+        check_fields(self)
 
     def over(self, published: Hints) -> Hints:
         """These hints, and the published ones where these say nothing."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import copy
 import difflib
 from collections.abc import Iterator
 from typing import Any
@@ -11,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from diffdistill.denoiser import NULL_LABEL, check_labels
-from diffdistill.models.layers import guidance_embedding
+from diffdistill.models.layers import SinusoidalEmbedding, guidance_embedding, ratio_embedding
 from diffdistill.models.own.registration import Call
 from diffdistill.solvers.features import FeatureTap
 
@@ -32,7 +33,8 @@ class OwnNetwork(nn.Module):
         w_into: name of the module whose output takes the guidance weight.
         bottleneck: name of the module whose output learned solvers read.
         w_channels: width of the embedding of a guidance weight, 0 for none.
-        w_features: channels of the output of `w_into`, needed with `w_channels`.
+        s_channels: width of the embedding of the end of a step, of flow maps, which enters there too; 0 for none.
+        w_features: channels of the output of `w_into`, needed with `w_channels` and `s_channels`.
 
     Raises:
         ValueError: a name that no module has, or a null label that is no label.
@@ -41,6 +43,7 @@ class OwnNetwork(nn.Module):
     keeps_layout = True
     """The network may hold `view`s, which need the layout that it was written for."""
     w_parameters = ("w_input.map.weight",)
+    s_parameter = "s_input.map.weight"
 
     def __init__(
         self,
@@ -54,6 +57,7 @@ class OwnNetwork(nn.Module):
         w_into: str | None = None,
         bottleneck: str | None = None,
         w_channels: int = 0,
+        s_channels: int = 0,
         w_features: int | None = None,
     ) -> None:
         super().__init__()
@@ -66,12 +70,13 @@ class OwnNetwork(nn.Module):
         for option, name in (("w_into", w_into), ("bottleneck", bottleneck)):
             if name is not None:
                 module_named(net, name, option)
-        self.w_channels = 0
-        self.w_input: GuidanceInput | None = None
-        if w_channels:
+        self.w_channels = self.s_channels = 0
+        self.w_input: AddedInput | None = None
+        self.s_input: AddedInput | None = None
+        if w_channels or s_channels:
             if w_into is None or w_features is None:
-                raise ValueError(f"w_channels={w_channels} needs w_into and w_features too")
-            self._add_input(w_channels, w_features)
+                raise ValueError("w_channels and s_channels need w_into and w_features too")
+            self._add_inputs(w_channels, s_channels, w_features)
 
     @property
     def conditional(self) -> bool:
@@ -81,27 +86,43 @@ class OwnNetwork(nn.Module):
     def bottleneck(self) -> nn.Module | None:
         return None if self.bottleneck_name is None else self.net.get_submodule(self.bottleneck_name)
 
-    def take_guidance(self, w_channels: int, data_shape: tuple[int, ...]) -> int:
-        """Add a guidance weight, which at first does nothing, to the output of `w_into`; returns `w_features`.
+    def take_inputs(self, data_shape: tuple[int, ...], *, w_channels: int = 0, s_channels: int = 0) -> int:
+        """Add a guidance weight, or the end of a step, to the output of `w_into`; returns `w_features`.
+
+        At first they do nothing.
 
         Raises:
             ValueError: no such module was named.
         """
         if self.w_into is None:
             raise ValueError(
-                "where the guidance weight enters this network is not known: name a module, such as the one that "
-                'embeds the time, by wrap(..., w_into="NAME")'
+                "where a guidance weight, or the end of a step, enters this network is not known: name a module, such "
+                'as the one that embeds the time, by wrap(..., w_into="NAME")'
             )
         features = features_of(self.try_call(data_shape)["w_into"], 1 + len(data_shape))
-        self._add_input(w_channels, features)
+        self._add_inputs(w_channels, s_channels, features)
         return features
 
-    def _add_input(self, w_channels: int, features: int) -> None:
+    def _add_inputs(self, w_channels: int, s_channels: int, features: int) -> None:
+        if w_channels:
+            self.w_channels, self.w_input = w_channels, self._input(guidance_embedding(w_channels), features)
+        if s_channels:
+            self.s_channels, self.s_input = s_channels, self._input(ratio_embedding(s_channels), features)
+
+    def _input(self, embedding: SinusoidalEmbedding, features: int) -> AddedInput:
         assert self.w_into is not None
-        self.w_channels, self.w_input = w_channels, GuidanceInput(w_channels, features)
-        reference = next(self.net.parameters())
-        self.w_input.to(device=reference.device, dtype=reference.dtype)
-        self.net.get_submodule(self.w_into).register_forward_hook(self.w_input.enter)
+        added, reference = AddedInput(embedding, features), next(self.net.parameters())
+        self.net.get_submodule(self.w_into).register_forward_hook(added.enter)
+        return added.to(device=reference.device, dtype=reference.dtype)
+
+    def bare_network(self) -> nn.Module:
+        """A copy of the network without what was added to it."""
+        net = copy.deepcopy(self.net)
+        for module in net.modules():
+            for key, hook in list(module._forward_hooks.items()):
+                if isinstance(getattr(hook, "__self__", None), AddedInput):
+                    del module._forward_hooks[key]
+        return net
 
     def null_condition(self, cond: Any) -> Any:
         """Labels of no class."""
@@ -117,7 +138,9 @@ class OwnNetwork(nn.Module):
         if self.label_dim and self.null_label is None and (cond is None or bool((cond == NULL_LABEL).any())):
             self.null_condition(cond)
 
-    def forward(self, x: Tensor, noise_labels: Tensor, cond: Any, w: Tensor | None) -> Tensor:
+    def forward(
+        self, x: Tensor, noise_labels: Tensor, cond: Any, w: Tensor | None = None, ratio: Tensor | None = None
+    ) -> Tensor:
         """Call the network.
 
         Args:
@@ -125,6 +148,7 @@ class OwnNetwork(nn.Module):
             noise_labels: the time, `[B]`.
             cond: class labels, long `[B]`, -1 for none; None for no class at all.
             w: guidance weight `[B]`; None stands for 0.
+            ratio: the end of a step over its beginning, `[B]`; None stands for 1.
 
         Raises:
             ValueError: the output has another shape than `x`.
@@ -134,6 +158,8 @@ class OwnNetwork(nn.Module):
             time = time.round().long()
         if self.w_input is not None:
             self.w_input.bind(torch.zeros(len(x), device=x.device) if w is None else w, x.ndim)
+        if self.s_input is not None:
+            self.s_input.bind(torch.ones(len(x), device=x.device) if ratio is None else ratio, x.ndim)
         output = self.call(self.net, x.contiguous(), time, self._labels(cond, x))
         if not isinstance(output, Tensor) or output.shape != x.shape:
             got = list(output.shape) if isinstance(output, Tensor) else type(output).__name__
@@ -175,7 +201,7 @@ class OwnNetwork(nn.Module):
                 if name is not None
             }
             try:
-                self(x, times, labels, None)
+                self(x, times, labels)
             except Exception as error:
                 raise ValueError(self._fault(error)) from error
             outputs = {option: tap() for option, tap in taps.items()}
@@ -205,42 +231,42 @@ class OwnNetwork(nn.Module):
         return f"the network cannot be called {how} ({said})"
 
 
-class GuidanceInput(nn.Module):
-    """Adds a linear map of the embedding of w to the output of a module, through a hook on that module.
+class AddedInput(nn.Module):
+    """Adds a linear map of the embedding of a number per sample to the output of a module, through a hook on it.
 
     The hook is a method of this module, so that copies of a network that holds both have their own.
 
     Args:
-        w_channels: width of the embedding.
+        embed: the embedding.
         features: channels of the output.
     """
 
-    def __init__(self, w_channels: int, features: int) -> None:
+    def __init__(self, embed: SinusoidalEmbedding, features: int) -> None:
         super().__init__()
-        self.embed = guidance_embedding(w_channels)
-        self.map = nn.Linear(w_channels, features, bias=False)
+        self.embed = embed
+        self.map = nn.Linear(2 * len(embed.freqs), features, bias=False)
         nn.init.zeros_(self.map.weight)
-        self.w: Tensor | None = None
+        self.values: Tensor | None = None
         self.rank = 0
 
-    def bind(self, w: Tensor, rank: int) -> None:
-        """Take the weights `[B]` of the call to come, whose samples `[B, ...]` are of that rank."""
-        self.w, self.rank = w, rank
+    def bind(self, values: Tensor, rank: int) -> None:
+        """Take the numbers `[B]` of the call to come, whose samples `[B, ...]` are of that rank."""
+        self.values, self.rank = values, rank
 
     def enter(self, module: nn.Module, args: Any, output: Tensor) -> Tensor:
         """The hook. Channels are dimension 1 of outputs of the samples' rank, else the last dimension."""
-        assert self.w is not None
-        term = self.map(self.embed(self.w).to(self.map.weight.dtype)).to(output.dtype)
+        assert self.values is not None
+        term = self.map(self.embed(self.values).to(self.map.weight.dtype)).to(output.dtype)
         ones = (1,) * (output.ndim - 2)
         shape = (len(term), -1, *ones) if output.ndim == self.rank else (len(term), *ones, term.shape[1])
         return output + term.reshape(shape)
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "w": None}  # which belongs to a call, and may not be copied
+        return {**self.__dict__, "values": None}  # which belongs to a call, and may not be copied
 
 
 def features_of(output: Tensor, rank: int) -> int:
-    """Channels of an output, as `GuidanceInput.enter` finds them."""
+    """Channels of an output, as `AddedInput.enter` finds them."""
     return output.shape[1] if output.ndim == rank else output.shape[-1]
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from numbers import Integral
 from typing import ClassVar
 
@@ -11,8 +12,7 @@ from torch import Tensor, nn
 from diffdistill.solvers.amed.predictors import Predictor, Table, check_bound, scale_within
 from diffdistill.solvers.amed.steps import LearnedSteps
 from diffdistill.solvers.base import Solver
-from diffdistill.solvers.flow import ProbabilityFlow
-from diffdistill.solvers.step import Correction, Evaluation, History, Interval, weighted_sum
+from diffdistill.solvers.step import AS_PUBLISHED, Correction, History, Step, weighted_sum
 
 
 class LinearTable(Table):
@@ -70,7 +70,7 @@ class LinearTable(Table):
         )
 
     def weights(self, index: int, count: int) -> Tensor:
-        """Weights of the `count` newest answers in interval `index`, the current one first: float64 `[<= count]`."""
+        """Weights of the `count` newest answers in interval `index`, the current one first: float64 `[count]`."""
         weights = self.weight_rate * self.weight[index, : count - self.sum_to_zero].double()
         return torch.cat([-weights.sum()[None], weights]) if self.sum_to_zero else weights
 
@@ -98,30 +98,17 @@ class LinearSteps(LearnedSteps):
         super().__init__(inner_solver, predictor)
         self.memory = max(inner_solver.memory, predictor.lags - 1)
 
-    def step(
-        self,
-        flow: ProbabilityFlow,
-        x: Tensor,
-        interval: Interval,
-        history: History = (),
-        *,
-        evaluation: Evaluation | None = None,
-        correction: Correction | None = None,
-        noise: Tensor | None = None,
-    ) -> tuple[Tensor, History]:
-        """Take a step of the inner solver and add the weighted answers; see `Solver.step`."""
-        if interval.to_zero:
-            return super().step(flow, x, interval, history, evaluation=evaluation)
-        if correction is None:
-            correction = self.predictor.correction(None, interval)
-        if evaluation is None:
-            evaluation = self.inner.evaluate(flow, x, interval, correction)
-        recent = history[len(history) - min(self.inner.memory, len(history)) :]
-        x_next, kept = self.inner.step(flow, x, interval, recent, evaluation=evaluation, correction=correction)
-        history = (*history, kept[-1] if kept else evaluation)
-        past = [e.denoised for e in history[: -self.predictor.lags - 1 : -1]]
-        weights = self.predictor.weights(interval.index, len(past))
-        sigma, sigma_next = interval.ends
-        added = [weight.expand(len(x)) for weight in weights]
-        x_next = weighted_sum(x_next, None, added, past[: len(added)], scale=1 - sigma_next / sigma)
+    def take(self, step: Step) -> tuple[Tensor, History]:
+        """Take a step of the inner solver and add the weighted answers."""
+        if step.interval.to_zero:
+            return self.inner.take(step)
+        if step.correction is AS_PUBLISHED:
+            step = replace(step, correction=self.predictor.correction(None, step.interval))
+        step = replace(step, given=step.given or self.inner.evaluate(step))
+        recent = step.history[max(len(step.history) - self.inner.memory, 0) :]
+        x_next, kept = self.inner.take(replace(step, history=recent))
+        history = (*step.history, kept[-1] if kept else step.evaluation)
+        answers = [evaluation.denoised for evaluation in history[: -self.predictor.lags - 1 : -1]]
+        weights = [w.expand(len(x_next)) for w in self.predictor.weights(step.interval.index, len(answers))]
+        x_next = weighted_sum(x_next, None, weights, answers, scale=1 - step.sigma_next / step.sigma)
         return x_next, history[-self.memory :] if self.memory else ()

@@ -120,15 +120,20 @@ class AMEDPredictor(Predictor):
 
 
 def pool(features: Tensor) -> Tensor:
-    """Mean over channels of `[B, C, h, w]`, or `[B, h, w]` as it is, brought to 8x8 and flattened: `[B, 64]`.
+    """Features of any shape as a map of 8x8, flattened: `[B, 64]`.
 
-    Larger maps are averaged over cells, smaller ones repeated.
+    Of `[B, C, h, w]` the mean over channels, of video `[B, C, T, h, w]` over time too; `[B, h, w]`, or the channels and
+    places of signals, as they are; `[B, D]` of points in 64 cells. Larger maps are averaged over cells, smaller ones
+    repeated.
+
+    Raises:
+        ValueError: no dimension but the batch.
     """
-    if features.ndim not in (3, 4):
-        raise ValueError(
-            f"bottleneck features must have the shape [B, C, h, w] or [B, h, w], not {list(features.shape)}"
-        )
-    mean = features.mean(1) if features.ndim == 4 else features
+    if features.ndim < 2:
+        raise ValueError(f"bottleneck features must have the shape [B, D] or [B, C, ...], not {list(features.shape)}")
+    if features.ndim == 2:
+        return F.adaptive_avg_pool1d(features[:, None], SIZE * SIZE)[:, 0]
+    mean = features if features.ndim == 3 else features.flatten(1, -3).mean(1)
     if mean.shape[1:] != (SIZE, SIZE):
         mean = F.adaptive_avg_pool2d(mean[:, None], SIZE)[:, 0]
     return mean.flatten(1)

@@ -1,11 +1,12 @@
-"""Results in words: numbers, measures with their spread, and Markdown tables."""
+"""Results as text: numbers, Markdown tables and CSV."""
 
 from __future__ import annotations
 
+import csv
+import io
 import math
-from collections.abc import Collection, Sequence
-
-from diffdistill.metrics.measures import Measured
+from collections.abc import Collection, Iterable, Mapping, Sequence
+from typing import Any
 
 
 def number(value: float, digits: int = 4) -> str:
@@ -17,13 +18,7 @@ def number(value: float, digits: int = 4) -> str:
     return f"{value:.{max(0, digits - 1 - math.floor(math.log10(abs(value))))}f}"
 
 
-def measured(found: Measured) -> str:
-    """A measure with its spread."""
-    spread = "" if found.part_std is None else f" ± {number(found.part_std, 2)}"
-    return number(found.value) + spread
-
-
-def grid_of(lines: Sequence[Sequence[str]], *, words: Collection[str] | None = None) -> str:
+def markdown_table(lines: Sequence[Sequence[str]], *, words: Collection[str] | None = None) -> str:
     """Lines of cells, the first being the head, as a Markdown table.
 
     `words` are the columns of text, by default the first one.
@@ -33,3 +28,12 @@ def grid_of(lines: Sequence[Sequence[str]], *, words: Collection[str] | None = N
     rule = ["---" if name in left else "---:" for name in head]
     written = [[cell.replace("|", "\\|") for cell in line] for line in (head, rule, *body)]
     return "\n".join("| " + " | ".join(line) + " |" for line in written) + "\n"
+
+
+def csv_text(fields: Sequence[str], records: Iterable[Mapping[str, Any]]) -> str:
+    """Records as CSV, with all digits; what a record lacks, or has as None, is empty."""
+    text = io.StringIO()
+    writer = csv.DictWriter(text, fields, lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(records)
+    return text.getvalue()

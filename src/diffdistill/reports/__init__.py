@@ -1,0 +1,1 @@
+"""Results as text and as plots: what tables, comparisons and training runs share."""
