@@ -73,8 +73,8 @@ def main(config: DictConfig) -> None:
     start = settings["start"]
     statistics = load_gaussian(start["statistics"] or statistics_of(settings["model"])) if start["sigmas"] else None
     grid = Grid(settings["schedules"], statistics, start["sigmas"], settings["analytic_first_step"])
-    for options in settings["solvers"].values():
-        make_solver(**grid.parted(options)[0])
+    for options in [*settings["solvers"].values(), *(base["solver"] for base in settings["bases"].values())]:
+        make_solver(**options)
     features = make_features(settings["features"])
     model, data = load_denoiser(settings["model"], device=device_of(settings["device"])), load_data(**settings["data"])
     if tuple(data.shape) != tuple(model.data_shape):
@@ -90,7 +90,7 @@ def main(config: DictConfig) -> None:
     def frechet(x: torch.Tensor) -> float:
         return frechet_distance(gaussian_of(features, x.clamp(-1, 1)), real)
 
-    names = (settings[name] for name in ("solvers", "evaluations", "learned"))
+    names = (settings[name] for name in ("solvers", "bases", "evaluations", "learned"))
     candidates = entries(grid, *names, problem, tuning_samples=settings["tuning_samples"])
     rows = compare(candidates, problem, run.path / "rows" / run.digest, frechet)
     write_text(run.path / "solvers.csv", as_csv(rows))

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from diffdistill.data import register_data
+    from diffdistill.data import load_data, register_data
     from diffdistill.metrics.measures import register_metric
     from diffdistill.models.loading import load_denoiser, save_denoiser
     from diffdistill.models.own.registration import register_network
@@ -23,6 +23,7 @@ __all__ = [
     "distill_guidance",
     "distill_steps",
     "evaluate",
+    "load_data",
     "load_denoiser",
     "register_data",
     "register_metric",
@@ -39,6 +40,7 @@ _PLACES = {
     "distill_guidance": "workflows.guidance",
     "distill_steps": "workflows.steps",
     "evaluate": "workflows.evaluation",
+    "load_data": "data",
     "load_denoiser": "models.loading",
     "register_data": "data",
     "register_metric": "metrics.measures",

@@ -20,7 +20,7 @@ from diffdistill.solver_comparison import (
     reference_endpoints,
 )
 from diffdistill.solver_comparison.report import as_csv, as_markdown, gains, plot
-from diffdistill.solvers import GaussianStatistics, load_gaussian, make_solver
+from diffdistill.solvers import GaussianStatistics, load_gaussian, make_schedule, make_solver
 from tests.builders import tiny_denoiser
 
 ROOT = Path(__file__).parents[2]
@@ -53,15 +53,18 @@ def test_the_evaluations_are_those_asked_for(problem, name, afs, sigma_min):
     assert num_steps_for(make_solver("heun"), 3, to_zero=False) is None
 
 
-def test_a_base_is_tried_with_its_schedules_alone(problem):
-    schedules = {name: {"name": "polynomial", "rho": rho} for name, rho in (("steep", 7), ("flat", 3))}
-    grid = Grid(schedules, statistics=object(), starts=[2.0], analytic_first_step=True)
-    base = {"name": "euler", "afs": True, "schedules": ["flat"]}
-    (only,) = grid.candidates("base", base, 3, problem.part(2), started=False)
-    assert only.schedule == "flat" and only.solver.afs and measure_candidate(only, problem.part(2))[0].nfe == 3
-    assert grid.candidates("base", base, 3, problem.part(2), started=True) == []
+def test_a_base_has_its_own_schedule(problem):
+    grid = Grid({name: {"name": "polynomial", "rho": rho} for name, rho in (("steep", 7), ("flat", 3))})
+    options = {"solver": {"name": "euler", "afs": True}, "evaluations": 3, "problem": problem.part(2)}
+    base = grid.base("base", schedule="flat", **options)
+    row, _ = measure_candidate(base, problem.part(2))
+    assert (row.solver, row.nfe, row.schedule) == ("base", 3, "flat")
+    torch.testing.assert_close(
+        base.sigmas, make_schedule("polynomial", rho=3, num_steps=4, sigma_min=0.002, sigma_max=80)
+    )
+    assert grid.base("base", schedule="flat", **{**options, "solver": {"name": "heun"}}) is None
     with pytest.raises(ValueError, match="unknown schedule 'round': choose one of flat, steep"):
-        grid.parted({"name": "euler", "schedules": ["round"]})
+        grid.base("base", schedule="round", **options)
 
 
 def test_the_reference_is_kept(problem, tmp_path):

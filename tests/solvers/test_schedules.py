@@ -11,6 +11,7 @@ from diffdistill.models import GaussianMixture
 from diffdistill.solvers import SCHEDULES, make_schedule, make_solver
 from diffdistill.solvers.gits import METRICS, shortest_path
 from diffdistill.solvers.schedules import ALIGN_YOUR_STEPS
+from tests.solvers.test_named_schedules import TOOLS
 
 ENDS = {"sigma_min": 0.03, "sigma_max": 14.0}
 
@@ -180,4 +181,4 @@ def test_flow_levels_are_uniform_in_shifted_time_and_nest(shift):
 
 
 def test_every_schedule_is_tested():
-    assert set(SCHEDULES) == {*FORMULAS, "discrete", "align_your_steps", "gits", "trailing", "flow"}
+    assert set(SCHEDULES) == {*FORMULAS, *TOOLS, "discrete", "align_your_steps", "gits", "trailing", "flow"}

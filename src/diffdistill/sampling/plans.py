@@ -28,6 +28,7 @@ from diffdistill.solvers import (
     seeded_noise,
     shipped_gaussians,
 )
+from diffdistill.solvers.schedules import OF_A_TABLE
 from diffdistill.training.inputs import inputs_of
 
 END_TOLERANCE = 1e-3
@@ -87,12 +88,12 @@ def in_bf16(precision: str, device: torch.device) -> bool:
 def schedule_for(denoiser: Denoiser, options: Mapping[str, Any]) -> Tensor:
     """The schedule of `options` (of `make_schedule`) between the ends of a denoiser, where they do not say others.
 
-    The schedules "trailing" and "discrete" take the table of a discrete-time denoiser; "flow" has ends of its own.
+    The schedules of a table take that of a discrete-time denoiser; "flow" has ends of its own.
     """
     given: dict[str, Any] = {"sigma_min": denoiser.sigma_min, "sigma_max": denoiser.sigma_max}
     if options["name"] == "flow":
         given = {}
-    if options["name"] in ("trailing", "discrete") and denoiser.table is not None:
+    if options["name"] in OF_A_TABLE and denoiser.table is not None:
         given["table"] = denoiser.table.cpu()
     sigmas = make_schedule(**{**given, **options})
     if float(sigmas[0]) > denoiser.sigma_max * (1 + END_TOLERANCE):

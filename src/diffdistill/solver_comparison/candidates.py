@@ -90,15 +90,11 @@ class Grid:
 
         Args:
             label: of the solver.
-            options: of `make_solver`, and `schedules` where only these are to be tried, without start: the base that a
-                learned solver is set beside.
+            options: of `make_solver`.
             evaluations: of the denoiser.
             problem: its denoiser and a few seeds.
             started: with analytic start.
         """
-        options, names = self.parted(options)
-        if started and names != list(self.schedules):
-            return []
         first_steps: dict[str, Any] = {"": False}
         if self.analytic_first_step and "afs" not in options:
             first_steps[", afs"] = "gaussian" if started else True
@@ -106,25 +102,26 @@ class Grid:
         for start in self.starts if started else (None,):
             for suffix, afs in first_steps.items():
                 solver = make_solver(**{"afs": afs, **options})
-                for name in names:
-                    schedule = self.schedules[name]
+                for name, schedule in self.schedules.items():
                     num_steps = num_steps_for(solver, evaluations, to_zero=schedule.get("sigma_min") == 0)
                     if num_steps is not None:
                         sigmas, begin = self._levels(name, num_steps, start, problem)
                         found.append(Candidate(label, solver, sigmas, begin, schedule=name + suffix))
         return found
 
-    def parted(self, options: Mapping[str, Any]) -> tuple[dict[str, Any], list[str]]:
-        """The options of `make_solver`, and the labels of the schedules that the solver is tried with.
+    def base(
+        self, label: str, solver: Mapping[str, Any], schedule: str, evaluations: int, problem: Problem
+    ) -> Candidate | None:
+        """The solver of `solver` (of `make_solver`) on the schedule of that label, or None for such evaluations.
 
         Raises:
             ValueError: a schedule that is not one of the grid.
         """
-        solver = dict(options)
-        names = list(solver.pop("schedules", self.schedules))
-        for name in names:
-            choose("schedule", name, self.schedules)
-        return solver, names
+        made, options = make_solver(**solver), choose("schedule", schedule, self.schedules)
+        num_steps = num_steps_for(made, evaluations, to_zero=options.get("sigma_min") == 0)
+        if num_steps is None:
+            return None
+        return Candidate(label, made, self._levels(schedule, num_steps, None, problem)[0], schedule=schedule)
 
     @cache  # noqa: B019 (a grid lives as long as the comparison)
     def _levels(

@@ -94,17 +94,19 @@ Entry = tuple[str, Callable[[], Candidate | None]]
 def entries(
     grid: Grid,
     solvers: Mapping[str, Mapping[str, Any]],
+    bases: Mapping[str, Mapping[str, Any]],
     evaluations: Sequence[int],
     predictors: Sequence[str],
     problem: Problem,
     *,
     tuning_samples: int,
 ) -> Iterator[Entry]:
-    """Who takes part: every solver at every number of evaluations, with and without start, and learned solvers.
+    """Who takes part: every solver at every number of evaluations, with and without start, bases, and learned solvers.
 
     Args:
         grid: what each solver is tried with.
         solvers: options of `make_solver` by label.
+        bases: options of `Grid.base` by label: `solver` and `schedule`.
         evaluations: of the denoiser.
         predictors: what `load_predictor` takes.
         problem: its first `tuning_samples` seeds choose the best of the grid.
@@ -119,6 +121,9 @@ def entries(
         for count in evaluations:
             for started in (False, True) if grid.starts else (False,):
                 yield f"{label}_{count}{'_start' if started else ''}", partial(choose, label, count, started)
+    for label, base in bases.items():
+        for count in evaluations:
+            yield f"{label}_{count}", partial(grid.base, label, evaluations=count, problem=few, **base)
     for name in predictors:
         row = f"learned_{predictor_name(name)}_{sha256(PREDICTOR.find(name))[:8]}"
         yield row, partial(learned_candidate, name, problem.denoiser)

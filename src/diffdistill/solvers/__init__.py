@@ -27,6 +27,15 @@ from diffdistill.solvers.gits import gits
 from diffdistill.solvers.heun import Heun
 from diffdistill.solvers.integration import Trajectory, integrate, sample
 from diffdistill.solvers.ipndm import IPNDM, IPNDMV
+from diffdistill.solvers.named_schedules import (
+    beta,
+    ddim_uniform,
+    exponential,
+    karras,
+    kl_optimal,
+    sgm_uniform,
+    simple,
+)
 from diffdistill.solvers.noise import SampleNoise, seeded_noise
 from diffdistill.solvers.schedules import (
     align_your_steps,
@@ -71,6 +80,13 @@ SCHEDULES: dict[str, Callable[..., Tensor]] = {
     "gits": gits,
     "trailing": trailing,
     "flow": flow_levels,
+    "karras": karras,
+    "exponential": exponential,
+    "kl_optimal": kl_optimal,
+    "beta": beta,
+    "sgm_uniform": sgm_uniform,
+    "simple": simple,
+    "ddim_uniform": ddim_uniform,
 }
 
 

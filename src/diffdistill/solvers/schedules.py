@@ -13,6 +13,9 @@ from torch import Tensor
 from diffdistill.discrete_time import interpolate, scaled_linear_table
 from diffdistill.registry import choose
 
+OF_A_TABLE = ("discrete", "trailing", "sgm_uniform", "simple", "ddim_uniform")
+"""The schedules that are made of the levels of a model of discrete time."""
+
 
 def check_sigmas(sigmas: Tensor) -> Tensor:
     """Return `sigmas` if it is a vector of at least two finite, nonnegative, strictly decreasing levels."""

@@ -45,11 +45,13 @@ def noise_levels_of(denoiser: Denoiser, options: Mapping[str, Any] | None = None
     if options.get("name") == "cosine":
         given = {name: options.get(name) for name in ("sigma_min", "sigma_max")}
         options |= {n: getattr(denoiser, n) if value is None else value for n, value in given.items()}
+    made = make_noise_levels(**options)
+    if options["name"] == "cosine":
         _warn_outside(denoiser, options["sigma_min"], options["sigma_max"])
-    elif options.get("name") == "on_schedule" and "sigmas" in options:
-        positive = [float(sigma) for sigma in options["sigmas"] if sigma > 0]
-        _warn_outside(denoiser, min(positive, default=denoiser.sigma_min), max(positive, default=denoiser.sigma_max))
-    return make_noise_levels(**options)
+    elif options["name"] == "on_schedule":
+        levels = [float(sigma) for sigma in options["sigmas"] if sigma > 0]
+        _warn_outside(denoiser, min(levels), max(levels))
+    return made
 
 
 def _warn_outside(denoiser: Denoiser, low: float, high: float) -> None:

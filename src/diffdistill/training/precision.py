@@ -15,7 +15,7 @@ from diffdistill.distributed import rank
 from diffdistill.errors import one_line
 
 ROUNDS = 2
-SMALL_SECONDS = 0.01
+SMALL_SECONDS = 0.03
 """Of an update in float32; the time of a smaller one is lost between its operations, and too noisy to decide on."""
 WORTHWHILE = 0.75
 """The share of float32's time that bf16 may take at most: it rounds 65 536 times as coarsely, and timings are noisy."""

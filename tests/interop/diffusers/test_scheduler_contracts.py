@@ -193,8 +193,8 @@ def test_timesteps_out_of_turn():
     end = run(scheduler, noise(), 5)
     with pytest.raises(IndexError, match="at its end"):
         scheduler.step(noise(), scheduler.timesteps[0], end)
+    scheduler.set_timesteps(5)
     with pytest.raises(ValueError, match="timestep 3 is none"):
-        scheduler.set_timesteps(5)
         scheduler.step(noise(), 3, noise())
 
 
@@ -373,8 +373,8 @@ def test_what_is_refused_by_name():
         scheduler.set_timesteps(timesteps=[900, 500, 500])
     with pytest.raises(ValueError, match="timestep 1000 is none of DDIMScheduler"):
         scheduler.add_noise(noise(), noise(), torch.tensor([1000]))
+    scheduler.set_timesteps(4)
     with pytest.raises(ValueError, match=r"answers \[2, 3, 4, 1\] for latents"):
-        scheduler.set_timesteps(4)
         scheduler.step(noise()[..., :1], scheduler.timesteps[0], noise())
 
 

@@ -29,6 +29,7 @@ from diffdistill.solvers import (
     make_schedule,
     make_solver,
 )
+from diffdistill.solvers.schedules import OF_A_TABLE
 
 diffusers()  # so that a missing extra is named here
 from diffusers.configuration_utils import ConfigMixin, FrozenDict  # noqa: E402
@@ -293,7 +294,7 @@ class SolverScheduler(SchedulerMixin, ConfigMixin):
         ends = self._source.ends
         table = ends.pop("table", None)
         name = options["name"]
-        if name in WITH_TABLE and table is not None:
+        if name in OF_A_TABLE and table is not None:
             ends["table"] = table
         if name in ("trailing", "flow"):
             ends["sigma_min"] = 0.0
@@ -656,8 +657,5 @@ def _same(known: float, other: float) -> bool:
     """Whether two numbers are one, in float32."""
     return abs(known - other) <= 1e-5 * max(1.0, abs(known))
 
-
-WITH_TABLE = ("trailing", "discrete", "simple", "sgm_uniform", "ddim_uniform")
-"""The schedules that are made from the levels of a model of discrete time."""
 
 __all__ = ["FrozenDict", "SchedulerMixin", "SolverScheduler", "SolverSchedulerOutput"]

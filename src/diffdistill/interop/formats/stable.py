@@ -24,7 +24,8 @@ from diffdistill.interop.formats.unets import Architecture, Hints
 AUTOENCODER = "first_stage_model."
 BETAS = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear", "num_train_timesteps": 1000}
 """The noise levels that all versions were trained with."""
-STATED = {"epsilon": "eps", "eps": "eps", "v": "v", "v_prediction": "v"}
+Prediction = Literal["eps", "v"]
+STATED: dict[str, Prediction] = {"epsilon": "eps", "eps": "eps", "v": "v", "v_prediction": "v"}
 """What `modelspec.prediction_type` says."""
 MAX_RESOLUTION = 8192
 PREDICTIONS = {"eps": "epsilon", "v": "v_prediction"}
@@ -96,7 +97,7 @@ def read_stable_diffusion(
     return ForeignModel("stable-diffusion", denoiser, description, settings=parts)
 
 
-def _version(state: Mapping[str, Any], architecture: Architecture, prediction: Literal["eps", "v"] | None) -> Version:
+def _version(state: Mapping[str, Any], architecture: Architecture, prediction: Prediction | None) -> Version:
     """The versions are told apart by the width of their text, and XL by the vector that it takes beside the text.
 
     Raises:
@@ -126,7 +127,7 @@ def _version(state: Mapping[str, Any], architecture: Architecture, prediction: L
     return Version("Stable Diffusion", 0.18215, Hints(image_size=64, num_heads=8, prediction=prediction or "eps"))
 
 
-def said_of_itself(checkpoint: ForeignCheckpoint, asked: str | None = None) -> Hints:
+def said_of_itself(checkpoint: ForeignCheckpoint, asked: Prediction | None = None) -> Hints:
     """What the metadata of a file say, as programs that train write them, or empty tensors of later conventions.
 
     What the network predicts is `asked`, where that is not None.
@@ -134,7 +135,8 @@ def said_of_itself(checkpoint: ForeignCheckpoint, asked: str | None = None) -> H
     Raises:
         ForeignFileError: they contradict each other, or say something that is not known.
     """
-    metadata, said = checkpoint.metadata, {}
+    metadata = checkpoint.metadata
+    said: dict[str, Prediction] = {}
     stated = metadata.get("modelspec.prediction_type") if asked is None else None
     if stated is not None:
         if stated not in STATED:
