@@ -126,8 +126,8 @@ class Denoiser(nn.Module):
         cost: network evaluations of one call: 1, or 2 under classifier-free guidance.
         w: the guidance weight that is bound to the denoiser, a float or `[B]`, or None if it is not guided.
         w_range: guidance weights that the denoiser was trained to take as an input, or None if it takes none.
-        flow_map: whether `s: [B]`, the noise level that a step ends at, is an input, in `denoiser(x, sigma, cond, s=s)`:
-            the answer then leads one Euler step from sigma to s to where the probability flow arrives. Without it the
+        flow_map: whether `s: [B]`, the noise level that a step ends at, is an input, `denoiser(x, sigma, cond, s=s)`.
+            The answer then leads one Euler step from sigma to s to where the probability flow arrives. Without it the
             answer is the denoised image of s = sigma.
         distilled: how a few-step student is to be sampled, or None.
         bottleneck: the module whose output learned solvers read, or None.
