@@ -1,9 +1,9 @@
 """What users do wrong: name: (script, overrides, what the one line must say).
 
-TEACHER, GUIDED (of stage 1), STUDENT and TRUNCATED stand for files of tiny models, TEXT for a file that holds a few words, EMPTY for an
-empty folder and OTHER for a folder with a file that is not a run's. Of the archives of images, BYTES holds 0 to 255,
-DAMAGED has a flipped bit, NOTHING has no image and NO_X no array of that name; WRONG holds statistics that are not
-finite.
+TEACHER, GUIDED (of stage 1), STUDENT and TRUNCATED stand for files of tiny models, TEXT for a file that holds a few
+words, EMPTY for an empty folder and OTHER for a folder with a file that is not a run's. Of the archives of images,
+BYTES holds 0 to 255, DAMAGED has a flipped bit, NOTHING has no image and NO_X no array of that name; WRONG holds
+statistics that are not finite.
 """
 
 TRAIN = ["experiment=none", "data=digits"]
