@@ -569,7 +569,7 @@ class SolverScheduler(SchedulerMixin, ConfigMixin):
         return SolverSchedulerOutput(latents, denoised) if return_dict else (latents, denoised)
 
     def _drawn(self, like: Tensor, move: int, generator: Any) -> Tensor:
-        """The noise of a step, the same in all dtypes: of the generator, or of a path for each image that it chooses."""
+        """The noise of a step, the same in all dtypes: of the generator, or of paths that it chooses."""
         if not self.solver.brownian:
             return randn_tensor(like.shape, generator, like.device, like.dtype)
         if self._path is None or len(self._path.seeds) != len(like):
