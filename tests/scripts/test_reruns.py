@@ -99,11 +99,11 @@ def test_latents_are_those_of_the_images_and_the_autoencoder(images, tmp_path):
     said(call(*options))
     assert {path.name: path.stat().st_mtime_ns for path in out.glob("0*.safetensors")} == times
     Image.new("RGB", (8, 8), "red").save(images / "a/1.png")
-    assert "contents" in said(call(*options), 2)
+    assert "(what data.root holds)" in said(call(*options), 2)
     Image.fromarray(np.random.default_rng(1).integers(0, 255, (8, 8, 3), dtype=np.uint8)).save(images / "a/1.png")
     said(call(*options))
     torch.manual_seed(3)
     save_autoencoder(build_autoencoder(made), codec)
-    assert "contents" in said(call(*options), 2)
+    assert "(what model holds)" in said(call(*options), 2)
     said(call(*options, f"out={tmp_path / 'anew'}"))
     assert not torch.equal(LatentData(tmp_path / "anew").tensors()["x"], before)

@@ -17,6 +17,7 @@ from torch import Tensor
 from diffdistill.data.base import ImageData, checked_index
 from diffdistill.denoiser import Codec
 from diffdistill.files.atomic import write_text
+from diffdistill.files.contents import CONTENTS
 from diffdistill.files.records import save_tensors
 from diffdistill.registry import choose
 
@@ -124,7 +125,10 @@ def _holds(shard: Path, count: int, origin: Mapping[str, Any], items: str) -> bo
     except (SafetensorError, OSError, KeyError, ValueError):
         return False  # missing or damaged
     if made_from != origin:
-        changed = [name for name in {**made_from, **origin} if made_from.get(name) != origin.get(name)]
+        then, now = (
+            {**o, **{f"what {n} holds": d for n, d in o.get(CONTENTS, {}).items()}} for o in (made_from, origin)
+        )
+        changed = [name for name in {**then, **now} if name != CONTENTS and then.get(name) != now.get(name)]
         raise ValueError(
             f"{shard.parent} holds latents of another source or with other settings ({', '.join(changed)}): choose a "
             "new folder"

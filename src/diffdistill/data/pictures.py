@@ -96,7 +96,8 @@ class PictureReader:
         image = self.open(source, name)
         if self.resolution is not None:
             if min(image.size) < self.resolution and not self.enlarge:
-                raise ValueError(f"{name!r} is {image.width}x{image.height}, smaller than resolution {self.resolution}")
+                size = f"{image.width}x{image.height}"
+                raise ValueError(f"{name!r} is {size}, smaller than resolution {self.resolution}: give a lower one")
             image = fitted(image, (self.resolution, self.resolution))
         pixels = np.array(image)
         return pixels[None] if pixels.ndim == 2 else pixels.transpose(2, 0, 1)

@@ -12,6 +12,8 @@ from pathlib import Path
 
 from diffdistill.files.hashes import sha256
 
+CONTENTS = "contents"
+"""The entry, of what identifies something that is made, with the digests of the files that it is made from."""
 SMALL = 2**26
 """Bytes that are read again each time rather than trusted by their times."""
 SETTLED_SECONDS = 2.0

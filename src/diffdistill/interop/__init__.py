@@ -18,6 +18,7 @@ from diffdistill.interop.containers.records import ForeignFileError, UnsafePickl
 from diffdistill.interop.formats.adm import read_adm
 from diffdistill.interop.formats.building import ForeignModel
 from diffdistill.interop.formats.edm import find_module, read_edm
+from diffdistill.interop.formats.flux import holds_flux, read_flux
 from diffdistill.interop.formats.ldm import holds_latent_diffusion, read_ldm
 from diffdistill.interop.formats.unets import Hints
 from diffdistill.models.loading import read_safetensors
@@ -57,6 +58,8 @@ def read_foreign(path: str | os.PathLike[str], hints: Hints | None = None) -> Fo
     with open_checkpoint(path) as checkpoint:
         if find_module(checkpoint.root) is not None:
             found = read_edm(checkpoint)
+        elif holds_flux(checkpoint):
+            found = read_flux(checkpoint)
         elif holds_latent_diffusion(checkpoint):
             found = read_ldm(checkpoint, hints)
         elif isinstance(checkpoint.root, dict) and "input_blocks.0.0.weight" in checkpoint.root:
@@ -67,7 +70,7 @@ def read_foreign(path: str | os.PathLike[str], hints: Hints | None = None) -> Fo
                 raise ForeignFileError("it is a checkpoint of a run of diffdistill: give the folder of that run")
             held = ", ".join(str(key)[:40] for key in list(root)[:5]) if isinstance(root, dict) else type(root).__name__
             raise ForeignFileError(
-                "it is no model of diffdistill, EDM, AMED, ADM, consistency models, latent or Stable Diffusion: "
+                "it is no model of diffdistill, EDM, AMED, ADM, consistency models, latent or Stable Diffusion, FLUX: "
                 f"it holds {held or 'nothing'}"
             )
     config = getattr(found.denoiser, "config", None)

@@ -88,6 +88,11 @@ def evaluate(
         FileNotFoundError, ImportError: what a measure needs is not there.
     """
     splits = min(options.splits, len(source))
+    if "fid" in options.measures and splits > 1 and len(source) < 2 * splits:
+        raise ValueError(
+            f"splits={splits}: a part needs 2 images for its covariance, and there are {len(source)} in all: give "
+            f"splits={max(len(source) // 2, 1)}, or 1 for no spread"
+        )
     record: dict[str, Any] = {"num_samples": len(source), "splits": splits, "measures": {}}
     if options.captions is not None:
         source = Replayed(source)

@@ -119,7 +119,7 @@ class ClassifierFreeGuidance(_Guided):
 
 
 class AutoGuidance(ClassifierFreeGuidance):
-    """`D + w (D - D_weak)`: away from a weaker model under the same condition (Karras et al. 2024; their weight is 1 + w).
+    """`D + w (D - D_weak)`, away from a weaker model under the same condition (Karras et al. 2024, with 1 + w).
 
     Args:
         denoiser: the model.

@@ -64,6 +64,10 @@ def _undecoded(denoiser: Denoiser) -> bool:
     return denoiser.codec is None and denoiser.latents
 
 
+FLOW_MAP_STEPS = 4
+"""Of the pictures of a flow map, which takes any number, where no number is asked for."""
+
+
 def preview(
     trained: Denoiser, *, num_samples: int, w: float | None = None, num_steps: int | None = None
 ) -> Callable[[Any], Tensor] | None:
@@ -85,6 +89,7 @@ def preview(
         labels = spread_labels(num_samples, model.num_classes)
         low, high = model.w_range or (-math.inf, math.inf)
         shown = None if w is None else min(max(w, low), high)
-        return torch.cat(list(generate(plan(model, w=shown, num_steps=num_steps), range(num_samples), labels)))
+        steps = FLOW_MAP_STEPS if num_steps is None and model.flow_map and model.distilled is None else num_steps
+        return torch.cat(list(generate(plan(model, w=shown, num_steps=steps), range(num_samples), labels)))
 
     return draw

@@ -123,7 +123,7 @@ def plan(
     start: float | Mapping[str, Any] | None = None,
     guidance: Mapping[str, Any] | None = None,
 ) -> Plan:
-    """Say how to sample `model`.
+    """Choose the denoiser, solver, noise levels and start to sample `model` with.
 
     Args:
         model: from `load_denoiser`.

@@ -15,7 +15,7 @@ from diffdistill.solvers.step import Evaluation, factor
 
 
 class ProbabilityFlow:
-    """Ask a denoiser, under a fixed condition, at one noise level per sample.
+    """The probability-flow ODE of a denoiser under a fixed condition, at one noise level per sample.
 
     Args:
         denoiser: any callable `(x, sigma, cond) -> x0`.

@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from diffdistill.files.contents import Content, files_within
+from diffdistill.files.contents import CONTENTS, Content, files_within
 from diffdistill.files.records import shipped_files
 from diffdistill.files.remote import local_path
 from diffdistill.models.loading import find_model
@@ -63,10 +63,6 @@ def _named(settings: Mapping[str, Any], prefix: str) -> Iterator[tuple[str, Any]
             isinstance(value, str) or (isinstance(value, list) and value and all(isinstance(v, str) for v in value))
         ):
             yield f"{prefix}{key}", value
-
-
-CONTENTS = "contents"
-"""The entry of an identity that holds digests."""
 
 
 def identity(config: Any, contents: Mapping[str, Content]) -> Any:

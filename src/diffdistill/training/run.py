@@ -15,11 +15,11 @@ from typing import Any
 from diffdistill.distributed import barrier, from_main, rank
 from diffdistill.errors import one_line
 from diffdistill.files.atomic import locked, naming, write_text
-from diffdistill.files.contents import Content, content_of
+from diffdistill.files.contents import CONTENTS, Content, content_of
 from diffdistill.files.hashes import sha256
 from diffdistill.training.checkpoints import Checkpoint, Checkpoints
 from diffdistill.training.config import HARMLESS
-from diffdistill.training.inputs import CONTENTS, identity, setting_of
+from diffdistill.training.inputs import identity, setting_of
 
 logger = logging.getLogger(__name__)
 GROWS = "trainer.updates"

@@ -161,8 +161,10 @@ def test_a_pickle_with_code_is_not_run(tmp_path):
     pipeline().save_pretrained(tmp_path / "bad", safe_serialization=False)
     for part in ("unet", "text_encoder"):
         shutil.copytree(tmp_path / "bad", tmp_path / part)
-        (weights,) = (tmp_path / part / part).glob("*.bin")
-        torch.save({"a": Bomb()}, weights)
+        for stored in (*(tmp_path / part / part).glob("*.safetensors"), *(tmp_path / part / part).glob("*.bin")):
+            stored.unlink()
+        name = {"unet": "diffusion_pytorch_model.bin", "text_encoder": "pytorch_model.bin"}[part]
+        torch.save({"a": Bomb()}, tmp_path / part / part / name)
         with pytest.raises(ValueError, match="cannot read the diffusers folder"):
             load_denoiser(tmp_path / part)
         assert not (tmp_path / "hacked").exists()

@@ -60,7 +60,11 @@ def load_pipeline(folder: str | Path, **options: Any) -> Parts:
         _check(folder, index)
         absent = {name: None for name, entry in index.items() if entry == [None, None] or name == "safety_checker"}
         pipeline = library.DiffusionPipeline.from_pretrained(
-            folder, local_files_only=True, use_safetensors=_safe(folder), variant=_variant(folder), **absent
+            folder,
+            local_files_only=True,
+            use_safetensors=True,
+            variant=_variant(folder),
+            **{**absent, **_pickled(folder, index)},
         )
         for part in pipeline.components.values():
             if isinstance(part, nn.Module):
@@ -77,21 +81,35 @@ def load_pipeline(folder: str | Path, **options: Any) -> Parts:
         raise ValueError(f"cannot read the diffusers folder {folder}: {one_line(error)}") from None
 
 
-def _safe(folder: Path) -> bool | None:
-    """True where all weights are safetensors; None, to take `.bin` too, where a part has only those."""
-    parts = [folder, *(part for part in folder.iterdir() if part.is_dir())]
-    bins = any(any(part.glob("*.bin")) and not any(part.glob("*.safetensors")) for part in parts)
-    return None if bins else True
+def _holds_pickles(part: Path) -> bool:
+    """Whether the weights of a part are `.bin` alone."""
+    return any(part.glob("*.bin")) and not any(part.glob("*.safetensors"))
+
+
+def _pickled(folder: Path, index: Mapping[str, Any]) -> dict[str, Any]:
+    """The parts of a pipeline whose weights are pickles of tensors, which torch reads with weights_only."""
+    loaded = {}
+    for name, entry in index.items():
+        if isinstance(entry, list) and len(entry) == 2 and _holds_pickles(folder / name):
+            kind = getattr(diffusers(str(entry[0])), str(entry[1]), None)
+            if not (isinstance(kind, type) and issubclass(kind, nn.Module)):
+                raise ValueError(f"{name} is of no network of {entry[0]}")
+            options = {"variant": variant} if (variant := _variant_of(folder / name)) else {}
+            loaded[name] = kind.from_pretrained(  # pyright: ignore[reportAttributeAccessIssue]
+                folder / name, local_files_only=True, use_safetensors=False, **options
+            )
+    return loaded
 
 
 def _variant(folder: Path) -> str | None:
     """The variant of the weights, such as "fp16", of which a part has no others: `model.fp16.safetensors`."""
-    for part in (folder, *folder.iterdir()):
-        files = [*part.glob("*.safetensors")] or [*part.glob("*.bin")]
-        kinds = {file.name.split(".")[1].partition("-")[0] for file in files}
-        if kinds and not kinds & {"safetensors", "bin"}:
-            return min(kinds)
-    return None
+    return next(filter(None, map(_variant_of, (folder, *folder.iterdir()))), None)
+
+
+def _variant_of(part: Path) -> str | None:
+    files = [*part.glob("*.safetensors")] or [*part.glob("*.bin")]
+    kinds = {file.name.split(".")[1].partition("-")[0] for file in files}
+    return min(kinds) if kinds and not kinds & {"safetensors", "bin"} else None
 
 
 def _parameters(pipeline: Any) -> Iterator[tuple[str, nn.Parameter]]:
@@ -140,7 +158,7 @@ def read_network(config: Path) -> NetworkDenoiser:
         kind = choose("network of diffusers", options.get("_class_name"), FAMILIES)
         scheduler = _scheduler_beside(folder, options)
         network = getattr(library, options["_class_name"]).from_pretrained(
-            folder, local_files_only=True, use_safetensors=_safe(folder), variant=_variant(folder)
+            folder, local_files_only=True, use_safetensors=not _holds_pickles(folder), variant=_variant(folder)
         )
         denoiser = from_network(network.float(), scheduler)
     except DAMAGES as error:

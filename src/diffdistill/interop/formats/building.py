@@ -26,10 +26,10 @@ _MAX_BLOCKS = 512
 
 @dataclass(frozen=True)
 class ForeignModel:
-    """What a foreign file turned out to be.
+    """The model in a foreign file.
 
     Attributes:
-        kind: "edm", "adm", "consistency", "ldm", "stable-diffusion", "classifier" or "amed-predictor".
+        kind: "edm", "adm", "consistency", "ldm", "stable-diffusion", "flux", "classifier" or "amed-predictor".
         denoiser: the model, or None where the file holds a classifier or a predictor.
         description: one sentence for people.
         other: the classifier, or the predictor.

@@ -36,7 +36,7 @@ TOKENS = 77
 
 @dataclass(frozen=True)
 class Version:
-    """What the files of a version do not say.
+    """Settings of a version of Stable Diffusion that its files do not hold.
 
     Attributes:
         name: of the model.
@@ -156,7 +156,8 @@ def said_of_itself(checkpoint: ForeignCheckpoint, asked: Prediction | None = Non
         raise ForeignFileError(f"the file contradicts itself ({', '.join(said)}): give hints.prediction=eps or v")
     width, _, height = metadata.get("modelspec.resolution", "").partition("x")
     square = width.isdigit() and width == height and int(width) % 8 == 0 and 0 < int(width) <= MAX_RESOLUTION
-    return Hints(prediction=next(iter(said.values()), None), image_size=int(width) // 8 if square else None)
+    prediction: Any = next(iter(said.values()), None)
+    return Hints(prediction=prediction, image_size=int(width) // 8 if square else None)
 
 
 def _scheduler(checkpoint: ForeignCheckpoint, hints: Hints, betas: list[float] | None) -> Any:
