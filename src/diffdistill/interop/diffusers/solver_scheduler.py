@@ -26,6 +26,7 @@ from diffdistill.solvers import (
     Euler,
     EulerAncestral,
     Evaluation,
+    FlowMap,
     Solver,
     make_solver,
 )
