@@ -64,9 +64,8 @@ class Run:
         self.path = Path(path)
         self.inputs, self._decisions = dict(inputs or {}), self.path / DECIDED
         self.config: dict[str, Any] = json.loads(json.dumps(config, default=_plain))
-        self.harmless = frozenset(
-            {*harmless, "fetch"}
-        )  # consent to fetch files changes none | {"plugins"}  # which decide nothing that they do not name
+        # Consent to fetch files and modules of plugins decide nothing that other settings do not name.
+        self.harmless = frozenset({*harmless, "fetch", "plugins"})
         self.accept_changes = bool(self.config.pop("accept_changes", False)) or accept_changes
         if self.path.exists() and not self.path.is_dir():
             raise ValueError(f"{self.path} is a file: a run needs a folder")
