@@ -70,9 +70,6 @@ def main(config: DictConfig) -> None:
     titles = [predictor_name(name) for name in settings["learned"]]
     if len(set(titles)) < len(titles):
         raise ValueError(f"learned solvers need names of their own, but are called {', '.join(titles)}")
-    start = settings["start"]
-    statistics = load_gaussian(start["statistics"] or statistics_of(settings["model"])) if start["sigmas"] else None
-    grid = Grid(settings["schedules"], statistics, start["sigmas"], settings["analytic_first_step"])
     for options in [*settings["solvers"].values(), *(base["solver"] for base in settings["bases"].values())]:
         make_solver(**options)
     features = make_features(settings["features"])
@@ -90,6 +87,9 @@ def main(config: DictConfig) -> None:
     def frechet(x: torch.Tensor) -> float:
         return frechet_distance(gaussian_of(features, x.clamp(-1, 1)), real)
 
+    start = settings["start"]
+    statistics = load_gaussian(start["statistics"] or statistics_of(settings["model"])) if start["sigmas"] else None
+    grid = Grid(settings["schedules"], statistics, start["sigmas"], settings["analytic_first_step"])
     names = (settings[name] for name in ("solvers", "bases", "evaluations", "learned"))
     candidates = entries(grid, *names, problem, tuning_samples=settings["tuning_samples"])
     rows = compare(candidates, problem, run.path / "rows" / run.digest, frechet)

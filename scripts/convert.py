@@ -21,16 +21,19 @@ from diffdistill.interop import Hints, read_foreign
 from diffdistill.interop.formats.stable_folder import write_pipeline
 from diffdistill.models import save_denoiser
 
+OF_FOLDERS = ("null_class", "guidance_convention")
+"""The hints on diffusers folders."""
 
-def convert_folder(settings: dict[str, Any], null_class: int | None) -> None:
-    """Write the denoiser of a diffusers folder, which then knows the class that stands for none."""
+
+def convert_folder(settings: dict[str, Any], hints: dict[str, Any]) -> None:
+    """Write the denoiser of a diffusers folder, with what the folder does not say."""
     from diffdistill.interop.diffusers import load_pipeline
 
     given = [f"hints.{name}" for name, value in settings["hints"].items() if value is not None]
     given += ["tokenizer"] * (settings["tokenizer"] is not None)
     if given:
         raise ValueError(f"{given[0]} has no effect on a diffusers folder: leave it out")
-    parts = load_pipeline(settings["source"], null_class=null_class)
+    parts = load_pipeline(settings["source"], **hints)
     print(f"{settings['source']}: {type(parts.pipeline).__name__}")
     save_denoiser(parts.denoiser, settings["dest"])
     print(f"the model is {settings['dest']}")
@@ -39,12 +42,13 @@ def convert_folder(settings: dict[str, Any], null_class: int | None) -> None:
 def convert(config: DictConfig) -> None:
     """Read the source, say what it is, and write it."""
     settings = plain(config)
-    null_class = settings["hints"].pop("null_class")
+    of_folders = {name: settings["hints"].pop(name) for name in OF_FOLDERS}
     if Path(settings["source"]).is_dir():
-        convert_folder(settings, null_class)
+        convert_folder(settings, of_folders)
         return
-    if null_class is not None:
-        raise ValueError("hints.null_class has no effect on a file: it is for diffusers folders with a UNet2DModel")
+    given = next((name for name, value in of_folders.items() if value is not None), None)
+    if given is not None:
+        raise ValueError(f"hints.{given} has no effect on a file: it is for diffusers folders")
     found = read_foreign(settings["source"], Hints(**settings["hints"]))
     print(f"{settings['source']}: {found.description}")
     if found.denoiser is None:

@@ -58,6 +58,7 @@ def main(config: DictConfig) -> None:
         schedule=settings.get("schedule"),
         num_steps=settings["num_steps"],
         start=settings["start"],
+        guidance=settings["guidance"],
     )
     planned = replace(faster(planned, settings), codec=codec)
     writers = [choose("kind of output", kind, WRITERS) for kind in several(settings["save"])]

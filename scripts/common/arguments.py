@@ -7,7 +7,8 @@ from collections.abc import Sequence
 from itertools import pairwise
 from pathlib import Path
 
-from common.configs import CONFIGS
+from common.checks import ELSEWHERE
+from common.configs import CONFIGS, groups_of
 
 WITH_VALUE = {"--config-dir": "--config-dir", "-cd": "--config-dir", "--cfg": "--cfg", "-c": "--cfg"}
 WITH_VALUE |= {"--package": "--package", "-p": "--package", "--info": "--info", "-i": "--info"}
@@ -43,23 +44,27 @@ def preset_folders(arguments: Sequence[str]) -> list[Path]:
     return [*own, CONFIGS]
 
 
-def for_hydra(arguments: Sequence[str]) -> list[str]:
+def for_hydra(arguments: Sequence[str], config_name: str) -> list[str]:
     """The same command line for Hydra: flags first, and settings that a preset does not state are added.
 
     So `data.flip=true` works where the data set has such an option; what nothing reads is refused afterwards, with the
     nearest valid name, see `checks`.
+
+    Raises:
+        ValueError: a group of settings of other commands.
     """
     flags, settings = parted(arguments)
-    folders = preset_folders(arguments)
-    return [*flags, *(_added(setting, folders) for setting in settings)]
+    groups = [name for name, _, _ in groups_of(config_name)]
 
+    def added(setting: str) -> str:
+        name, equals, _ = setting.partition("=")
+        if equals and name not in groups and (CONFIGS / name).is_dir():
+            guess = f" (did you mean {ELSEWHERE[name]}?)" if name in ELSEWHERE else ""
+            raise ValueError(f"unknown setting {name!r}{guess}: this command has no such group of settings")
+        as_it_is = not equals or name.startswith(("+", "~", "hydra.", "hydra/")) or "@" in name or name in groups
+        return setting if as_it_is else f"++{setting}"
 
-def _added(setting: str, folders: Sequence[Path]) -> str:
-    name, equals, _ = setting.partition("=")
-    bare = equals and not name.startswith(("+", "~", "hydra.", "hydra/"))
-    if not bare or "@" in name or any((folder / name).is_dir() for folder in folders):
-        return setting
-    return f"++{setting}"
+    return [*flags, *map(added, settings)]
 
 
 def as_given(setting: str) -> str:

@@ -70,7 +70,7 @@ def command(
                     print(as_typed(usage(folders, config_name, sys.modules[main.__module__].__doc__ or "")))
                     return
                 check_preset(folders, config_name, sys.argv[1:])
-                sys.argv[1:] = for_hydra(by_place(sys.argv[1:]))
+                sys.argv[1:] = for_hydra(by_place(sys.argv[1:]), config_name)
                 hydra.main(version_base="1.3", config_path=str(CONFIGS), config_name=config_name)(task)()
 
         return program

@@ -1,4 +1,4 @@
-"""The one meaning of a network: `D(x, sigma, cond) -> x0` (Karras et al. 2022, Eq. 7).
+"""The interface of every network: `D(x, sigma, cond) -> x0` (Karras et al. 2022, Eq. 7).
 
 `x = x0 + sigma * n` with `n ~ N(0, I)` has shape `[B, ...]`; `sigma` has shape `[B]` and is the standard
 deviation of the noise in data units. There is no other time variable above a denoiser.
@@ -102,7 +102,7 @@ class Distilled:
 
 
 class Codec(Protocol):
-    """What turns images of so many `channels` into latents and back; `factor` pixels a side make one latent."""
+    """An autoencoder of images with `channels` channels; its latents are `factor` times smaller a side."""
 
     @property
     def channels(self) -> int: ...
@@ -126,8 +126,8 @@ class Denoiser(nn.Module):
         cost: network evaluations of one call: 1, or 2 under classifier-free guidance.
         w: the guidance weight that is bound to the denoiser, a float or `[B]`, or None if it is not guided.
         w_range: guidance weights that the denoiser was trained to take as an input, or None if it takes none.
-        flow_map: whether `s: [B]`, the noise level that a step ends at, is an input, in `denoiser(x, sigma, cond, s=s)`:
-            the answer then leads one Euler step from sigma to s to where the probability flow arrives. Without it the
+        flow_map: whether `s: [B]`, the noise level that a step ends at, is an input, `denoiser(x, sigma, cond, s=s)`.
+            The answer then leads one Euler step from sigma to s to where the probability flow arrives. Without it the
             answer is the denoised image of s = sigma.
         distilled: how a few-step student is to be sampled, or None.
         bottleneck: the module whose output learned solvers read, or None.
@@ -192,7 +192,7 @@ class Denoiser(nn.Module):
 
 
 class FunctionDenoiser(Denoiser):
-    """A callable `(x, sigma, cond) -> x0` as a denoiser; what it states of the attributes of one is kept.
+    """A callable `(x, sigma, cond) -> x0` as a denoiser, with those attributes of a denoiser that the callable has.
 
     It takes any condition: what the condition must look like is known to the function alone.
     """
@@ -232,7 +232,7 @@ STATED = ("sigma_min", "sigma_max", "sigma_data", "data_shape", "num_classes", "
 
 
 def as_denoiser(denoiser: Callable[..., Tensor]) -> Denoiser:
-    """The one door for callables: a `Denoiser` as it is, any other `(x, sigma, cond) -> x0` as one.
+    """A `Denoiser` unchanged, or any other callable `(x, sigma, cond) -> x0` wrapped as one.
 
     Raises:
         TypeError: it cannot be called.

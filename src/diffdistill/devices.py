@@ -44,7 +44,7 @@ def native_bf16(device: torch.device) -> bool:
 
 
 def channels_last(module: nn.Module) -> nn.Module:
-    """Lay the weights of two-dimensional convolutions out as these are fastest in bf16, in place; returns `module`.
+    """Store the weights of two-dimensional convolutions in the channels-last layout, in place; returns `module`.
 
     Modules with the attribute `keeps_layout`, and all that they hold, are left as they are.
     """

@@ -129,7 +129,7 @@ def mean(values: Tensor) -> Tensor:
 
 
 def from_main(value: T) -> T:
-    """What process 0 passes, in every process. It travels as a pickle."""
+    """Broadcast a value from process 0 to all processes, as a pickle."""
     if world_size() == 1:
         return value
     box = [value]
@@ -138,7 +138,7 @@ def from_main(value: T) -> T:
 
 
 def gather(value: T) -> list[T]:
-    """The values that the processes pass, in the order of their ranks, in every process. They travel as pickles."""
+    """Gather one value from each process, in the order of ranks, in every process. They are sent as pickles."""
     if world_size() == 1:
         return [value]
     values: list[T] = [value] * world_size()
@@ -147,23 +147,24 @@ def gather(value: T) -> list[T]:
 
 
 def largest(value: int) -> int:
-    """The largest of the integers that the processes pass, in every process."""
+    """The maximum of an integer over the processes."""
     return max(gather(value))
 
 
 @torch.no_grad()
 def same_weights(module: nn.Module) -> None:
-    """Give every process the parameters and buffers of process 0."""
+    """Broadcast the parameters and buffers of process 0."""
     if world_size() > 1:
         for tensor in (*module.parameters(), *module.buffers()):
             dist.broadcast(tensor, src=0)
 
 
 class GradientAverage:
-    """Replaces gradients by their means over the processes, in flat buckets that travel while the backward runs on.
+    """Averages gradients over the processes, in flat buckets that are sent while the backward pass goes on.
 
     The gradients of the last layers are ready first, so that buckets are filled from the end; they are sent in that
-    order in every process.
+    order in every process. DistributedDataParallel would want the network called through its wrapper, once for each
+    backward pass, and rebuilds its buckets after the first one, so that a resumed run might add in another order.
     """
 
     def __init__(self, parameters: Sequence[nn.Parameter]) -> None:
@@ -173,7 +174,7 @@ class GradientAverage:
 
     @contextlib.contextmanager
     def during_backward(self, last: bool) -> Iterator[None]:
-        """Around a backward pass; gradients travel in the last one of an update."""
+        """Around a backward pass; gradients are sent in the last one of an update."""
         if not self._buckets or not last:
             yield
             return

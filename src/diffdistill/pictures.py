@@ -44,6 +44,7 @@ def save_grid(
         raise ValueError(f"a grid needs images [N, 1 or 3, H, W], not {list(images.shape)}")
     columns = columns or math.ceil(math.sqrt(len(images)))
     scale = scale or max(1, round(48 / max(images.shape[2:])))
+    # Not torchvision's make_grid: it adds a frame, but not around a single image, and makes grey images RGB.
     pixels = ((images.detach().float().cpu().clamp(-1, 1) + 1) * 127.5).round().byte().permute(0, 2, 3, 1).numpy()
     pixels = pixels.repeat(scale, axis=1).repeat(scale, axis=2)
     height, width = pixels.shape[1] + GAP, pixels.shape[2] + GAP

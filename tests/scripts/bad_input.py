@@ -291,6 +291,11 @@ CASES = {
     "an option of a mixture": ("analyze_trajectories", ["mixture.sdt=1"], ["did you mean mixture.std?"]),
     "an option of an encoder": ("edit", ["encoder.num_step=9"], ["did you mean encoder.num_steps?"]),
     "a hint": ("convert", ["source=TEXT", "dest=OUT", "hints.head_channel=64"], ["did you mean hints.head_channels?"]),
+    "a hint for folders": (
+        "convert",
+        ["source=TEXT", "dest=OUT", "hints.null_class=3"],
+        ["hints.null_class has no effect on a file"],
+    ),
     "a hint of no such kind": (
         "convert",
         ["source=TEXT", "dest=OUT", "hints.family=adm"],

@@ -21,6 +21,7 @@ import distill_steps  # noqa: E402
 import train_autoencoder  # noqa: E402
 import train_teacher  # noqa: E402
 from common.configs import compose  # noqa: E402
+from common.usage import PRESETS  # noqa: E402
 
 SMALL = {"updates": 2, "batch_size": 8, "accumulation": 2, "sample_every": None, "log_every": 1, "precision": "fp32"}
 
@@ -134,7 +135,7 @@ def test_schedule_configs(name):
 
 
 def test_every_preset_belongs_to_a_script():
-    known = ("teacher", "stage1", "stage2", "encoder", "trajectory", "consistency", "flow_map", "nfe", "none")
+    known = tuple(ending for endings in PRESETS.values() for ending in endings) + ("none",)
     others = [name for name in names("experiment") if not name.endswith(known) and not name.startswith("zhou2024/")]
     assert not others
 

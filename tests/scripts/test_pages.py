@@ -1,5 +1,6 @@
 """What README and the pages of docs say of files, commands, names and results is what lies in the repository."""
 
+import ast
 import csv
 import pkgutil
 import re
@@ -27,6 +28,13 @@ def test_what_a_page_names_exists(page):
         assert (ROOT / "configs/table" / f"{table}.yaml").is_file(), table
     for name in re.findall(r"(?m)(?:^::: |`)(diffdistill\.[\w.]+)", text):
         assert named(name) is not None, name
+
+
+def test_every_command_is_on_its_page_as_it_speaks_of_itself():
+    page = dict(re.findall(r"(?m)^\| `diffdistill ([\w-]+)` \| (.*) \|$", (ROOT / "docs/commands.md").read_text()))
+    scripts = {path.stem.replace("_", "-"): path for path in (ROOT / "scripts").glob("*.py")}
+    said = {name: ast.get_docstring(ast.parse(path.read_text())).partition("\n")[0] for name, path in scripts.items()}
+    assert page == said
 
 
 def named(path):

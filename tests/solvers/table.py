@@ -74,4 +74,8 @@ ROWS = [
     *(Row("ipndm_v", order, {"order": order, "coefficients": "exact"}) for order in (1, 2, 3, 4)),
     Row("edm_sde", 2, evaluations=2, afs=False, deterministic={"churn": 0.0}),
     Row("euler_ancestral", 1, deterministic={"eta": 0.0}),
+    *(Row("dpmpp_sde", 2, {"order": order}, afs=False, deterministic={"eta": 0.0}) for order in (2, 3)),
+    *(Row("res_multistep", 2, {"prediction": form}) for form in ("x0", "eps")),
+    Row("lcm", 0),
+    Row("tcd", 1, afs=False, deterministic={"eta": 0.0}),
 ]

@@ -24,7 +24,8 @@ from diffdistill.solvers import load_gaussian, save_gaussian
 from diffdistill.tables.comparison import side_by_side
 from diffdistill.tables.html import page, write_pages
 from diffdistill.tables.pages import markdown
-from diffdistill.tables.reproduction import Files, Outcome, dry_run, known_results, missing_files, reproduce
+from diffdistill.tables.planning import dry_run
+from diffdistill.tables.reproduction import Files, Outcome, known_results, missing_files, reproduce
 from diffdistill.tables.tables import Table
 from tests.builders import tiny_denoiser
 
@@ -205,7 +206,7 @@ def test_a_file_that_changed_is_refused(model, tmp_path):
 
 def test_a_dry_run_names_cells_files_and_cost(model, tmp_path):
     text = dry_run(table(model), tmp_path / "none", device=CPU)
-    assert "missing  Elsewhere, nfe 2: nowhere/2.pkl" in text and "missing: nowhere/2.pkl: ask for 2" in text
+    assert "missing  Elsewhere, nfe 2: nowhere/2.pkl" in text and "by hand: nowhere/2.pkl: ask for 2" in text
     assert "to do    Euler <b>, nfe 3: 3 evaluations an image, about" in text
     assert "none     Heun, nfe 3: heun takes 2 evaluations a step" in text
     assert f"{140 * (2 + 3 + 2 + 2 + 3):,} network evaluations to do" in text and "2 cells wait for files" in text

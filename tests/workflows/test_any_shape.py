@@ -8,6 +8,7 @@ from PIL import Image
 
 import diffdistill
 from diffdistill import distill_guidance, distill_steps, load_denoiser, sample, train_solver, train_teacher, wrap
+from diffdistill.models import guidance_student
 from diffdistill.solvers import SOLVERS
 from diffdistill.training import Interrupted
 from tests.models.own.networks import Net, Points
@@ -95,6 +96,28 @@ def test_an_interrupted_run_is_continued(kind, tmp_path, monkeypatch):
     )
     whole = distill_steps(teacher, data, start_steps=4, last_steps=2, trainer={**FAST, "checkpoint_every": 1})
     torch.testing.assert_close(student.state_dict(), whole.state_dict(), rtol=0, atol=0)
+
+
+METHODS = {
+    "trajectory": {"num_steps": 2},
+    "consistency": {"num_steps": 2},
+    "flow_map": {},
+}
+
+
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("kind", ["points", "video"])
+def test_every_method_distils_them(kind, method, tmp_path):
+    shape = SHAPES[kind]
+    data, guided = data_of(shape), guidance_student(denoiser(shape), (0.0, 2.0))
+    plain = {**FAST, "sample_every": None}
+    student = distill_steps(guided, data, method=method, out=tmp_path, trainer=plain, **METHODS[method])
+    steps = {"num_steps": 3} if method == "flow_map" else {}
+    x = sample(student, 4, w=1.0, **steps)
+    assert x.shape == (4, *shape) and x.isfinite().all()
+    loaded = wrap(network(shape), weights=tmp_path)
+    torch.testing.assert_close(sample(loaded, 4, w=1.0, **steps), x, rtol=0, atol=0)
+    assert loaded.flow_map == (method == "flow_map")
 
 
 @pytest.mark.parametrize("kind", SHAPES)

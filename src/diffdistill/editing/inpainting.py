@@ -16,7 +16,7 @@ from diffdistill.solvers.schedules import check_sigmas
 
 @dataclass(frozen=True, eq=False)
 class Known:
-    """What is known of images.
+    """The known region of images.
 
     Attributes:
         x0: images or latents `[B, C, H, W]`; what they hold where nothing is known does not matter and becomes 0.

@@ -17,7 +17,7 @@ from diffdistill.models.loading import load_denoiser
 
 @dataclass(frozen=True, eq=False)
 class Editor:
-    """A denoiser with what turns images and words into what it takes.
+    """A denoiser with the autoencoder and the text encoder that it needs.
 
     Attributes:
         denoiser: the model.

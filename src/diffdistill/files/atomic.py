@@ -11,7 +11,7 @@ from pathlib import Path
 
 @contextlib.contextmanager
 def naming(path: str | os.PathLike[str]) -> Iterator[None]:
-    """Name the file in an error of the system that names none, such as that of a full disk."""
+    """Add the file's name to an `OSError` without one, such as that of a full disk."""
     try:
         yield
     except OSError as error:

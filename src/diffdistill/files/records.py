@@ -52,7 +52,7 @@ def shipped_files(folder: str) -> dict[str, Path]:
 
 @dataclass(frozen=True)
 class FileKind:
-    """What a file holds, and where those lie that come with the package.
+    """A kind of safetensors file that holds tensors and a record.
 
     Attributes:
         name: what it holds, for messages.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -34,6 +35,6 @@ def on_trajectories(
     levels = [teacher.sigma_data * (first + i / num_steps * (last - first)).tan() for i in range(num_steps)] + [sigma]
     x = add_noise(torch.zeros_like(like), start, generator)
     flow, euler = ProbabilityFlow(teacher, cond), Euler()
-    for here, there in zip(levels[:-1], levels[1:], strict=True):
+    for here, there in pairwise(levels):
         x, _ = euler.step(flow, x, Interval(here, there))
     return x

@@ -23,11 +23,12 @@ RESOLUTION = 10_000
 class GuidanceDistillation(Objective):
     """`E omega(sigma) || D_student(z, sigma, y, w) - D_teacher(z, sigma, y, w) ||^2`, with a guided teacher.
 
-    In the paper that is classifier-free guidance, `(1 + w) D(z, sigma, y) - w D(z, sigma)`. w is uniform in the student's
-    `w_range`; where both ends are equal this is the paper's baseline, a student for a single w.
+    In the paper that is classifier-free guidance, `(1 + w) D(z, sigma, y) - w D(z, sigma)`. w is uniform in the
+    student's `w_range`; where both ends are equal this is the paper's baseline, a student for a single w.
 
     Args:
-        teacher: a guided model from `models.make_guidance`, or a conditional one, which is guided classifier-free; frozen.
+        teacher: a guided model from `models.make_guidance`, or a conditional one, which is guided classifier-free;
+            frozen.
         student: from `models.guidance_student(teacher, w_range)`.
         noise_levels: distribution of sigma.
         weighting: `omega`.

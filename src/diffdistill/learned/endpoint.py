@@ -36,7 +36,7 @@ DISTANCES: dict[str, Callable[[Tensor], Tensor]] = {"norm": torch.sqrt, "squared
 
 
 class LearnedSampler(nn.Module):
-    """What is learned of a sampler: the predictor and the noise levels."""
+    """The learned parts of a sampler: the predictor and the noise levels."""
 
     def __init__(self, predictor: nn.Module, schedule: LearnedSchedule) -> None:
         super().__init__()

@@ -23,7 +23,7 @@ Step = Callable[[Correction, ProbabilityFlow], Reached]
 
 
 class ReplayFlow(ProbabilityFlow):
-    """Answers as the denoiser did when it was recorded, whatever the state: derivatives pass it by."""
+    """Returns recorded answers of a denoiser, whatever the state, so that no derivative goes through it."""
 
     def __init__(self, denoised: list[Tensor]) -> None:
         super().__init__(lambda x, sigma, cond: next(answers))

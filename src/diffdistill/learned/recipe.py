@@ -27,7 +27,7 @@ FIRST_TRAINING_SEED = 1_000_000
 
 @dataclass(frozen=True)
 class Task:
-    """What the trainer runs."""
+    """A training task: the objective, and its data where they are end points computed beforehand."""
 
     objective: Objective
     data: Endpoints | None

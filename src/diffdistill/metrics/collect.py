@@ -50,7 +50,7 @@ class Keep:
 
 @dataclass(frozen=True, eq=False)
 class Collected:
-    """What was seen of N images, in every process.
+    """Statistics and features of N images, the same in every process.
 
     Attributes:
         parts: statistics of `splits` parts of the images.

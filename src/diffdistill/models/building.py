@@ -17,7 +17,7 @@ from diffdistill.models.dhariwal_unet import DhariwalUNet
 from diffdistill.models.network import NetworkDenoiser
 from diffdistill.models.own.adapter import OwnNetwork
 from diffdistill.models.own.registration import REGISTERED, UNREGISTERED
-from diffdistill.models.preconditioning import make_preconditioning
+from diffdistill.models.preconditioning import make_preconditioning, noise_ends
 from diffdistill.models.song_unet import SongUNet
 from diffdistill.models.storage import MODEL
 from diffdistill.registry import check_options, construct
@@ -54,10 +54,11 @@ def build_denoiser(
             `network`: `name`, one of `NETWORKS`, and its options; `img_resolution`, `img_channels` and `label_dim` are
             taken from the rest of the config unless given;
             `preconditioning`: `name`, one of `PRECONDITIONINGS`, and its options;
-            `data_shape`, `sigma_min`, `sigma_max`; and optionally `num_classes` (0), `w_range`, `distilled`
-            (`sigmas` and `sampler`, and `afs` and `others`), `autoencoder` (options of `Autoencoder`, for a denoiser of its latents),
-            `latents` (true for a denoiser of latents whose autoencoder is elsewhere), `adapter` (for a registered
-            network, options of `OwnNetwork`), `provenance` (anything that JSON holds).
+            `data_shape`; `sigma_min`, `sigma_max` (None: as `noise_ends` says); and optionally `num_classes` (0),
+            `w_range`, `distilled` (`sigmas` and `sampler`, and `afs` and `others`), `autoencoder` (options of
+            `Autoencoder`, for a denoiser of its latents), `latents` (true for a denoiser of latents whose autoencoder
+            is elsewhere), `adapter` (for a registered network, options of `OwnNetwork`), `provenance` (anything that
+            JSON holds).
         network: a network that was built as the config says, to take in place of a fresh one.
         autoencoder: what made the latents that are denoised; it becomes part of the denoiser and of its file, frozen.
 
@@ -132,6 +133,10 @@ def resolved_config(config: Mapping[str, Any]) -> dict[str, Any]:
     for part in ("network", "preconditioning"):
         if "name" not in resolved[part]:
             raise ValueError(f"the {part} of a denoiser needs a name")
+    if None in (resolved["sigma_min"], resolved["sigma_max"]):
+        ends = noise_ends(make_preconditioning(**resolved["preconditioning"]))
+        for end, value in zip(("sigma_min", "sigma_max"), ends, strict=True):
+            resolved[end] = value if resolved[end] is None else resolved[end]
     low, high = resolved["sigma_min"], resolved["sigma_max"]
     if not (isinstance(low, (int, float)) and isinstance(high, (int, float)) and 0 < low < high):
         raise ValueError(f"the noise levels of a denoiser are 0 < sigma_min < sigma_max, not {low!r} and {high!r}")
@@ -155,7 +160,8 @@ def resolved_config(config: Mapping[str, Any]) -> dict[str, Any]:
 
 def _adapter(name: str, config: Mapping[str, Any]) -> dict[str, Any]:
     """How a registered network is called: what the config says, else what its registration does."""
-    given, defaults = config.get("adapter") or {}, dict(REGISTERED[name].defaults)
+    said, defaults = config.get("adapter") or {}, dict(REGISTERED[name].defaults)
+    given = {option: value for option, value in said.items() if value is not None}
     time = defaults.pop("time", "index")
     if time == "unit":
         preconditioning = make_preconditioning(**config["preconditioning"])

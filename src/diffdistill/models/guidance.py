@@ -119,7 +119,7 @@ class ClassifierFreeGuidance(_Guided):
 
 
 class AutoGuidance(ClassifierFreeGuidance):
-    """`D + w (D - D_weak)`: away from a weaker model under the same condition (Karras et al. 2024; their weight is 1 + w).
+    """`D + w (D - D_weak)`, away from a weaker model under the same condition (Karras et al. 2024, with 1 + w).
 
     Args:
         denoiser: the model.
@@ -260,10 +260,15 @@ class GuidanceConditioned(_Guided):
         super().__init__(denoiser, w)
         self.cost = self.denoiser.cost
 
-    def forward(self, x: Tensor, sigma: Tensor, cond: Any = None, s: Tensor | None = None) -> Tensor:
-        """Denoise `x: [B, ...]` at `sigma: [B]` under `cond`; of a flow map, for a step that ends at `s: [B]`."""
+    def forward(
+        self, x: Tensor, sigma: Tensor, cond: Any = None, s: Tensor | None = None, w: Tensor | None = None
+    ) -> Tensor:
+        """Denoise `x: [B, ...]` at `sigma: [B]` under `cond`; of a flow map, for a step that ends at `s: [B]`.
+
+        `w: [B]` takes the place of the bound weight.
+        """
         ends = {} if s is None else {"s": s}
-        return self.denoiser(x, sigma, cond, w=self.weights(x), **ends)
+        return self.denoiser(x, sigma, cond, w=self.weights(x) if w is None else w, **ends)
 
 
 def guided(denoiser: Callable[..., Tensor], w: float | Tensor) -> Denoiser:

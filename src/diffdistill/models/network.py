@@ -17,10 +17,10 @@ class NetworkDenoiser(Denoiser):
 
     Args:
         network: called as `network(x, noise_labels, class_labels, w)`, with one-hot class labels or None, and with a
-            fifth argument `ratio` where it has the attribute `s_channels` and that is not 0 (`step_ratio`). Where it has
-            more output channels than the data, as networks that predict a variance do, the first ones count.
-            A network with the attribute `conditional` is given the condition as it is, and defines `null_condition`
-            and `check_condition` for it.
+            fifth argument `ratio` where it has the attribute `s_channels` and that is not 0 (`step_ratio`). Where it
+            has more output channels than the data, as networks that predict a variance do, the first ones count. A
+            network with the attribute `conditional` is given the condition as it is, and defines `null_condition` and
+            `check_condition` for it.
         preconditioning: the four coefficient functions.
         data_shape: shape of one sample, `(C, H, W)`.
         num_classes: number of class labels, 0 for none.
@@ -108,8 +108,8 @@ class NetworkDenoiser(Denoiser):
     def step_ratio(self, sigma: Tensor, s: Tensor) -> Tensor:
         """How a network is told that a step from `sigma` ends at `s`: their ratio in `[0, 1]`, 1 where s = sigma.
 
-        It is one of angles, `atan(s / sigma_data) / atan(sigma / sigma_data)`, the times of TrigFlow (Lu and Song 2024):
-        the ratio of the levels themselves would not tell the ends of a step from noise apart.
+        It is one of angles, `atan(s / sigma_data) / atan(sigma / sigma_data)`, the times of TrigFlow (Lu and Song
+        2024): the ratio of the levels themselves would not tell the ends of a step from noise apart.
         """
         scale = self.sigma_data
         return (s.to(torch.float64) / scale).atan() / (sigma / scale).atan()

@@ -12,6 +12,7 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
+from diffdistill.denoiser import Denoiser
 from diffdistill.discrete_time import iddpm_table, interpolate, make_table
 from diffdistill.registry import construct
 from diffdistill.solvers.levels import level_dtype
@@ -248,6 +249,24 @@ PRECONDITIONINGS: dict[str, Callable[..., Preconditioning]] = {
     "flow": RectifiedFlow,
     "denoised": Denoised,
 }
+
+
+FLOW_END = 0.999
+"""The largest time of flows: at 1, noise alone, sigma is infinite."""
+
+
+def noise_ends(preconditioning: Preconditioning) -> tuple[float, float]:
+    """The least and the greatest noise level that a network is taken to be trained on, where nothing else is said.
+
+    Those of its table in discrete time, those of t = 0.001 and 0.999 of a flow, else 0.002 and 80 (Karras et al. 2022).
+    """
+    table = getattr(preconditioning, "table", None)
+    if table is not None:
+        return float(table[0]), float(table[-1])
+    if isinstance(preconditioning, RectifiedFlow):
+        end = FLOW_END / (1 - FLOW_END)
+        return 1 / end, end
+    return Denoiser.sigma_min, Denoiser.sigma_max
 
 
 def make_preconditioning(name: str, **options: object) -> Preconditioning:

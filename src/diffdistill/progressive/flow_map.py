@@ -1,4 +1,4 @@
-"""Flow maps: a student that is told where its step ends, and takes steps of any length (Sabour et al. 2025; Frans et al.)."""
+"""Flow maps: a student that is told where its step ends takes steps of any length (Sabour et al. 2025)."""
 
 from __future__ import annotations
 

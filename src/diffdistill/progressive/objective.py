@@ -1,4 +1,4 @@
-"""What the methods of this room have in common: a student regresses the x0 that leads one step to where it should end."""
+"""What all methods share: a student regresses the x0 that leads one step to where it should end."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ class Hop:
 
 
 def bound(denoiser: Callable[..., Tensor], w: Tensor | None = None, s: Tensor | None = None) -> Callable[..., Tensor]:
-    """A denoiser `(x, sigma, cond) -> x0` with the guidance weight `w` and the end `s` of its steps bound, `[B]` each."""
+    """A denoiser `(x, sigma, cond) -> x0` with a guidance weight `w` and the end `s` of its steps bound, `[B]` each."""
     inputs = {name: value for name, value in (("w", w), ("s", s)) if value is not None}
     return lambda x, sigma, cond=None: denoiser(x, sigma, cond, **inputs)
 

@@ -5,8 +5,8 @@ with A, made at x, and sigma' to s with B, made where the first hop ends, end wh
 
     x0* = kappa A + (1 - kappa) B,      kappa = s (sigma - sigma') / (sigma' (sigma - s))
 
-would: insert them into the inverse of a hop, and x cancels. Methods differ in who answers A and B, and in where the hops
-end; in the limit of sigma' = sigma the difference of A and B becomes a derivative.
+would: insert them into the inverse of a hop, and x cancels. Methods differ in who answers A and B, and in where the
+hops end; in the limit of sigma' = sigma the difference of A and B becomes a derivative.
 """
 
 from __future__ import annotations
@@ -40,9 +40,11 @@ def two_hop_target(
 
     Args:
         first: answers at `x: [B, ...]` and `sigma: [B]`.
-        second: answers where the first hop ends; its answer is unused in rows where that is `sigma_next` already.
+        second: answers where the first hop ends; its answer is unused where that is `sigma_next` already.
         x: the state at sigma.
-        sigma, sigma_mid, sigma_next: where the hops begin, meet and end, `[B]` each.
+        sigma: where the hops begin, `[B]`.
+        sigma_mid: where they meet, `[B]`.
+        sigma_next: where they end, `[B]`.
         solver: takes the first hop, by default Euler's method; it must need no past.
     """
     euler = Euler()
@@ -68,15 +70,16 @@ def eulerian_target(
 
         x0* = (1 - rho) D_T + rho (D - dD / dln sigma),    rho = ramp (1 - s / sigma)
 
-    with the derivative along the teacher's direction: x moves by x - D_T, sigma by sigma. At ramp = 0 that is stage 1, at
-    ramp = 1 and s = 0 the continuous consistency model (Lu and Song 2024), at any s the flow map of Sabour et al. 2025
-    (AYF-EMD) in terms of x0. `D - x0*` is zero for an exact flow map, for every s and ramp.
+    with the derivative along the teacher's direction: x moves by x - D_T, sigma by sigma. At ramp = 0 that is stage 1,
+    at ramp = 1 and s = 0 the continuous consistency model (Lu and Song 2024), at any s the flow map of Sabour et al.
+    2025 (AYF-EMD) in terms of x0. `D - x0*` is zero for an exact flow map, for every s and ramp.
 
     Args:
         teacher: `(x, sigma, cond) -> D_T`.
         student: `(x, sigma, cond) -> D` for steps that end at `s`.
         x: `[B, ...]`.
-        sigma, s: where the steps begin and end, `[B]` each.
+        sigma: where the steps begin, `[B]`.
+        s: where they end, `[B]`.
         cond: the condition.
         ramp: how much of the derivative counts, from 0 to 1.
 
@@ -102,9 +105,9 @@ def lagrangian_target(
 
         x0* = D_T(f, s) + (1 - s / sigma) dD / dln s,    f = D + (s / sigma) (x - D)
 
-    It says `s df/ds = f - D_T(f, s)`, that the student's end moves along the teacher's flow (Sabour et al. 2025, AYF-LMD,
-    in terms of x0). The derivative is one in a number per sample, and x is not moved. `s` must be positive. A student
-    that ignores s has no derivative: so it begins without a warm-up.
+    It says `s df/ds = f - D_T(f, s)`, that the student's end moves along the teacher's flow (Sabour et al. 2025,
+    AYF-LMD, in terms of x0). The derivative is one in a number per sample, and x is not moved. `s` must be positive. A
+    student that ignores s has no derivative: so it begins without a warm-up.
 
     Arguments and results are those of `eulerian_target`, but for `student`: `(x, sigma, cond, s) -> D`.
     """
@@ -117,7 +120,7 @@ def lagrangian_target(
 
 
 def normalised(denoised: Tensor, target: Tensor, weight: Tensor) -> Tensor:
-    """The target moved towards `denoised`, so that the step to it has a length below 1 in the units of the weighted error.
+    """The target moved towards `denoised`: the step to it then is shorter than 1, in units of the weighted error.
 
     `g = sqrt(omega) (D - x0*)` becomes `g / (||g|| + 0.1)`, for each sample by itself. With the weight "edm" g is the
     tangent of Lu and Song 2024 in the network's own units, `1 / sqrt(omega) = c_out`.

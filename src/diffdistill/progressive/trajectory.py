@@ -1,4 +1,4 @@
-"""Distillation of trajectories: the student learns on its own points to return to the teacher's (Zhou et al. 2024, SFD)."""
+"""Distillation of trajectories: a student learns on its own points to return to the teacher's (Zhou et al. 2024)."""
 
 from __future__ import annotations
 

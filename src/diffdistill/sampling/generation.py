@@ -30,16 +30,7 @@ def generate(
         cond = condition_rows(labels, first, len(chunk), device=device)
         noise = seeded_noise(chunk, plan.denoiser.data_shape, device=device) if following is None else following
         with torch.autocast(device.type, torch.bfloat16, enabled=plan.bf16), tuned_convolutions():
-            x = sample(
-                plan.denoiser,
-                noise,
-                solver=plan.solver,
-                sigmas=plan.sigmas,
-                cond=cond,
-                seeds=chunk,
-                start=plan.start,
-                thresholding=plan.thresholding,
-            )
+            x = sample(plan.denoiser, noise, seeds=chunk, cond=cond, **plan.options)
         # Drawn by the CPU while a GPU is still at work on this batch.
         rest = seeds[first + batch_size : first + 2 * batch_size]
         following = seeded_noise(rest, plan.denoiser.data_shape, device=device) if len(rest) else None
@@ -58,8 +49,7 @@ def count_nfe(plan: Plan) -> int:
     noise = seeded_noise([0], plan.denoiser.data_shape, device=plan.device)
     cond = spread_labels(1, plan.denoiser.num_classes)
     cond = None if cond is None else cond.to(plan.device)
-    options = {"solver": plan.solver, "sigmas": plan.sigmas, "cond": cond, "start": plan.start}
-    run = sample(plan.denoiser, noise, return_trajectory=True, **options)
+    run = sample(plan.denoiser, noise, cond=cond, return_trajectory=True, **plan.options)
     return run.nfe
 
 
@@ -72,6 +62,10 @@ def makes_pictures(denoiser: Denoiser) -> bool:
 def _undecoded(denoiser: Denoiser) -> bool:
     """Whether samples are latents whose autoencoder is elsewhere."""
     return denoiser.codec is None and denoiser.latents
+
+
+FLOW_MAP_STEPS = 4
+"""Of the pictures of a flow map, which takes any number, where no number is asked for."""
 
 
 def preview(
@@ -95,6 +89,7 @@ def preview(
         labels = spread_labels(num_samples, model.num_classes)
         low, high = model.w_range or (-math.inf, math.inf)
         shown = None if w is None else min(max(w, low), high)
-        return torch.cat(list(generate(plan(model, w=shown, num_steps=num_steps), range(num_samples), labels)))
+        steps = FLOW_MAP_STEPS if num_steps is None and model.flow_map and model.distilled is None else num_steps
+        return torch.cat(list(generate(plan(model, w=shown, num_steps=steps), range(num_samples), labels)))
 
     return draw

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +28,7 @@ from diffdistill.solvers import (
     seeded_noise,
     shipped_gaussians,
 )
+from diffdistill.solvers.guidance import make_guidance_weight
 from diffdistill.solvers.schedules import OF_A_TABLE
 from diffdistill.training.inputs import inputs_of
 
@@ -58,10 +59,17 @@ class Plan:
     bf16: bool = False
     preparation_nfe: int = 0
     codec: Codec | None = None
+    guidance: Callable[[float], float] | None = None
 
     @property
     def num_steps(self) -> int:
         return len(self.sigmas) - 1
+
+    @property
+    def options(self) -> dict[str, Any]:
+        """What `sample` takes of it, beside the denoiser."""
+        names = ("solver", "sigmas", "start", "thresholding", "guidance")
+        return {name: getattr(self, name) for name in names}
 
     @property
     def device(self) -> torch.device:
@@ -113,8 +121,9 @@ def plan(
     schedule: Mapping[str, Any] | None = None,
     num_steps: int | None = None,
     start: float | Mapping[str, Any] | None = None,
+    guidance: Mapping[str, Any] | None = None,
 ) -> Plan:
-    """Say how to sample `model`.
+    """Choose the denoiser, solver, noise levels and start to sample `model` with.
 
     Args:
         model: from `load_denoiser`.
@@ -126,13 +135,19 @@ def plan(
         num_steps: steps of the schedule; students and learned solvers have only their own.
         start: the level to begin at by the analytic start, or a mapping of this `sigma` and, where they are not those
             stored beside the model, `statistics` (of `load_gaussian`). Students and learned solvers bring their own.
+        guidance: options of `make_guidance_weight`, in place of w, for a weight that depends on the noise level.
 
     Raises:
-        ValueError: a number of steps that a student or a learned solver was not trained for, a denoiser or a weight
-            that a learned solver was not trained for, no number of steps where one is needed, or a start outside the
-            range of the model or without statistics of its data.
+        ValueError: both w and guidance; a number of steps that a student or a learned solver was not trained for, a
+            denoiser or a weight that a learned solver was not trained for, no number of steps where one is needed, or a
+            start outside the range of the model or without statistics of its data.
         TypeError: an entry that a start does not have.
     """
+    if guidance is not None:
+        if w is not None:
+            raise ValueError(f"guidance has a weight of its own: leave out w={w:g}")
+        made = plan(model, w=0.0, solver=solver, schedule=schedule, num_steps=num_steps, start=start)
+        return replace(made, guidance=make_guidance_weight(**{"sigmas": made.sigmas, **guidance}))
     denoiser = model if w is None else guided(model, w)
     solver_options = solver or {"name": "flow_map" if model.flow_map else "euler"}
     learned = solver_options["name"] == "learned"

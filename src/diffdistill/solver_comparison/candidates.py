@@ -68,7 +68,7 @@ def num_steps_for(solver: Solver, evaluations: int, *, to_zero: bool) -> int | N
 
 @dataclass(frozen=True, eq=False)
 class Grid:
-    """What a solver is tried with.
+    """The schedules, starts and first steps that a solver is tried with.
 
     Attributes:
         schedules: options of `make_schedule` by label; `sigma_min`, `sigma_max` and `num_steps` are filled in.

@@ -88,7 +88,7 @@ def best(candidates: Sequence[Candidate], problem: Problem) -> Candidate | None:
 
 
 Entry = tuple[str, Callable[[], Candidate | None]]
-"""A name, and a function that finds the best way to take part, or None if there is no way."""
+"""A name, and a function that finds the best candidate, or None if there is none."""
 
 
 def entries(
@@ -101,7 +101,7 @@ def entries(
     *,
     tuning_samples: int,
 ) -> Iterator[Entry]:
-    """Who takes part: every solver at every number of evaluations, with and without start, bases, and learned solvers.
+    """All candidates: every solver at every number of evaluations, with and without start, bases, learned solvers.
 
     Args:
         grid: what each solver is tried with.

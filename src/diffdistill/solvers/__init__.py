@@ -12,9 +12,11 @@ from diffdistill.registry import construct, enter
 from diffdistill.solvers.amed import AMED, AMEDPlugin, AMEDPredictor, LearnedTable, Predictor, TabulatedPredictor
 from diffdistill.solvers.ancestral import EulerAncestral
 from diffdistill.solvers.base import Solver
+from diffdistill.solvers.consistency import LCM, TCD
 from diffdistill.solvers.deis import DEIS
 from diffdistill.solvers.dpm import DPM2, DPM3, DPMpp2S, DPMpp3S
 from diffdistill.solvers.dpmpp import DPMpp
+from diffdistill.solvers.dpmpp_sde import DPMppSDE
 from diffdistill.solvers.edm_sde import EDMStochastic
 from diffdistill.solvers.euler import Euler
 from diffdistill.solvers.features import FeatureTap
@@ -24,6 +26,7 @@ from diffdistill.solvers.gaussian.start import GaussianStart
 from diffdistill.solvers.gaussian.start_choice import StartChoice, choose_start_sigma
 from diffdistill.solvers.gaussian.statistics import GaussianStatistics, load_gaussian, save_gaussian, shipped_gaussians
 from diffdistill.solvers.gits import gits
+from diffdistill.solvers.guidance import GUIDANCE_WEIGHTS, cfg_plus_plus, guidance_interval, make_guidance_weight
 from diffdistill.solvers.heun import Heun
 from diffdistill.solvers.integration import Trajectory, integrate, sample
 from diffdistill.solvers.ipndm import IPNDM, IPNDMV
@@ -37,6 +40,7 @@ from diffdistill.solvers.named_schedules import (
     simple,
 )
 from diffdistill.solvers.noise import SampleNoise, seeded_noise
+from diffdistill.solvers.res_multistep import RESMultistep
 from diffdistill.solvers.schedules import (
     align_your_steps,
     check_sigmas,
@@ -66,6 +70,10 @@ SOLVERS: dict[str, type[Solver]] = {
     "ipndm_v": IPNDMV,
     "edm_sde": EDMStochastic,
     "euler_ancestral": EulerAncestral,
+    "dpmpp_sde": DPMppSDE,
+    "res_multistep": RESMultistep,
+    "lcm": LCM,
+    "tcd": TCD,
     "amed": AMED,
     "flow_map": FlowMap,
 }
@@ -146,16 +154,20 @@ __all__ = [
     "DEIS",
     "DPM2",
     "DPM3",
+    "GUIDANCE_WEIGHTS",
     "IPNDM",
     "IPNDMV",
+    "LCM",
     "SCHEDULES",
     "SOLVERS",
+    "TCD",
     "AMEDPlugin",
     "AMEDPredictor",
     "Correction",
     "DPMpp",
     "DPMpp2S",
     "DPMpp3S",
+    "DPMppSDE",
     "EDMStochastic",
     "Euler",
     "EulerAncestral",
@@ -169,6 +181,7 @@ __all__ = [
     "LearnedTable",
     "Predictor",
     "ProbabilityFlow",
+    "RESMultistep",
     "SampleNoise",
     "Solver",
     "StartChoice",
@@ -176,11 +189,14 @@ __all__ = [
     "TabulatedPredictor",
     "Trajectory",
     "UniPC",
+    "cfg_plus_plus",
     "choose_start_sigma",
     "dynamic_thresholding",
+    "guidance_interval",
     "integrate",
     "intervals",
     "load_gaussian",
+    "make_guidance_weight",
     "make_schedule",
     "make_solver",
     "register_solver",

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from dataclasses import replace
-from typing import Literal
+from typing import ClassVar, Literal
 
 from torch import Tensor
 
@@ -23,6 +23,7 @@ class Solver(ABC):
         stages: network evaluations of one step.
         memory: past evaluations that a step uses.
         stochastic: whether a step consumes `noise`.
+        brownian: whether that noise is the increment of a path, the same whatever the number of steps.
         takes_correction: whether a step can be changed by a `Correction`.
         features: whether a step reads the bottleneck of the network; "optional" is for where there is one.
         afs: analytical first step (Dockhorn et al. 2022): the first evaluation is replaced by the answer for data
@@ -33,6 +34,7 @@ class Solver(ABC):
     stages: int = 1
     memory: int = 0
     stochastic: bool = False
+    brownian: ClassVar[bool] = False
     takes_correction: bool = True
     features: Literal["unused", "optional", "required"] = "unused"
 

@@ -15,7 +15,7 @@ from diffdistill.solvers.step import Evaluation, factor
 
 
 class ProbabilityFlow:
-    """Ask a denoiser, under a fixed condition, at one noise level per sample.
+    """The probability-flow ODE of a denoiser under a fixed condition, at one noise level per sample.
 
     Args:
         denoiser: any callable `(x, sigma, cond) -> x0`.
@@ -25,6 +25,7 @@ class ProbabilityFlow:
             Of a larger batch that the denoiser makes of the B samples, the first B rows are kept: under guidance the
             conditional ones.
         gaussian: the denoiser of a Gaussian, `(x, sigma, cond) -> x0`, for analytical first steps that ask for it.
+        guidance: the guidance weight at a noise level: the denoiser is called with `w: [B]`.
 
     Attributes:
         nfe: network evaluations so far; a guided denoiser counts twice.
@@ -38,12 +39,14 @@ class ProbabilityFlow:
         thresholding: Callable[[Tensor], Tensor] | None = None,
         features: Callable[[], Tensor | None] | None = None,
         gaussian: Callable[[Tensor, Tensor, Any], Tensor] | None = None,
+        guidance: Callable[[float], float] | None = None,
     ) -> None:
         self.denoiser = as_denoiser(denoiser)
         self.cond = cond
         self.thresholding = thresholding
         self.features = features
         self.gaussian = gaussian
+        self.guidance = guidance
         self.nfe = 0
 
     def __call__(
@@ -60,13 +63,23 @@ class ProbabilityFlow:
         sigma = on_batch(sigma, x)
         given = sigma if scale_time is None else sigma * scale_time
         self.nfe += self.denoiser.cost
-        ends = {} if s is None else {"s": s}
-        denoised = self.denoiser(x, given, self.cond, **ends)
+        options = {} if s is None else {"s": s}
+        if self.guidance is not None:
+            options["w"] = self._weight(sigma)
+        denoised = self.denoiser(x, given, self.cond, **options)
         if denoised.shape != x.shape:  # which would broadcast
             raise ValueError(f"the denoiser answers {list(denoised.shape)} for x of the shape {list(x.shape)}")
         features = None if self.features is None else self.features()
         features = None if features is None else features[: len(x)]
         return Evaluation(x, sigma, self._threshold(denoised.to(x.dtype)), features)
+
+    def _weight(self, sigma: Tensor) -> Tensor:
+        """The guidance weight at `sigma`, `[B]`; levels that samples do not share are read from their device."""
+        assert self.guidance is not None
+        level = plain(sigma)
+        if isinstance(level, float):
+            return torch.full((len(sigma),), float(self.guidance(level)), device=sigma.device)
+        return torch.tensor([float(self.guidance(value)) for value in sigma.tolist()], device=sigma.device)
 
     def analytic(self, x: Tensor, sigma: Tensor, *, gaussian: bool = False) -> Evaluation:
         """The analytical first step, at no cost: `eps = x / sqrt(1 + sigma**2)`, x scaled to unit variance.

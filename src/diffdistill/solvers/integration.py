@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, overload
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from diffdistill.denoiser import as_denoiser
 from diffdistill.registry import choose
 from diffdistill.solvers.base import Solver
+from diffdistill.solvers.brownian import BrownianNoise
 from diffdistill.solvers.features import feature_tap
 from diffdistill.solvers.flow import ProbabilityFlow, dynamic_thresholding
 from diffdistill.solvers.gaussian.start import GaussianStart
@@ -37,7 +39,7 @@ def integrate(
     x: Tensor,
     solver: Solver,
     steps: Sequence[Interval],
-    noise: SampleNoise | None = None,
+    noise: SampleNoise | BrownianNoise | None = None,
     history: History = (),
 ) -> Iterator[Tensor]:
     """Yield the state after each step, given past evaluations. Gradients flow unless the caller disables them.
@@ -46,7 +48,11 @@ def integrate(
     `*_, x = integrate(ProbabilityFlow(denoiser, cond), sigmas[0] * noise, solver, intervals(sigmas, B))`.
     """
     for interval in steps:
-        draw = noise.draw(dtype=x.dtype, device=x.device) if noise is not None and solver.stochastic else None
+        draw = None
+        if isinstance(noise, BrownianNoise):
+            draw = noise.draw(dtype=x.dtype, device=x.device, interval=interval)
+        elif noise is not None and solver.stochastic:
+            draw = noise.draw(dtype=x.dtype, device=x.device)
         x, history = solver.step(flow, x, interval, history, noise=draw)
         yield x
 
@@ -63,6 +69,7 @@ def sample(
     start: GaussianStart | None = None,
     denoise_to_zero: bool = False,
     thresholding: str | Callable[[Tensor], Tensor] | None = None,
+    guidance: Callable[[float], float] | None = None,
     return_trajectory: Literal[False] = False,
 ) -> Tensor: ...
 
@@ -79,6 +86,7 @@ def sample(
     start: GaussianStart | None = None,
     denoise_to_zero: bool = False,
     thresholding: str | Callable[[Tensor], Tensor] | None = None,
+    guidance: Callable[[float], float] | None = None,
     return_trajectory: Literal[True],
 ) -> Trajectory: ...
 
@@ -94,6 +102,7 @@ def sample(
     start: GaussianStart | None = None,
     denoise_to_zero: bool = False,
     thresholding: str | Callable[[Tensor], Tensor] | None = None,
+    guidance: Callable[[float], float] | None = None,
     return_trajectory: bool = False,
 ) -> Tensor | Trajectory:
     """Carry `noise` along the schedule `sigmas` to a sample. Gradients are kept where `noise` requires them.
@@ -108,6 +117,8 @@ def sample(
         start: carries the noise from sigma_max to a lower level at no evaluation; `sigmas` begin at that level.
         denoise_to_zero: one more evaluation at the last level, whose denoised image is the result.
         thresholding: "dynamic", or a function applied to every prediction of x0. Not for latents.
+        guidance: the guidance weight w at a noise level, such as `guidance_interval` makes, for a denoiser that takes
+            w: a student, or `guided(denoiser, 0)`.
         return_trajectory: return all points and the counted evaluations.
 
     Returns:
@@ -134,10 +145,14 @@ def sample(
     if isinstance(thresholding, str):
         thresholding = choose("thresholding", thresholding, THRESHOLDING)
     denoiser = as_denoiser(denoiser)
+    if guidance is not None:
+        _check_guided(denoiser, start)
     denoiser.check_condition(cond, len(noise))
 
     stream = None
-    if solver.stochastic:
+    if solver.brownian:
+        stream = BrownianNoise(range(len(noise)) if seeds is None else seeds, noise.shape[1:])
+    elif solver.stochastic:
         stream = SampleNoise(range(len(noise)) if seeds is None else seeds, noise.shape[1:])
         stream.draw()  # what `seeded_noise` gives for the same seeds: the start must not come again as a step's noise
     keep = torch.is_grad_enabled() and noise.requires_grad
@@ -150,9 +165,25 @@ def sample(
             x, history = start.begin(denoiser, noise, sigmas, cond, memory=solver.memory)
         points = [x]
         gaussian = None if start is None else start.denoiser(denoiser)
-        flow = ProbabilityFlow(denoiser, cond, thresholding=thresholding, features=features, gaussian=gaussian)
+        flow = ProbabilityFlow(
+            denoiser, cond, thresholding=thresholding, features=features, gaussian=gaussian, guidance=guidance
+        )
         for x_next in integrate(flow, x, solver, steps, stream, history):
             x = x_next
             if return_trajectory:
                 points.append(x)
     return Trajectory(torch.stack(points), sigmas, flow.nfe) if return_trajectory else x.to(noise.dtype)
+
+
+def _check_guided(denoiser: Callable[..., Tensor], start: GaussianStart | None) -> None:
+    """Raise `ValueError` unless the denoiser takes a guidance weight with every call."""
+    if start is not None:
+        raise ValueError("an analytic start has one guidance weight: leave out guidance or start")
+    call = getattr(denoiser, "function", denoiser)  # what `as_denoiser` wraps
+    asked = call.forward if isinstance(call, nn.Module) else call
+    if "w" not in inspect.signature(asked).parameters:
+        name = getattr(call, "__name__", type(call).__name__)
+        raise ValueError(
+            f"guidance needs a denoiser that takes w with every call, but {name} does not: "
+            "give a student that was distilled for w, or guided(denoiser, 0)"
+        )

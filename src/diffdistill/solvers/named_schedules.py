@@ -67,8 +67,10 @@ def beta(
 
     Args:
         num_steps: levels before 0.
-        sigma_min, sigma_max: the quantiles are those of sigma between these ends, as in diffusers.
-        alpha, beta: of the distribution.
+        sigma_min: the lower end; the quantiles are those of sigma between the ends, as in diffusers.
+        sigma_max: the upper end.
+        alpha: of the distribution.
+        beta: of the distribution.
         table: increasing noise levels: then the quantiles are those of the index, rounded, and 1 - i / num_steps of
             the distribution for i < num_steps, as in ComfyUI.
 

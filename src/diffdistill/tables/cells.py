@@ -152,7 +152,7 @@ def trained(provenance: Any) -> dict[str, Any]:
 
 @dataclass(frozen=True, eq=False)
 class CellEvaluator:
-    """What the cells of a table are measured with.
+    """Samples and measures the cells of a table.
 
     Attributes:
         features: the extractor.

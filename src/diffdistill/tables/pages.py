@@ -24,7 +24,7 @@ def row_cells(outcome: Outcome, row: Row) -> list[Cell]:
 
 
 def entry(cell: Cell, result: Result | None, measure: str, *, first: bool) -> str:
-    """The text of a cell: measured with its spread, then published and the difference where there is a value."""
+    """The text of a cell: the measured value with its spread, then the published one and the difference."""
     published = cell.published if first else None
     if cell.impossible and published is None:
         return "-"

@@ -4,38 +4,51 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from diffdistill import distributed
+from diffdistill.errors import one_line
 from diffdistill.files.atomic import write_text
 from diffdistill.files.hashes import sha256
 from diffdistill.metrics.extractors import make_features
 from diffdistill.metrics.sources import reference_from
 from diffdistill.progress import progress
-from diffdistill.tables.cells import CellEvaluator, Clock, Models, Result, count_evaluations, prepare
+from diffdistill.tables.cells import CellEvaluator, Models, Result
 from diffdistill.tables.tables import Cell, Need, Table, located
-from diffdistill.training.progress import duration
+
+
+@dataclass(frozen=True)
+class Failure:
+    """What could not be done, and why, in one line."""
+
+    what: str
+    why: str
+
+    def __str__(self) -> str:
+        return f"{self.what}: {self.why}"
 
 
 @dataclass(frozen=True)
 class Outcome:
-    """A table with what is known of it.
+    """A table with its results and the files that it still needs.
 
     Attributes:
         table: the table.
         folder: where it lies.
         results: by the slug of the cell.
         missing: files that cells wait for.
+        failures: cells that could not be measured, and why.
     """
 
     table: Table
     folder: Path
     results: Mapping[str, Result]
     missing: tuple[Need, ...] = ()
+    failures: tuple[Failure, ...] = ()
 
     def result(self, cell: Cell) -> Result | None:
         return self.results.get(cell.slug)
@@ -106,6 +119,7 @@ def reproduce(
     save_samples: bool = False,
     again: bool = False,
     switches: Mapping[str, bool] | None = None,
+    so_far: Callable[[Outcome], object] | None = None,
 ) -> Outcome:
     """Measure the cells of a table whose files are there and that were not measured before.
 
@@ -121,12 +135,14 @@ def reproduce(
         save_samples: keep the samples of each cell.
         again: measure all cells again.
         switches: those of `acceleration.accelerated`.
+        so_far: called after each cell with what is known by then.
 
     Raises:
-        ValueError, FileNotFoundError: files that are damaged or do not fit; a file that is merely absent is reported
-            in the outcome.
+        ValueError, RuntimeError, OSError: no cell could be measured; this is the first error. What fails beside cells
+            that can be measured, and files that are merely absent, are reported in the outcome.
     """
     models = Models(device)
+    failures: list[tuple[Failure, Exception]] = []
     found, digests = known_results(table, folder, Files(folder / "files.json"))
     results = {} if again else found
     todo = [cell for cell in table.cells() if cell.slug in digests and cell.slug not in results]
@@ -143,54 +159,26 @@ def reproduce(
         with progress(total=total, desc=table.name, unit="image", hidden=not mine) as bar:
             update = _scaled(bar)
             for cell in todo:
-                bar.set_postfix_str(f"{cell.row}, {table.column} {cell.column:g}")
-                result = evaluator.measure(table, cell, folder / "cells", digests[cell.slug], update)
+                where = f"{cell.row}, {table.column} {cell.column:g}"
+                bar.set_postfix_str(where)
+                try:
+                    result = evaluator.measure(table, cell, folder / "cells", digests[cell.slug], update)
+                except (ValueError, RuntimeError, OSError) as error:
+                    if distributed.world_size() > 1:  # the others would wait for this process
+                        raise
+                    failures.append((Failure(where, one_line(error)), error))
+                    continue
                 if mine:
                     result.write(folder / "cells" / f"{cell.slug}.json")
                 results[cell.slug] = result
+                if so_far is not None:
+                    so_far(Outcome(table, folder, results, missing_files(table)))
     distributed.barrier()
-    return Outcome(table, folder, results, missing_files(table))
+    if failures and not results:
+        raise failures[0][1]
+    return Outcome(table, folder, results, missing_files(table), tuple(failure for failure, _ in failures))
 
 
 def _scaled(bar: Any) -> Callable[[int], None]:
     """Images of this process as those of all."""
     return lambda images: bar.update(images * distributed.world_size())
-
-
-def dry_run(table: Table, folder: Path, *, device: torch.device, batch_size: int = 256) -> str:
-    """What measuring a table would do: its cells, their files and how to get those missing, evaluations, time."""
-    models = Models(device)
-    clock = Clock(models)
-    done, _ = known_results(table, folder, Files(folder / "files.json", writes=False))
-    lines = [f"table {table.name}: {table.title}", f"{table.num_samples} samples of each cell, in {folder}", ""]
-    evaluations, seconds, unknown = 0, 0.0, 0
-    for cell in table.cells():
-        where = f"{cell.row}, {table.column} {cell.column:g}"
-        if cell.impossible:
-            lines.append(f"  none     {where}: {cell.impossible}")
-            continue
-        if cell.missing:
-            lines.append(f"  missing  {where}: {', '.join(need.path for need in cell.missing)}")
-            unknown += 1
-            evaluations += int(cell.column) * table.num_samples if table.column == "nfe" else 0
-            continue
-        if cell.slug in done:
-            lines.append(f"  done     {where}")
-            continue
-        nfe = count_evaluations(table, cell, prepare(_unprepared(cell), models).plan)
-        took = nfe * table.num_samples * clock.seconds(cell.model, min(batch_size, table.num_samples))
-        evaluations, seconds = evaluations + nfe * table.num_samples, seconds + took
-        lines.append(f"  to do    {where}: {nfe} evaluations an image, about {duration(took)}")
-    lines.append("")
-    for need in missing_files(table):
-        lines.append(f"missing: {need.path}: {need.get}")
-    lines.append(f"{evaluations:,} network evaluations to do; about {duration(seconds)} for those that can start now")
-    uncounted = "" if table.column == "nfe" else ", and their evaluations are not counted"
-    if unknown:
-        lines.append(f"{unknown} cells wait for files{uncounted}")
-    return "\n".join(lines)
-
-
-def _unprepared(cell: Cell) -> Cell:
-    """The cell with as many steps, on levels that cost nothing to choose."""
-    return replace(cell, schedule={"name": "polynomial"}) if (cell.schedule or {}).get("name") == "gits" else cell

@@ -1,4 +1,4 @@
-"""What is told of a training run as it goes on."""
+"""Callbacks of a training run."""
 
 from __future__ import annotations
 

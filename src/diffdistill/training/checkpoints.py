@@ -2,6 +2,7 @@
 
 A checkpoint counts only once its record is there, `0001000.json`, which is written last and holds the size and SHA-256
 of its files: `0001000.pt`, or `0001000.1of2.pt` and so on. Any number of processes reads either kind.
+`torch.distributed.checkpoint` keeps no hashes and unpickles its metadata, which may be a stranger's.
 """
 
 from __future__ import annotations

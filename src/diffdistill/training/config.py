@@ -58,8 +58,8 @@ class TrainerConfig:
             with bitsandbytes).
         betas, eps, weight_decay: of the optimiser.
         warmup: updates over which the learning rate rises linearly from 0.
-        decay: how it then falls: "constant" (not at all), "linear" or "cosine" to 0 at the end of the run, or "step" to a
-            tenth in the middle of it.
+        decay: how it then falls: "constant" (not at all), "linear" or "cosine" to 0 at the end of the run, or "step" to
+            a tenth in the middle of it.
         clip: largest norm of the gradient, or None.
         ema_half_life: half-life of the average of the weights, in samples, or None for no average
             (EDM's training_loop.py counts the same in thousands of images).

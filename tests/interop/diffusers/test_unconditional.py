@@ -9,7 +9,7 @@ from diffdistill.interop.diffusers import export_student, load_pipeline
 from diffdistill.models import guided, save_denoiser
 from diffdistill.solvers import Euler, sample
 from diffdistill.solvers.schedules import trailing
-from tests.interop.diffusers.builders import diffusers, filled, unet_2d
+from tests.interop.diffusers.builders import diffusers, filled, pipeline, unet, unet_2d
 from tests.scripts.calling import call
 
 
@@ -65,3 +65,13 @@ def test_a_student_of_classes_is_refused(tmp_path):
     teacher = load_pipeline(saved(tmp_path / "teacher", num_class_embeds=5))
     with pytest.raises(ValueError, match="of UNet2DModel those without classes"):
         export_student(teacher.denoiser, teacher, tmp_path / "out")
+
+
+def test_convert_says_how_a_network_takes_the_guidance_weight(tmp_path):
+    pipeline(network=unet(w_channels=256)).save_pretrained(tmp_path / "lcm")
+    given = [f"source={tmp_path / 'lcm'}", f"dest={tmp_path / 'lcm.safetensors'}"]
+    done = call("convert", *given)
+    assert done.returncode == 2 and "does not say in which convention" in done.stderr
+    done = call("convert", *given, "hints.guidance_convention=w")
+    assert done.returncode == 0, done.stderr
+    assert load_denoiser(tmp_path / "lcm.safetensors").w_range == (0.0, 14.0)

@@ -54,7 +54,7 @@ class Record:
 
 
 class Budget:
-    """What one file may make us do, shared by everything nested in it."""
+    """Limits on what one file may allocate and execute, shared by everything nested in it."""
 
     def __init__(self, instructions: int = MAX_INSTRUCTIONS) -> None:
         self.left = instructions
@@ -67,7 +67,7 @@ class Budget:
 
 @dataclass(frozen=True)
 class AllowList:
-    """What names mean.
+    """The names that a pickle may use, and what stands for each.
 
     Attributes:
         calls: functions that may be called, as `builder(machine, *args)`.

@@ -15,7 +15,12 @@ from diffdistill.interop.diffusers.folders import load_pipeline
 from diffdistill.interop.diffusers.parts import LatentCodec, Parts, from_network, from_pipeline
 
 if TYPE_CHECKING:
-    from diffdistill.interop.diffusers.scheduler import SolverScheduler, scheduler_for, student_scheduler
+    from diffdistill.interop.diffusers.scheduler import (
+        SolverScheduler,
+        guidance_by_level,
+        scheduler_for,
+        student_scheduler,
+    )
 
 __all__ = [
     "GUIDANCE_CONVENTIONS",
@@ -28,6 +33,7 @@ __all__ = [
     "export_student",
     "from_network",
     "from_pipeline",
+    "guidance_by_level",
     "guidance_scale_embedding",
     "load_pipeline",
     "merge_adapters",
@@ -38,7 +44,7 @@ __all__ = [
 
 def __getattr__(name: str) -> Any:
     # Classes of schedulers derive from those of diffusers, which are imported when they are asked for.
-    if name not in ("SolverScheduler", "scheduler_for", "student_scheduler"):
+    if name not in ("SolverScheduler", "guidance_by_level", "scheduler_for", "student_scheduler"):
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     from diffdistill.interop.diffusers import scheduler
 

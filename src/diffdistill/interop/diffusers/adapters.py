@@ -29,7 +29,7 @@ TARGETS = (
 
 @dataclass(frozen=True, kw_only=True)
 class Adapters:
-    """What adapters a network has.
+    """The settings of a network's low-rank adapters.
 
     Attributes:
         rank: of every adapter.

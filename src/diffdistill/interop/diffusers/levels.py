@@ -19,7 +19,7 @@ FLOW_END = 0.999
 
 @dataclass(frozen=True)
 class Levels:
-    """What a scheduler says of the network that it was made for.
+    """Prediction type and noise levels of a network, read from its scheduler.
 
     Attributes:
         preconditioning: options of `make_preconditioning`.

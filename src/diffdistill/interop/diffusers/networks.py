@@ -240,7 +240,8 @@ def diffusers_network(
     Args:
         kind: the name of its class, one of `FAMILIES`.
         options: its config.
-        w_channels, s_channels: as in `DiffusersNetwork`.
+        w_channels: as in `DiffusersNetwork`.
+        s_channels: as in `DiffusersNetwork`.
         guidance_convention: as in `DiffusersNetwork`.
         null: as in `DiffusersNetwork`.
         null_class: as in `UNet2D`.

@@ -76,7 +76,7 @@ class LatentCodec:
 
 @dataclass(frozen=True, eq=False)
 class Parts:
-    """What a pipeline is made of, for use without it.
+    """The denoiser, autoencoder and text encoder of a pipeline, for use without it.
 
     Attributes:
         denoiser: of latents, or of images where there is no codec.
@@ -178,7 +178,8 @@ def _guidance_input(
         raise ValueError(
             "this network takes a guidance weight, but its config does not say in which convention: write "
             f'"{RECORD}": {{"embeds": "w"}} (models of Meng et al., latent consistency models) or '
-            '{"embeds": "scale"} (invertible-CD) into its config.json, or give guidance_convention= to from_network'
+            '{"embeds": "scale"} (invertible-CD) into its config.json, or give guidance_convention= to from_network, '
+            "or hints.guidance_convention=w to diffdistill convert FOLDER FILE"
         )
     low, high = w_range or record.get("w_range") or (0.0, 14.0)
     return convention, (low, high), channels

@@ -13,6 +13,7 @@ from diffdistill.denoiser import Distilled
 from diffdistill.interop.diffusers.flow_scheduler import FlowSolverScheduler
 from diffdistill.interop.diffusers.levels import stock
 from diffdistill.interop.diffusers.scheduler_features import Bottleneck
+from diffdistill.interop.diffusers.scheduler_guidance import guidance_by_level
 from diffdistill.interop.diffusers.scheduler_sources import read_source
 from diffdistill.interop.diffusers.solver_scheduler import SolverScheduler
 from diffdistill.learned.storage import LearnedSolver
@@ -96,4 +97,4 @@ def student_scheduler(pipeline: Any, distilled: Distilled) -> SolverScheduler:
     return scheduler_for(pipeline, solver=name, sigmas=distilled.sigmas)
 
 
-__all__ = ["FlowSolverScheduler", "SolverScheduler", "scheduler_for", "student_scheduler"]
+__all__ = ["FlowSolverScheduler", "SolverScheduler", "guidance_by_level", "scheduler_for", "student_scheduler"]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Literal
@@ -101,7 +102,7 @@ def moves_of(levels: Sequence[float], solver: Solver, noise_alone: float) -> lis
     """
     total = len(levels) - 1
     moves = []
-    for i, (sigma, below) in enumerate(zip(levels[:-1], levels[1:], strict=True)):
+    for i, (sigma, below) in enumerate(itertools.pairwise(levels)):
         after = levels[i + 2] if i + 2 <= total else None
         move = Move(sigma, below, i, total, after)
         if sigma == below:
@@ -110,7 +111,7 @@ def moves_of(levels: Sequence[float], solver: Solver, noise_alone: float) -> lis
             start, end = sigma / (1 + sigma), below / (1 + below)
             times = [start + (end - start) * stage / solver.stages for stage in range(solver.stages + 1)]
             places = [sigma, *(time / (1 - time) for time in times[1:-1]), below]
-            moves += [Move(a, b, i, total, None, "euler") for a, b in zip(places[:-1], places[1:], strict=True)]
+            moves += [Move(a, b, i, total, None, "euler") for a, b in itertools.pairwise(places)]
         else:
             moves.append(move)
     return moves

@@ -7,6 +7,7 @@ it asks for one that is not: that is what the pipeline evaluates next. What is r
 
 from __future__ import annotations
 
+import itertools
 import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -29,6 +30,7 @@ from diffdistill.solvers import (
     make_schedule,
     make_solver,
 )
+from diffdistill.solvers.brownian import BrownianNoise
 from diffdistill.solvers.schedules import OF_A_TABLE
 
 diffusers()  # so that a missing extra is named here
@@ -303,7 +305,7 @@ class SolverScheduler(SchedulerMixin, ConfigMixin):
     @staticmethod
     def _decreasing(levels: list[float]) -> list[float]:
         """Levels that decrease; the last may be there twice, where a config ends at the lowest level itself."""
-        for i, (level, below) in enumerate(zip(levels[:-1], levels[1:], strict=True)):
+        for i, (level, below) in enumerate(itertools.pairwise(levels)):
             if not (level > below or (level == below and i + 2 == len(levels))):
                 raise ValueError(
                     f"noise levels must decrease, but step {i} of {len(levels) - 1} goes from {level:.6g} to "
@@ -428,6 +430,7 @@ class SolverScheduler(SchedulerMixin, ConfigMixin):
             visit = self._visits[index]
         if index and self.solver.afs:
             raise ValueError(AFS)
+        self._path: BrownianNoise | None = None
         self._place, self._left = _Place(visit.move if index else 0), None  # an analytical step asks for nothing
         self._step_index = self._expected = index
         self._level = self._levels[0] if index == 0 else visit.sigma
@@ -552,7 +555,7 @@ class SolverScheduler(SchedulerMixin, ConfigMixin):
         if solver.stochastic and noise is None:
             noise = variance_noise
             if noise is None:
-                noise = randn_tensor(ask.x.shape, generator, ask.x.device, model_output.dtype)
+                noise = self._drawn(ask.x, place.move, generator)
             noise = noise.to(ask.x)
         answers = (*place.answers, evaluation)
         self._place = place = self._advance(replace(place, answers=answers, ask=None, noise=noise), solver)
@@ -564,6 +567,15 @@ class SolverScheduler(SchedulerMixin, ConfigMixin):
         latents = (x if self._scale(self._level) == 1 else x * self._scale(self._level)).to(sample.dtype)
         self._left, self._asked = _Left(latents, 0 if latents.is_inference() else latents._version, x), False
         return SolverSchedulerOutput(latents, denoised) if return_dict else (latents, denoised)
+
+    def _drawn(self, like: Tensor, move: int, generator: Any) -> Tensor:
+        """The noise of a step, the same in all dtypes: of the generator, or of a path for each image that it chooses."""
+        if not self.solver.brownian:
+            return randn_tensor(like.shape, generator, like.device, like.dtype)
+        if self._path is None or len(self._path.seeds) != len(like):
+            chosen = randn_tensor((len(like), 2), generator, torch.device("cpu"), torch.float32)
+            self._path = BrownianNoise(chosen.view(torch.int32).long().abs().sum(1), like.shape[1:])
+        return self._path.draw(dtype=like.dtype, device=like.device, interval=self._moves[move].interval(like))
 
     def _left_at(self, index: int) -> Tensor:
         """The state after a step, before evaluation `index`, at which level latents are given back."""

@@ -26,7 +26,7 @@ _MAX_BLOCKS = 512
 
 @dataclass(frozen=True)
 class ForeignModel:
-    """What a foreign file turned out to be.
+    """The model in a foreign file.
 
     Attributes:
         kind: "edm", "adm", "consistency", "ldm", "stable-diffusion", "flux", "classifier" or "amed-predictor".

@@ -36,7 +36,7 @@ TOKENS = 77
 
 @dataclass(frozen=True)
 class Version:
-    """What the files of a version do not say.
+    """Settings of a version of Stable Diffusion that its files do not hold.
 
     Attributes:
         name: of the model.

@@ -21,7 +21,7 @@ SECOND_OF_XL = "conditioner.embedders.1.model."
 
 @dataclass(frozen=True)
 class Style:
-    """What the parameters of a text encoder do not say.
+    """Settings of a text encoder that its parameters do not determine.
 
     Attributes:
         activation: of its layers.

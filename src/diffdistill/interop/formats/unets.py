@@ -18,7 +18,7 @@ _STAGE = re.compile(r"(input_blocks|output_blocks)\.(\d{1,4})\.(\d)\.")
 
 @dataclass(frozen=True)
 class Hints:
-    """What the parameters do not say. None stands for what the published model of this shape has.
+    """Settings that parameters do not determine. None takes those of the published model of this shape.
 
     Attributes:
         image_size: height and width of what the network takes.
@@ -51,7 +51,7 @@ class Hints:
 
 @dataclass(frozen=True)
 class Architecture:
-    """What the parameters of a U-Net say.
+    """The architecture of a U-Net, as its parameters determine it.
 
     Attributes:
         img_channels, out_channels: of the image and the result.

@@ -21,8 +21,6 @@ from diffdistill.registry import choose
 
 Prediction = Literal["eps", "v", "x0", "flow", "edm", "denoised"]
 DISCRETE = ("eps", "v", "x0")
-FLOW_END = 0.999
-"""The largest time of a flow: at 1, noise alone, sigma is infinite."""
 
 
 def wrap(
@@ -104,7 +102,7 @@ def wrap(
     spoken: Time = time or defaults.get("time") or ("unit" if prediction == "flow" else "index")
     choose("form of the time", spoken, dict.fromkeys(("index", "integer", "unit")))
     table = _table(prediction, {"betas": betas, "alphas_cumprod": alphas_cumprod, "sigmas": sigmas}, schedule)
-    preconditioning, ends, scale = _levels(prediction, table, spoken, sigma_data)
+    preconditioning, scale = _levels(prediction, table, spoken, sigma_data)
     adapter = {
         "null_label": defaults.get("null_label") if null_label is None else null_label,
         "time_scale": scale,
@@ -120,8 +118,8 @@ def wrap(
         "preconditioning": preconditioning,
         "data_shape": _shape(data_shape),
         "num_classes": num_classes,
-        "sigma_min": ends[0] if sigma_min is None else sigma_min,
-        "sigma_max": ends[1] if sigma_max is None else sigma_max,
+        "sigma_min": sigma_min,
+        "sigma_max": sigma_max,
     }
     denoiser = _placed(build_denoiser(config, network=network), net)
     middle = torch.tensor([(denoiser.sigma_min * denoiser.sigma_max) ** 0.5], dtype=torch.float64, device=_device(net))
@@ -156,19 +154,16 @@ def _table(prediction: str, given: Mapping[str, Any], schedule: str | None) -> T
 
 def _levels(
     prediction: str, table: Tensor | None, time: Time, sigma_data: float | None
-) -> tuple[dict[str, Any], tuple[float, float], float]:
-    """The preconditioning, the ends of the noise levels, and what the time is multiplied by."""
+) -> tuple[dict[str, Any], float]:
+    """The preconditioning, and what the time is multiplied by."""
     if sigma_data is not None and prediction not in ("edm", "denoised"):
         raise ValueError(f"sigma_data={sigma_data}: prediction={prediction!r} does not depend on it, leave it out")
     if table is not None:
         options = {"noise_level": "nearest"} if time == "integer" else {}
-        ends = (float(table[0]), float(table[-1]))
-        return {"name": prediction, "table": table.tolist(), **options}, ends, 1 / len(table) if time == "unit" else 1.0
+        return {"name": prediction, "table": table.tolist(), **options}, 1 / len(table) if time == "unit" else 1.0
     if prediction == "flow":
-        end = FLOW_END / (1 - FLOW_END)
-        return {"name": "flow", "time_scale": 1.0 if time == "unit" else 1000.0}, (1 / end, end), 1.0
-    deviation = Denoiser.sigma_data if sigma_data is None else sigma_data
-    return {"name": prediction, "sigma_data": deviation}, (Denoiser.sigma_min, Denoiser.sigma_max), 1.0
+        return {"name": "flow", "time_scale": 1.0 if time == "unit" else 1000.0}, 1.0
+    return {"name": prediction, "sigma_data": Denoiser.sigma_data if sigma_data is None else sigma_data}, 1.0
 
 
 def _named(net: nn.Module, call: Call | None) -> dict[str, Any]:

@@ -7,7 +7,7 @@ from diffdistill.solvers.amed.predictors import (
     FunctionPredictor,
     LearnedTable,
     Predictor,
-    Table,
+    RowPredictor,
     TabulatedPredictor,
 )
 from diffdistill.solvers.amed.steps import LearnedSteps
@@ -23,6 +23,6 @@ __all__ = [
     "LinearTable",
     "MeanDirection",
     "Predictor",
-    "Table",
+    "RowPredictor",
     "TabulatedPredictor",
 ]

@@ -9,13 +9,13 @@ from typing import ClassVar
 import torch
 from torch import Tensor, nn
 
-from diffdistill.solvers.amed.predictors import Predictor, Table, check_bound, scale_within
+from diffdistill.solvers.amed.predictors import Predictor, RowPredictor, check_bound, scale_within
 from diffdistill.solvers.amed.steps import LearnedSteps
 from diffdistill.solvers.base import Solver
 from diffdistill.solvers.step import AS_PUBLISHED, Correction, History, Step, weighted_sum
 
 
-class LinearTable(Table):
+class LinearTable(RowPredictor):
     """A trainable row per interval of the weights that `LinearSteps` adds, and of scales. All start neutral.
 
     Args:

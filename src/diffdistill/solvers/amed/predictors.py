@@ -90,7 +90,7 @@ def initial_logits(initial_r: float | Sequence[float]) -> Tensor:
     return torch.logit(r)
 
 
-class Table(Predictor):
+class RowPredictor(Predictor):
     """A predictor with one row of numbers per interval."""
 
     features: Features = "unused"
@@ -104,7 +104,7 @@ class Table(Predictor):
         return self.row(interval.index, len(interval.sigma))
 
 
-class TabulatedPredictor(Table):
+class TabulatedPredictor(RowPredictor):
     """Fixed corrections, one row per interval of the schedule.
 
     Args:
@@ -151,7 +151,7 @@ class TabulatedPredictor(Table):
         return Correction(**values)
 
 
-class LearnedTable(Table):
+class LearnedTable(RowPredictor):
     """Learned numbers per interval, the same for all samples: the simplest predictor there is.
 
     It starts neutral: all scales are 1.
