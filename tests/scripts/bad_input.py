@@ -77,7 +77,7 @@ CASES = {
         ["sigma_max, not", "-1"],
     ),
     "seed of a run": ("train_teacher", ["trainer.seed=x"], ["seed must be an integer, but is 'x'"]),
-    "adapters": ("distill_guidance", ["teacher=TEACHER", "lora=16"], ["lora must be null", "a mapping", "16"]),
+    "adapters": ("distill_guidance", ["teacher=TEACHER", "lora=16"], ["lora must be null, a file or a mapping", "16"]),
     "weighting of a teacher": ("train_teacher", ["weighting=nope"], ["nope", "edm"]),
     "noise levels": ("train_teacher", ["noise_levels=nope"], ["nope", "lognormal"]),
     "noise levels of no schedule": ("distill_guidance", ["noise_levels=on_schedule"], ["noise_levels.schedule"]),
