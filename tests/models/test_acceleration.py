@@ -277,7 +277,8 @@ def on_gpu(module):
         for tensors in (part._parameters, part._buffers):
             for name, tensor in tensors.items():
                 if tensor is not None:
-                    fake = torch.empty_like(tensor, device="cuda")
+                    # Not `empty_like`: what holds a known constant would be computed for real.
+                    fake = torch.empty(tensor.shape, dtype=tensor.dtype, device="cuda")
                     grad = tensor.requires_grad
                     tensors[name] = torch.nn.Parameter(fake, grad) if tensors is part._parameters else fake
     return module
