@@ -22,7 +22,7 @@ from diffdistill.devices import device_of
 from diffdistill.solvers import AMED, SOLVERS, AMEDPlugin, AMEDPredictor, make_schedule, make_solver, sample
 
 NUM_STEPS = 20
-SKIPPED = ("ddim", "amed", "edm_sde", "euler_ancestral")
+SKIPPED = ("ddim", "amed", "edm_sde", "euler_ancestral", "flow_map")
 
 
 def diffusers_loops(denoiser, noise, cond):

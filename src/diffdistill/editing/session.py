@@ -153,6 +153,8 @@ def encoding_plan(
     """
     own = model.distilled
     if own is None:
+        # A flow map is asked for the denoised image: its own steps lead down only.
+        solver = solver or {"name": "euler"}
         return plan(model, num_steps=num_steps, solver=solver, schedule=schedule or {"name": "polynomial"})
     if own.sampler != "encoder":
         raise ValueError(

@@ -1,1 +1,1 @@
-"""Stage 2: a model of N steps becomes one of N / 2, down to 1 (Meng et al. 2023; Salimans and Ho 2022)."""
+"""Stage 2, models of few steps: by halving (Meng et al. 2023; Salimans and Ho 2022), or in one round (`methods`)."""

@@ -9,8 +9,7 @@ import torch
 from torch import Tensor
 
 from diffdistill.denoiser import Denoiser, per_sample
-from diffdistill.progressive.consistency import check_share, ramp, refuse_compilation
-from diffdistill.progressive.objective import Hop, StepRegression, bound
+from diffdistill.progressive.objective import Hop, StepRegression, bound, check_share, ramp, refuse_compilation
 from diffdistill.progressive.targets import eulerian_target, lagrangian_target, normalised, two_hop_target
 from diffdistill.registry import choose
 from diffdistill.solvers import ProbabilityFlow

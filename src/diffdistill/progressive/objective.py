@@ -89,3 +89,23 @@ class StepRegression(Objective):
         target = self.target(noisy, hop, y, w)
         prediction = bound(self.trained, w, self.ends(hop.sigma_next))(noisy, hop.sigma, y)
         return Loss(self.error(prediction, target, self.weighting(hop.sigma)), {})
+
+
+def ramp(progress: float, warmup: float) -> float:
+    """0 at the beginning, 1 from `warmup` on."""
+    return min(progress / warmup, 1.0) if warmup > 0 else 1.0
+
+
+def check_share(name: str, value: float) -> float:
+    """Raise a `ValueError` unless a setting is a share of a whole."""
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 <= value <= 1:
+        raise ValueError(f"{name} must be a number from 0 to 1, but is {value!r}")
+    return float(value)
+
+
+def refuse_compilation() -> None:
+    """Raise the `ValueError` of methods that differentiate in forward mode."""
+    raise ValueError(
+        "trainer.compile: torch.compile has no derivatives in forward mode, which this method takes; choose "
+        "compile=false, or a method without them: halving, trajectory, consistency"
+    )
