@@ -8,7 +8,7 @@ import types
 import pytest
 
 from diffdistill import progress as room
-from diffdistill.progress import progress
+from diffdistill.reports.progress import progress
 
 
 class ZMQInteractiveShell:

@@ -8,9 +8,9 @@ import torch
 from omegaconf import OmegaConf
 
 from diffdistill.denoiser import Distilled
-from diffdistill.discrete_time import linear_table
 from diffdistill.models import guidance_student, save_denoiser
 from diffdistill.solvers import make_schedule, make_solver
+from diffdistill.solvers.discrete_time import linear_table
 from tests.builders import tiny_denoiser
 
 ROOT = Path(__file__).resolve().parents[2]
