@@ -142,7 +142,6 @@ def _valid(path: tuple[str, ...], group: Mapping[str, Any], stated: Any) -> list
     options = None if kind is None else options_of(kind, group.get("name", "amed" if path[-1] == "inner" else None))
     if options is not None:
         own = kind == "schedule" and path[-1] == "schedule" and path[-2:-1] != ("noise_levels",)
-        options += ["schedules"] * (path[-2:-1] == ("solvers",))  # of a solver in a comparison: those it is tried with
         return [*["name"] * (kind not in WHOLE), *(o for o in options if not (own and o == "num_steps"))]
     if kind is None and isinstance(stated, Mapping) and stated:
         return [*map(str, stated)]

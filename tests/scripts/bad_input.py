@@ -1,9 +1,9 @@
 """What users do wrong: name: (script, overrides, what the one line must say).
 
-TEACHER, STUDENT and TRUNCATED stand for files of tiny models, TEXT for a file that holds a few words, EMPTY for an
-empty folder and OTHER for a folder with a file that is not a run's. Of the archives of images, BYTES holds 0 to 255,
-DAMAGED has a flipped bit, NOTHING has no image and NO_X no array of that name; WRONG holds statistics that are not
-finite.
+TEACHER, GUIDED (of stage 1), STUDENT and TRUNCATED stand for files of tiny models, TEXT for a file that holds a few
+words, EMPTY for an empty folder and OTHER for a folder with a file that is not a run's. Of the archives of images,
+BYTES holds 0 to 255, DAMAGED has a flipped bit, NOTHING has no image and NO_X no array of that name; WRONG holds
+statistics that are not finite.
 """
 
 TRAIN = ["experiment=none", "data=digits"]
@@ -77,7 +77,7 @@ CASES = {
         ["sigma_max, not", "-1"],
     ),
     "seed of a run": ("train_teacher", ["trainer.seed=x"], ["seed must be an integer, but is 'x'"]),
-    "adapters": ("distill_guidance", ["teacher=TEACHER", "lora=16"], ["lora must be null or a mapping", "16"]),
+    "adapters": ("distill_guidance", ["teacher=TEACHER", "lora=16"], ["lora must be null, a file or a mapping", "16"]),
     "weighting of a teacher": ("train_teacher", ["weighting=nope"], ["nope", "edm"]),
     "noise levels": ("train_teacher", ["noise_levels=nope"], ["nope", "lognormal"]),
     "noise levels of no schedule": ("distill_guidance", ["noise_levels=on_schedule"], ["noise_levels.schedule"]),
@@ -88,11 +88,11 @@ CASES = {
     "range of w": ("distill_guidance", ["teacher=TEACHER", "w=[4,0]"], ["(4", "least, greatest"]),
     "ends of the range of w": ("distill_guidance", ["teacher=TEACHER", "w=[1]"], ["[1]", "the least and the greatest"]),
     "a student as the teacher of stage 1": ("distill_guidance", ["teacher=STUDENT"], ["guidance weight already"]),
-    "start_steps": ("distill_steps", ["teacher=STUDENT", "start_steps=12"], ["12", "power of two"]),
-    "sampler": ("distill_steps", ["teacher=STUDENT", "sampler=nope"], ["nope", "stochastic"]),
+    "start_steps": ("distill_steps", ["teacher=GUIDED", "start_steps=12"], ["12", "power of two"]),
+    "sampler": ("distill_steps", ["teacher=GUIDED", "sampler=nope"], ["nope", "stochastic"]),
     "stage": (
         "distill_steps",
-        ["teacher=STUDENT", "start_steps=8", "experiment=none", "trainer.batch_size=8", "+stages.5.updates=3"],
+        ["teacher=GUIDED", "start_steps=8", "experiment=none", "trainer.batch_size=8", "+stages.5.updates=3"],
         ["5", "4, 2, 1"],
     ),
     "nothing to compare": ("compare_solvers", ["evaluations=[]"], ["evaluations", "at least one"]),
@@ -122,12 +122,16 @@ CASES = {
     "a mixture": ("analyze_trajectories", ["mixture.std=0"], ["mixture", "positive std", "'std': 0"]),
     "components": ("analyze_trajectories", ["components=a"], ["components", "'a'", "integer"]),
     "rank": ("gaussian_stats", ["form=low_rank", "rank=a"], ["rank", "'a'", "integer"]),
-    "last_steps": ("distill_steps", ["teacher=STUDENT", "start_steps=8", "last_steps=8"], ["last_steps", "8", "4"]),
-    "last_steps between": ("distill_steps", ["teacher=STUDENT", "start_steps=8", "last_steps=3"], ["3", "4, 2, 1"]),
-    "last_steps that is no number": ("distill_steps", ["teacher=STUDENT", "last_steps=all"], ["all", "64, 32"]),
+    "last_steps": ("distill_steps", ["teacher=GUIDED", "start_steps=8", "last_steps=8"], ["last_steps", "8", "4"]),
+    "last_steps between": ("distill_steps", ["teacher=GUIDED", "start_steps=8", "last_steps=3"], ["3", "4, 2, 1"]),
+    "last_steps that is no number": (
+        "distill_steps",
+        ["teacher=GUIDED", "last_steps=all"],
+        ["last_steps must be an integer", "'all'"],
+    ),
     "settings of a stage": (
         "distill_steps",
-        ["teacher=STUDENT", "start_steps=8", "stages.4=100"],
+        ["teacher=GUIDED", "start_steps=8", "stages.4=100"],
         ["stages.4", "settings of the trainer", "100"],
     ),
     "noise of an autoencoder": ("train_autoencoder", ["noise=-1", "data.size=10"], ["noise", "-1"]),

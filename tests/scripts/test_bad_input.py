@@ -16,6 +16,7 @@ def files(tmp_path_factory):
     folder = tmp_path_factory.mktemp("files")
     teacher = tiny_denoiser(data_shape=[1, 8, 8], num_classes=10)
     student = guidance_student(teacher, (0.0, 4.0))
+    save_denoiser(student, folder / "guided.safetensors")
     student.distilled = Distilled((80.0, 1.0, 0.0))
     save_denoiser(teacher, folder / "teacher.safetensors")
     save_denoiser(student, folder / "student.safetensors")
@@ -35,7 +36,7 @@ def files(tmp_path_factory):
     damaged[200] ^= 255
     (folder / "damaged.npz").write_bytes(damaged)
     archives = ("grey", "bytes", "nothing", "no_x", "wrong", "damaged")
-    names = ("teacher", "student", "truncated", "text")
+    names = ("teacher", "guided", "student", "truncated", "text")
     files = {name: folder / f"{name}.npz" for name in archives} | {n: folder / f"{n}.safetensors" for n in names}
     return {name.upper(): path for name, path in files.items()} | {
         "EMPTY": folder / "empty",

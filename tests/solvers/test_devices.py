@@ -7,7 +7,7 @@ from torch.utils._pytree import tree_leaves
 
 from diffdistill.models.preconditioning import EpsPrediction
 from diffdistill.solvers import SOLVERS, AMEDPlugin, LearnedTable, make_schedule, make_solver, sample
-from diffdistill.solvers.amed import AMEDPredictor
+from diffdistill.solvers.amed import AMEDPredictor, LinearSteps, LinearTable
 from diffdistill.solvers.amed.network import embed
 
 
@@ -23,7 +23,7 @@ class NoFloat64(TorchDispatchMode):
 
 
 SIGMAS = make_schedule("polynomial", num_steps=5, sigma_min=0.1, sigma_max=14.0)
-NAMES = [name for name in SOLVERS if name not in ("ddim", "amed")]
+NAMES = [name for name in SOLVERS if name not in ("ddim", "amed", "flow_map")]
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -36,12 +36,15 @@ def test_solvers(name, last):
     assert x.device.type == "meta" and x.dtype == torch.float32
 
 
-@pytest.mark.parametrize("inner", ["ipndm", "dpm2"])
-def test_learned_solvers(inner):
+@pytest.mark.parametrize(
+    ("form", "inner", "table"),
+    [(AMEDPlugin, "ipndm", LearnedTable), (AMEDPlugin, "dpm2", LearnedTable), (LinearSteps, "deis", LinearTable)],
+)
+def test_learned_solvers(form, inner, table):
     noise = torch.empty(3, 2, 5, 7, device="meta")
     with NoFloat64():
-        plugin = AMEDPlugin(make_solver(inner), LearnedTable(5).to("meta"))
-        x = sample(lambda x, sigma, cond: x.tanh() * sigma[0], noise, solver=plugin, sigmas=SIGMAS)
+        solver = form(make_solver(inner), table(5).to("meta"))
+        x = sample(lambda x, sigma, cond: x.tanh() * sigma[0], noise, solver=solver, sigmas=SIGMAS)
     assert x.shape == noise.shape
 
 

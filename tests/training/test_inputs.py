@@ -144,7 +144,7 @@ def test_a_decay_that_is_extended_is_said_and_stages_are_not_extended(tmp_path, 
     Run(tmp_path / "run", config).save_checkpoint(5, {})
     Run(tmp_path / "run", longer)
     assert "decay=linear" in caplog.text
-    Run(tmp_path / "staged", config).stage("004")
+    Run(tmp_path / "staged", config).stage("004").log({"update": 1})
     with pytest.raises(ValueError, match="updates was 10 and is now 20"):
         Run(tmp_path / "staged", longer)
 
@@ -166,6 +166,8 @@ def test_settings_stand_for_files_at_any_depth(folder, tmp_path):
         "out": str(folder),
     }
     found = inputs_of(settings)
+    (folder / "notes.txt").write_text("what is no picture is not read, and does not matter")
+    assert inputs_of(settings) == found
     assert list(found) == ["teacher", "data.root", "solver.predictor", "start.statistics", "learned"]
     assert found["teacher"] == model and len(found["data.root"]) == 3 and len(found["learned"]) == 2
     assert found["start.statistics"][0].parent.name == "statistics"

@@ -150,6 +150,26 @@ def test_a_slow_update_is_given_up_between_its_parts_and_made_again(tmp_path, mo
     torch.testing.assert_close(resumed, whole, rtol=0, atol=0)
 
 
+def test_a_signal_during_the_timing_ends_the_run_at_once(tmp_path, monkeypatch, capfd):
+    monkeypatch.setattr(precision, "native_bf16", lambda device: True)
+
+    class Asked(Fit):
+        calls = 0
+
+        def loss(self, batch, generator):
+            self.calls += 1
+            os.kill(os.getpid(), signal.SIGTERM)
+            return super().loss(batch, generator)
+
+    objective = Asked()
+    with pytest.raises(Interrupted):
+        train(tmp_path, objective, updates=7, precision="auto")
+    assert objective.calls == 1 and Run(tmp_path, {}).load_checkpoint().update == 0
+    assert "waiting for update 1 to end" in capfd.readouterr().err
+    trainer, _ = train(tmp_path, Fit(), updates=7, precision="auto")
+    assert trainer.update == 7
+
+
 def test_an_update_that_has_changed_something_is_not_given_up(tmp_path, monkeypatch):
     class Asked(Stateful):
         def loss(self, batch, generator):

@@ -12,6 +12,7 @@ from diffdistill.denoiser import per_sample
 from diffdistill.discrete_time import interpolate, make_table
 from diffdistill.solvers.base import Solver
 from diffdistill.solvers.euler import Euler
+from diffdistill.solvers.levels import shared
 from diffdistill.solvers.step import Step, factor
 
 
@@ -59,6 +60,10 @@ class TCD(Euler):
         sigma_next = step.interval.sigma_next
         if self.eta == 0:
             return super().update(step)
-        lower = self.below(sigma_next)
+        if isinstance(step.sigma_next, Tensor):
+            lower = self.below(sigma_next)
+        else:  # a number is looked up on the CPU, so that the table need not be copied to a GPU
+            level = torch.tensor([step.sigma_next], dtype=self.table.dtype)
+            lower = shared(self.below(level).item(), len(step.x), step.x.device)
         x = super().update(replace(step, interval=replace(step.interval, sigma_next=lower)))
         return x + per_sample((sigma_next**2 - lower**2).sqrt(), x) * step.fresh

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Iterator, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
+from diffdistill.data.pictures import is_picture
 from diffdistill.files.contents import CONTENTS, Content, files_within
 from diffdistill.files.records import shipped_files
 from diffdistill.files.remote import local_path
@@ -30,12 +32,22 @@ def _record_files(folder: str) -> Callable[[str], list[Path]]:
     return lambda name: files_within(shipped_files(folder).get(name) or local_path(name))
 
 
+def _image_files(path: str, *, beside: tuple[str, ...] = ()) -> list[Path]:
+    """The pictures of a folder, and what belongs to them by these suffixes; all files where there are no pictures."""
+    files = files_within(path)
+    if not Path(path).is_dir():
+        return files
+    return [file for file in files if is_picture(file.name) or file.suffix in beside] or files
+
+
 FILES: dict[str, Callable[[str], list[Path]]] = {
     **dict.fromkeys(("model", "teacher", "init", "pipeline"), model_files),
     **dict.fromkeys(("predictor", "learned"), _record_files("predictors")),
     "statistics": _record_files("statistics"),
     **dict.fromkeys(("lora", "reference"), lambda name: files_within(local_path(name))),
-    **dict.fromkeys(("root", "path", "images", "captions", "mask"), files_within),
+    "root": _image_files,
+    "images": partial(_image_files, beside=(".txt", ".tar")),
+    **dict.fromkeys(("path", "captions", "mask"), files_within),
 }
 """The files of a setting with such a name, wherever it stands."""
 

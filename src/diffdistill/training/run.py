@@ -27,6 +27,9 @@ GROWS = "trainer.updates"
 
 DECIDED = "decided.json"
 
+CONSENT = ("fetch", "plugins")
+"""Settings that permit to fetch files and to import modules; they change nothing that is computed."""
+
 
 class Run:
     """A folder that belongs to one configuration. Opening it again with the same configuration continues the run.
@@ -64,9 +67,7 @@ class Run:
         self.path = Path(path)
         self.inputs, self._decisions = dict(inputs or {}), self.path / DECIDED
         self.config: dict[str, Any] = json.loads(json.dumps(config, default=_plain))
-        self.harmless = frozenset(
-            {*harmless, "fetch"}
-        )  # consent to fetch files changes none | {"plugins"}  # which decide nothing that they do not name
+        self.harmless = frozenset({*harmless, *CONSENT})
         self.accept_changes = bool(self.config.pop("accept_changes", False)) or accept_changes
         if self.path.exists() and not self.path.is_dir():
             raise ValueError(f"{self.path} is a file: a run needs a folder")

@@ -13,13 +13,16 @@ import time
 from collections.abc import Sequence
 from types import FrameType, TracebackType
 
-from diffdistill.distributed import rank
+from diffdistill.distributed import from_main, rank, world_size
 
 REQUEUE = signal.SIGUSR2
 """What Slurm sends before the time limit of a job of submitit, whose handler puts the job back into the queue."""
 
 PATIENCE_SECONDS = 2.0
 """After a request to stop, an update that takes longer than this is given up where it can be made again."""
+
+AGREE_SECONDS = 1.0
+"""Several processes compare about this often whether one of them was asked to stop."""
 
 
 class Interrupted(SystemExit):
@@ -86,6 +89,22 @@ class StopRequest:
                 raise SystemExit(0)  # many clusters end all tasks, process 0 too, with the first that fails
             if REQUEUE in (self.signum, error.signum) or preempted(os.environ.get("SLURM_JOB_ID", "")):
                 os.kill(os.getpid(), REQUEUE)
+
+
+class Agreement:
+    """About every how many updates several processes compare whether one of them was asked to stop."""
+
+    def __init__(self) -> None:
+        self._every = 1
+
+    def due(self, update: int) -> bool:
+        """Whether they compare after this update."""
+        return update % self._every == 0
+
+    def set(self, updates: int, seconds: float) -> None:
+        """Compare about every `AGREE_SECONDS`, as process 0 says, which made so many updates in so many seconds."""
+        if world_size() > 1:
+            self._every = from_main(max(1, int(AGREE_SECONDS * updates / max(seconds, 1e-6))))
 
 
 def preempted(job: str) -> bool:

@@ -8,7 +8,6 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
-from itertools import chain
 from typing import Any, NoReturn
 
 import torch
@@ -32,14 +31,11 @@ from diffdistill.training.precision import Precision, choose_precision
 from diffdistill.training.progress import Pace
 from diffdistill.training.randomness import BatchGenerator, seed_from
 from diffdistill.training.run import Run
-from diffdistill.training.signals import Interrupted, StopRequest
+from diffdistill.training.signals import Agreement, Interrupted, StopRequest
 from diffdistill.training.trackers import tracked
 from diffdistill.training.weights import description
 
 logger = logging.getLogger(__name__)
-
-AGREE_SECONDS = 1.0
-"""Several processes compare about this often whether one of them was asked to stop."""
 
 
 class _GivenUpError(Exception):
@@ -112,7 +108,7 @@ class Trainer:
         self._started, self._seconds_before = time.monotonic(), 0.0
         self._saved_at = self._started
         self._stop = StopRequest()
-        self._started_at, self._agree_every = 0, 1
+        self._started_at, self._agreement = 0, Agreement()
         self.precision = config.precision
 
     def _split(self, averaged: nn.Module | None) -> nn.Module:
@@ -175,20 +171,13 @@ class Trainer:
         self._started = self._saved_at = time.monotonic()
         self._started_at = self.update
         self.objective.train()
-        batches = self._read_batches()
-        if config.precision == "auto":
-            first = next(batches)
-            self.precision = self.run.decided(
-                "precision", lambda: choose_precision(self.device, partial(self._try, first))
-            )
-            batches = chain([first], batches)
-        if config.compile:
-            self.objective.compile_networks()
+        prepared = False
         hidden = distributed.rank() != 0 or not shows_bars()
         with tqdm(total=config.updates, initial=self.update, desc=self.name or None, disable=hidden) as bar:
-            for batch in batches:
+            for batch in self._read_batches():
                 self._stop.waits_for = f"update {self.update + 1} to end"
                 try:
+                    prepared = prepared or self._prepare(batch)
                     self._step(batch)
                 except _GivenUpError:
                     self.optimizer.zero_grad(set_to_none=True)
@@ -208,6 +197,16 @@ class Trainer:
                     self._end(bar, stopped)
         for callback in self.callbacks:
             callback.on_end(self)
+
+    def _prepare(self, batch: Mapping[str, Tensor]) -> bool:
+        """Choose the precision and compile the networks, in that order, given the first batch."""
+        if self.config.precision == "auto":
+            self.precision = self.run.decided(
+                "precision", lambda: choose_precision(self.device, partial(self._try, batch))
+            )
+        if self.config.compile:
+            self.objective.compile_networks()
+        return True
 
     def _end(self, bar: Any, signum: int) -> NoReturn:
         bar.close()
@@ -250,6 +249,8 @@ class Trainer:
 
     def _try(self, batch: Mapping[str, Tensor], precision: Precision) -> None:
         """The first loss of an update and its gradient, for the time that they take: the state stays as it is."""
+        if self._stop.signum and distributed.world_size() == 1:
+            raise _GivenUpError
         buffers = {name: tensor.clone() for name, tensor in self.objective.named_buffers()}
         state = copy.deepcopy(self.objective.extra_state())
         try:
@@ -326,7 +327,7 @@ class Trainer:
         self.run.log(record)
         for callback in self.callbacks:
             callback.on_log(self, record)
-        self._agree_every = self._updates_in(AGREE_SECONDS)
+        self._agreement.set(self.update - self._started_at, time.monotonic() - self._started)
         pace = self._pace()
         bar.set_postfix_str(f"loss {means['loss']:.4g}, {pace.images_per_second}")
         if bar.disable and distributed.rank() == 0:
@@ -357,15 +358,7 @@ class Trainer:
 
     def _agree_due(self) -> bool:
         """Whether several processes compare what they were told: about once a second, and when they log."""
-        return self.update % self._agree_every == 0 or self._log_due()
-
-    def _updates_in(self, seconds: float) -> int:
-        """About how many updates are made in so many seconds, at most those between two lines of the log."""
-        if distributed.world_size() == 1:
-            return 1
-        made = self.update - self._started_at
-        rate = made / max(time.monotonic() - self._started, 1e-6)
-        return distributed.from_main(max(1, min(self.config.log_every, int(seconds * rate))))
+        return self._agreement.due(self.update) or self._log_due()
 
     def _checkpoint_due(self) -> bool:
         config = self.config

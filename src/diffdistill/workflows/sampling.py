@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from diffdistill.solvers.base import Solver
+from diffdistill.solvers.guidance import make_guidance_weight
 from diffdistill.solvers.integration import Trajectory
 from diffdistill.solvers.integration import sample as along
 
@@ -36,6 +37,7 @@ def sample(
     batch_size: int = 256,
     denoise_to_zero: bool = False,
     thresholding: str | Callable[[Tensor], Tensor] | None = None,
+    guidance: Callable[[float], float] | Mapping[str, Any] | None = None,
     return_trajectory: Literal[False] = False,
 ) -> Tensor: ...
 
@@ -57,6 +59,7 @@ def sample(
     batch_size: int = 256,
     denoise_to_zero: bool = False,
     thresholding: str | Callable[[Tensor], Tensor] | None = None,
+    guidance: Callable[[float], float] | Mapping[str, Any] | None = None,
     return_trajectory: Literal[True],
 ) -> Trajectory: ...
 
@@ -77,6 +80,7 @@ def sample(
     batch_size: int = 256,
     denoise_to_zero: bool = False,
     thresholding: str | Callable[[Tensor], Tensor] | None = None,
+    guidance: Callable[[float], float] | Mapping[str, Any] | None = None,
     return_trajectory: bool = False,
 ) -> Tensor | Trajectory:
     """Draw samples.
@@ -102,6 +106,8 @@ def sample(
         batch_size: samples at a time, for a number of samples.
         denoise_to_zero: one more evaluation at the last level; for a tensor `noise`.
         thresholding: as of `diffdistill.solvers.sample`; for a tensor `noise`.
+        guidance: in place of w, a weight that depends on the noise level: a function such as `guidance_interval` makes,
+            or options of `make_guidance_weight`, for a denoiser that takes w with every call.
         return_trajectory: all points and the counted evaluations; for a tensor `noise`.
 
     Returns:
@@ -124,10 +130,18 @@ def sample(
 
             denoiser = guided(denoiser, w)
         given: Any = start
+        if isinstance(guidance, Mapping):
+            guidance = make_guidance_weight(**{"sigmas": sigmas, **guidance})
+        options["guidance"] = guidance
         return along(denoiser, noise, solver=solver, sigmas=sigmas, cond=cond, seeds=seeds, start=given, **options)
-    planned = _planned(denoiser, solver, sigmas, w, num_steps, schedule, start)
+    if guidance is not None and w is not None:
+        raise ValueError(f"guidance has a weight of its own: leave out w={w:g}")
+    planned = _planned(denoiser, solver, sigmas, w if guidance is None else 0.0, num_steps, schedule, start)
+    if isinstance(guidance, Mapping):
+        guidance = make_guidance_weight(**{"sigmas": planned.sigmas, **guidance})
+    planned = replace(planned, guidance=guidance)
     if isinstance(noise, Tensor):
-        given = {"solver": planned.solver, "sigmas": planned.sigmas, "start": planned.start}
+        given = {"solver": planned.solver, "sigmas": planned.sigmas, "start": planned.start, "guidance": guidance}
         return along(planned.denoiser, noise, cond=cond, seeds=seeds, **given, **options)
     unused = [name for name, value in options.items() if value] + (["seeds"] if seeds is not None else [])
     if unused:

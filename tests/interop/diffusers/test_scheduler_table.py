@@ -103,7 +103,10 @@ def test_image_to_image_begins_at_the_step_of_its_strength(name, solver):
         assert least <= count < least + STAGES[solver]
         if solver == "ddim":
             pipe.scheduler = counterpart(case.scheduler())
-            close(images, case.run(pipe, **options)[0])
+            stock = case.run(pipe, **options)[0]
+            # From levels of thousands, where float32 leaves both schedulers four digits.
+            bound = 1e-4 if "IF" in name else 1e-5
+            torch.testing.assert_close(images, stock, rtol=bound, atol=bound * float(stock.abs().max()))
 
 
 @pytest.mark.parametrize(

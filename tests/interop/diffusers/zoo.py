@@ -263,9 +263,7 @@ PIPELINES = {
     "DDIMPipeline": Case(
         lambda: {"unet": shared("unet_2d", num_class_embeds=None)}, ("DDIMScheduler", {}), {"output_type": "np"}
     ),
-    "KandinskyV22Pipeline": Case(
-        kandinsky, ("DDPMScheduler", builders.SD_BETAS), {**EMBEDS, **LATENT, "height": 64, "width": 64}
-    ),
+    "KandinskyV22Pipeline": Case(kandinsky, KANDINSKY, {**EMBEDS, **LATENT, "height": 64, "width": 64}),
     "KandinskyV22Img2ImgPipeline": Case(
         kandinsky, DDIM, {**EMBEDS, **LATENT, "image": IMAGE, "height": 64, "width": 64}, True, False
     ),

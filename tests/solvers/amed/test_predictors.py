@@ -189,7 +189,7 @@ def test_bad_input():
         with pytest.raises(ValueError, match=message):
             LinearTable(3, **options)
     with pytest.raises(ValueError, match="features"):
-        AMEDPredictor()(torch.randn(3, 64), torch.ones(3), torch.ones(3))
+        AMEDPredictor()(torch.randn(3), torch.ones(3), torch.ones(3))
 
 
 def test_a_table_may_leave_r_as_published():

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from diffdistill.solvers.amed.predictors import Predictor, RowPredictor, check_bound, scale_within
 from diffdistill.solvers.amed.steps import LearnedSteps
 from diffdistill.solvers.base import Solver
+from diffdistill.solvers.levels import level_dtype
 from diffdistill.solvers.step import AS_PUBLISHED, Correction, History, Step, weighted_sum
 
 
@@ -62,16 +63,17 @@ class LinearTable(RowPredictor):
 
     def row(self, index: int, batch: int) -> Correction:
         """The scales of interval `index`, the same for all samples."""
+        dtype = level_dtype(self.weight.device)
         return Correction(
             **{
-                name: scale_within(bound, self.get_parameter(f"logit_{name}")[index].double()).expand(batch)
+                name: scale_within(bound, self.get_parameter(f"logit_{name}")[index].to(dtype)).expand(batch)
                 for name, bound in self.bounds.items()
             }
         )
 
     def weights(self, index: int, count: int) -> Tensor:
-        """Weights of the `count` newest answers in interval `index`, the current one first: float64 `[count]`."""
-        weights = self.weight_rate * self.weight[index, : count - self.sum_to_zero].double()
+        """Weights of the `count` newest answers in interval `index`, the current one first: `[count]`."""
+        weights = self.weight[index, : count - self.sum_to_zero].to(level_dtype(self.weight.device)) * self.weight_rate
         return torch.cat([-weights.sum()[None], weights]) if self.sum_to_zero else weights
 
 
