@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from diffdistill import distributed
+import diffdistill.distributed as distributed
 from diffdistill.metrics.features import Features
 from diffdistill.metrics.frechet import FeatureStatistics
 

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from diffdistill import distributed
+import diffdistill.distributed as distributed
 from diffdistill.data import Data
 from diffdistill.data.captions import read_captions
 from diffdistill.files.atomic import write_text

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from diffdistill import distributed
+import diffdistill.distributed as distributed
 from diffdistill.denoiser import Denoiser, spread_labels
 from diffdistill.files.atomic import write_text
 from diffdistill.learned import load_predictor

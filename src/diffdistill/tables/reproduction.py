@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from diffdistill import distributed
+import diffdistill.distributed as distributed
 from diffdistill.errors import one_line
 from diffdistill.files.atomic import write_text
 from diffdistill.files.hashes import sha256

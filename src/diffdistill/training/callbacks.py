@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from diffdistill import distributed
+import diffdistill.distributed as distributed
 from diffdistill.errors import one_line
 from diffdistill.reports.plots import plot_curves
 from diffdistill.reports.previews import save_samples

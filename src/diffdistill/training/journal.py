@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from diffdistill import distributed
+import diffdistill.distributed as distributed
 
 
 class NonFiniteLossError(RuntimeError):

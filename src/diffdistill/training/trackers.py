@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from diffdistill import distributed
+import diffdistill.distributed as distributed
 from diffdistill.registry import choose
 from diffdistill.training.callbacks import Callback
 

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from diffdistill import distributed
+import diffdistill.distributed as distributed
 from diffdistill.devices import channels_last, device_of, tuned_convolutions
 from diffdistill.errors import one_line
 from diffdistill.progress import shows_bars
