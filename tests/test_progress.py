@@ -7,7 +7,7 @@ import types
 
 import pytest
 
-from diffdistill import progress as room
+from diffdistill.reports import progress as room
 from diffdistill.reports.progress import progress
 
 
