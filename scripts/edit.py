@@ -39,8 +39,8 @@ from diffdistill.editing.pictures import (
     say_what_is_cut,
 )
 from diffdistill.editing.session import TASKS, Edit, encoding_plan, takes_mask
-from diffdistill.pictures import save_grid
 from diffdistill.registry import choose
+from diffdistill.reports.pictures import save_grid
 from diffdistill.sampling.plans import plan
 from diffdistill.sampling.samples import chosen_labels
 

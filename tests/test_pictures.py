@@ -3,8 +3,8 @@ import pytest
 import torch
 from PIL import Image
 
-from diffdistill.pictures import GAP, save_grid
 from diffdistill.reports import plots
+from diffdistill.reports.pictures import GAP, save_grid
 from diffdistill.reports.plots import Line, Panel, name_lines, plot_curves, plot_panels, save_figure
 
 

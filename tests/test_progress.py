@@ -7,8 +7,8 @@ import types
 
 import pytest
 
-from diffdistill import progress as room
-from diffdistill.progress import progress
+from diffdistill.reports import progress as room
+from diffdistill.reports.progress import progress
 
 
 class ZMQInteractiveShell:

@@ -11,7 +11,7 @@ from diffdistill.denoiser import Distilled
 from diffdistill.editing.pictures import known_of, read_masks, read_pictures
 from diffdistill.editing.session import TASKS, Edit, encoding_plan
 from diffdistill.models import Autoencoder, build_denoiser, save_denoiser
-from diffdistill.pictures import save_grid
+from diffdistill.reports.pictures import save_grid
 from diffdistill.sampling.plans import plan
 from tests.builders import tiny_denoiser
 

@@ -9,12 +9,12 @@ import torch.nn.functional as F
 from safetensors.torch import save_file
 
 import diffdistill
-from diffdistill.discrete_time import iddpm_table, linear_table
 from diffdistill.interop import ForeignFileError, Hints, read_foreign
 from diffdistill.interop.containers.tensors import Storage, TensorRecord
 from diffdistill.interop.formats.adm import PUBLISHED
 from diffdistill.interop.formats.unets import infer
 from diffdistill.models import ClassifierGuidance, EncoderUNet, GaussianMixture, OpenAIUNet, guidance_student
+from diffdistill.solvers.discrete_time import iddpm_table, linear_table
 
 LDM = {"img_resolution": 64, "adaptive_scale": False, "resample": "conv"}
 ADM = {"label_dim": 1000, "out_channels": 6}

@@ -7,8 +7,8 @@ import torch
 from torch import nn
 
 from diffdistill.denoiser import per_sample
-from diffdistill.discrete_time import iddpm_table, linear_table, make_table, scaled_linear_table
 from diffdistill.models import GaussianMixture, NetworkDenoiser, make_preconditioning
+from diffdistill.solvers.discrete_time import iddpm_table, linear_table, make_table, scaled_linear_table
 
 SIGMA = torch.tensor([0.05, 0.7, 9.0], dtype=torch.float64)
 DISCRETE = ["eps", "v", "x0", "iddpm"]

@@ -7,7 +7,6 @@ import torch
 
 from diffdistill import load_denoiser, sample
 from diffdistill.denoiser import Distilled, spread_labels
-from diffdistill.discrete_time import linear_table
 from diffdistill.models import guidance_student, guided, save_denoiser
 from diffdistill.sampling.generation import count_nfe, generate, preview
 from diffdistill.sampling.plans import WARM_UP_SAMPLES, plan, schedule_for, statistics_of
@@ -20,6 +19,7 @@ from diffdistill.solvers import (
     save_gaussian,
     seeded_noise,
 )
+from diffdistill.solvers.discrete_time import linear_table
 from tests.builders import tiny_denoiser
 
 SOLVER = {"name": "dpmpp", "order": 2}

@@ -8,9 +8,9 @@ import torch
 from omegaconf import OmegaConf
 
 from diffdistill.denoiser import Distilled
-from diffdistill.discrete_time import linear_table
 from diffdistill.models import guidance_student, save_denoiser
 from diffdistill.solvers import make_schedule, make_solver
+from diffdistill.solvers.discrete_time import linear_table
 from tests.builders import tiny_denoiser
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -20,7 +20,8 @@ import distill_guidance  # noqa: E402
 import distill_steps  # noqa: E402
 import train_autoencoder  # noqa: E402
 import train_teacher  # noqa: E402
-from common.configs import compose  # noqa: E402
+from common.checks import check_settings  # noqa: E402
+from common.configs import compose, plain  # noqa: E402
 from common.usage import PRESETS  # noqa: E402
 
 SMALL = {"updates": 2, "batch_size": 8, "accumulation": 2, "sample_every": None, "log_every": 1, "precision": "fp32"}
@@ -83,6 +84,12 @@ def test_presets_of_one_round(experiment, tmp_path):
     channels, config = prepared(experiment, "distill_steps", tmp_path)
     ((num_steps, path),) = distill_steps.distill(small(config, tmp_path / "run", 8, channels)).items()
     assert num_steps == (0 if experiment.endswith("flow_map") else 4) and Path(path).exists()
+
+
+@pytest.mark.parametrize("experiment", [name for name in names("experiment") if name.startswith("few_steps/")])
+def test_presets_of_every_size_state_known_settings(experiment):
+    script = "distill_guidance" if experiment.endswith("stage1") else "distill_steps"
+    check_settings(plain(compose(script, [f"experiment={experiment}"])), script)
 
 
 def prepared(experiment, script, folder):

@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 import torch
 
-from diffdistill.discrete_time import scaled_linear_table
 from diffdistill.solvers import make_schedule
+from diffdistill.solvers.discrete_time import scaled_linear_table
 
 TABLE = scaled_linear_table().numpy()
 LOW, HIGH = float(TABLE[0]), float(TABLE[-1])

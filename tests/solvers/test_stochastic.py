@@ -6,9 +6,9 @@ import pytest
 import torch
 
 from diffdistill import sample
-from diffdistill.discrete_time import scaled_linear_table
 from diffdistill.solvers import ProbabilityFlow, intervals, make_schedule, make_solver
 from diffdistill.solvers.brownian import BrownianNoise
+from diffdistill.solvers.discrete_time import scaled_linear_table
 
 SHAPE = (2, 5, 7)
 

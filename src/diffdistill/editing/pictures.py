@@ -17,7 +17,7 @@ from diffdistill.data.base import from_uint8
 from diffdistill.data.finding import find_pictures
 from diffdistill.data.folders import EXPECTED
 from diffdistill.data.pictures import PictureReader, centre_box, fitted
-from diffdistill.pictures import save_grid
+from diffdistill.reports.pictures import save_grid
 
 logger = logging.getLogger(__name__)
 

@@ -13,8 +13,8 @@ import torch
 from torch import Tensor, nn
 
 from diffdistill.denoiser import Denoiser
-from diffdistill.discrete_time import iddpm_table, interpolate, make_table
 from diffdistill.registry import construct
+from diffdistill.solvers.discrete_time import iddpm_table, interpolate, make_table
 from diffdistill.solvers.levels import level_dtype
 
 

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 from torch import Tensor
 
-from diffdistill.pictures import save_grid
+from diffdistill.reports.pictures import save_grid
 from diffdistill.reports.plots import save_figure
 
 MOST_CURVES = 16

@@ -14,8 +14,8 @@ from diffdistill.denoiser import NULL_LABEL, Denoiser, spread_labels
 from diffdistill.distributed import barrier, rank, world_size
 from diffdistill.files.archives import open_npz
 from diffdistill.files.atomic import replacing
-from diffdistill.pictures import save_grid
-from diffdistill.progress import progress
+from diffdistill.reports.pictures import save_grid
+from diffdistill.reports.progress import progress
 from diffdistill.sampling.generation import Condition, condition_rows, generate, makes_pictures
 from diffdistill.sampling.plans import Plan
 

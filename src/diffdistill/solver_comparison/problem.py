@@ -13,7 +13,7 @@ from torch import Tensor
 
 from diffdistill.devices import device_of
 from diffdistill.files.atomic import replacing
-from diffdistill.progress import progress
+from diffdistill.reports.progress import progress
 from diffdistill.solvers import Solver, make_schedule, sample, seeded_noise
 
 

@@ -17,7 +17,7 @@ from torch import Tensor
 from diffdistill.files.atomic import write_text
 from diffdistill.files.hashes import sha256
 from diffdistill.learned.storage import PREDICTOR
-from diffdistill.progress import progress
+from diffdistill.reports.progress import progress
 from diffdistill.solver_comparison.candidates import Candidate, Grid, learned_candidate, predictor_name
 from diffdistill.solver_comparison.problem import Problem
 

@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 from diffdistill.denoiser import per_sample
-from diffdistill.discrete_time import interpolate, make_table
 from diffdistill.solvers.base import Solver
+from diffdistill.solvers.discrete_time import interpolate, make_table
 from diffdistill.solvers.euler import Euler
 from diffdistill.solvers.levels import shared
 from diffdistill.solvers.step import Step, factor

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from diffdistill.discrete_time import scaled_linear_table
+from diffdistill.solvers.discrete_time import scaled_linear_table
 from diffdistill.solvers.schedules import check_num_steps, check_range, discrete, logsnr, polynomial
 
 

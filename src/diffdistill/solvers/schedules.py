@@ -10,8 +10,8 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from diffdistill.discrete_time import interpolate, scaled_linear_table
 from diffdistill.registry import choose
+from diffdistill.solvers.discrete_time import interpolate, scaled_linear_table
 
 OF_A_TABLE = ("discrete", "trailing", "sgm_uniform", "simple", "ddim_uniform")
 """The schedules that are made of the levels of a model of discrete time."""

@@ -27,7 +27,7 @@ from diffdistill.metrics.sources import Sampler
 from diffdistill.models import guided
 from diffdistill.models.acceleration import accelerated
 from diffdistill.models.loading import load_denoiser
-from diffdistill.pictures import save_grid
+from diffdistill.reports.pictures import save_grid
 from diffdistill.sampling.generation import count_nfe
 from diffdistill.sampling.plans import Plan, plan
 from diffdistill.solvers import seeded_noise

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from diffdistill.metrics.measures import MEASURES
-from diffdistill.pictures import GAP, save_mosaic
+from diffdistill.reports.pictures import GAP, save_mosaic
 from diffdistill.reports.plots import Line, Panel, plot_panels
 from diffdistill.tables.cells import GRID_COLUMNS, GRID_IMAGES
 from diffdistill.tables.pages import row_cells

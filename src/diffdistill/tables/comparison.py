@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from diffdistill.denoiser import spread_labels
-from diffdistill.pictures import save_grid
+from diffdistill.reports.pictures import save_grid
 from diffdistill.reports.plots import Line, Panel, plot_panels
 from diffdistill.reports.text import markdown_table
 from diffdistill.sampling.generation import generate

@@ -16,7 +16,7 @@ from diffdistill.files.atomic import write_text
 from diffdistill.files.hashes import sha256
 from diffdistill.metrics.extractors import make_features
 from diffdistill.metrics.sources import reference_from
-from diffdistill.progress import progress
+from diffdistill.reports.progress import progress
 from diffdistill.tables.cells import CellEvaluator, Models, Result
 from diffdistill.tables.tables import Cell, Need, Table, located
 

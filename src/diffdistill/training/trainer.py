@@ -17,7 +17,7 @@ from tqdm import tqdm
 import diffdistill.distributed as distributed
 from diffdistill.devices import channels_last, device_of, tuned_convolutions
 from diffdistill.errors import one_line
-from diffdistill.progress import shows_bars
+from diffdistill.reports.progress import shows_bars
 from diffdistill.training import sharding
 from diffdistill.training.average import WeightAverage
 from diffdistill.training.batches import Batches, DataError, MapData, split

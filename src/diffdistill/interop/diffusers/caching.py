@@ -22,8 +22,8 @@ from diffdistill.data.pictures import PictureReader, is_picture
 from diffdistill.files.contents import is_junk
 from diffdistill.interop.diffusers.parts import Parts
 from diffdistill.models.loading import fingerprint
-from diffdistill.progress import progress
 from diffdistill.registry import choose
+from diffdistill.reports.progress import progress
 
 
 def captioned(source: str | os.PathLike[str]) -> Iterator[tuple[str, bytes, str]]:

@@ -15,12 +15,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from diffdistill.discrete_time import interpolate
 from diffdistill.interop.diffusers.extra import diffusers
 from diffdistill.interop.diffusers.levels import FLOW_END, PREDICTIONS, is_flow, sigma_table
 from diffdistill.models.preconditioning import EDM, Preconditioning, RectifiedFlow, VPrediction, make_preconditioning
 from diffdistill.registry import choose
 from diffdistill.solvers import dynamic_thresholding
+from diffdistill.solvers.discrete_time import interpolate
 from diffdistill.solvers.schedules import NOISE_ALONE
 
 SCALED, UNSCALED = "scaled", "unscaled"

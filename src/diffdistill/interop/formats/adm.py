@@ -10,7 +10,6 @@ from typing import Any
 
 import torch
 
-from diffdistill.discrete_time import make_table
 from diffdistill.errors import one_line
 from diffdistill.interop.containers.checkpoints import ForeignCheckpoint
 from diffdistill.interop.containers.records import ForeignFileError
@@ -19,6 +18,7 @@ from diffdistill.interop.formats.building import ALWAYS_LABELLED, ForeignModel, 
 from diffdistill.interop.formats.unets import Architecture, Hints, infer
 from diffdistill.models.classifier import EncoderUNet, NoisyClassifier
 from diffdistill.models.preconditioning import make_preconditioning
+from diffdistill.solvers.discrete_time import make_table
 
 PUBLISHED: dict[tuple[float, ...], Hints] = {
     (1, 2, 3, 4): Hints(image_size=64, attention_order="qkv_first", noise_levels="iddpm"),

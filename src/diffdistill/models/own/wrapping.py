@@ -11,13 +11,13 @@ import torch
 from torch import Tensor, nn
 
 from diffdistill.denoiser import Denoiser
-from diffdistill.discrete_time import TABLES, table_from_alphas, table_from_betas, table_from_sigmas
 from diffdistill.models.building import build_denoiser
 from diffdistill.models.network import NetworkDenoiser
 from diffdistill.models.own.adapter import OwnNetwork
 from diffdistill.models.own.registration import REGISTERED, UNREGISTERED, Call, Time, is_plain, made_as
 from diffdistill.models.storage import MODEL, load_state
 from diffdistill.registry import choose
+from diffdistill.solvers.discrete_time import TABLES, table_from_alphas, table_from_betas, table_from_sigmas
 
 Prediction = Literal["eps", "v", "x0", "flow", "edm", "denoised"]
 DISCRETE = ("eps", "v", "x0")
