@@ -40,7 +40,7 @@ from diffdistill.devices import device_of, tuned_convolutions
 from diffdistill.distributed import processes, rank, world_size
 from diffdistill.guidance.stage1 import GuidanceDistillation
 from diffdistill.learned import StepwiseDistillation
-from diffdistill.models import guidance_student
+from diffdistill.models import Wrapper, guidance_student
 from diffdistill.models.acceleration import accelerated
 from diffdistill.models.network import NetworkDenoiser
 from diffdistill.progressive.stage2 import StepDistillation, deterministic_steps
@@ -168,7 +168,8 @@ def floor(trained: Any, forwards: list[int], config: TrainerConfig, device: torc
     if config.recompute:
         recompute(student)
     optimizer = make_optimizer(list(student.parameters()), config)
-    passes = [bare(trained.teacher, n * batch, device) for n in forwards]
+    teacher = trained.teacher.denoiser if isinstance(trained.teacher, Wrapper) else trained.teacher
+    passes = [bare(teacher, n * batch, device) for n in forwards]
     own = bare(student, batch, device)
 
     def update() -> None:

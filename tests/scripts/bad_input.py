@@ -305,7 +305,7 @@ CASES = {
         ["source=TEXT", "dest=OUT", "hints.family=adm"],
         ["edm, consistency", "'adm'"],
     ),
-    "an objective": ("train_amed", ["objective.point=2"], ["did you mean objective.points?"]),
+    "an objective": ("train_amed", ["objective.recomput=2"], ["did you mean objective.recompute?"]),
     "a row of a table": (
         "reproduce",
         ["table=digits_students", "+table.rows.0.modle=x"],

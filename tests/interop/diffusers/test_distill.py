@@ -159,7 +159,7 @@ def test_webdataset_shards_and_bad_sources(tmp_path):
     (tmp_path / "folder/c.png").write_bytes(png(2))
     with pytest.raises(ValueError, match=r"c\.txt"):
         list(captioned(tmp_path / "folder"))
-    with pytest.raises(FileNotFoundError, match="cache_latents"):
+    with pytest.raises(FileNotFoundError, match="diffdistill cache-latents"):
         load_data("latents", path=tmp_path / "folder")
 
 
@@ -183,8 +183,11 @@ def test_latents_of_another_origin_are_never_kept(trained, captions, tmp_path):
     for changes in ({"dtype": "float32"}, {"seed": 1}):
         with pytest.raises(ValueError, match="other settings"):
             cache_latents(parts, captions, out, shard_size=2, **changes)
+    another = load_pipeline(trained / "teacher")
+    with torch.no_grad():
+        next(another.pipeline.vae.parameters()).add_(1.0)
     with pytest.raises(ValueError, match="other settings"):
-        cache_latents(load_pipeline(trained / "exported"), captions, out, shard_size=2)
+        cache_latents(another, captions, out, shard_size=2)
     kept = (out / "000000.safetensors").stat().st_mtime_ns
     (out / "000001.safetensors").write_bytes(b"damaged")
     cache_latents(parts, captions, out, shard_size=2)
@@ -196,8 +199,8 @@ def test_latents_of_another_origin_are_never_kept(trained, captions, tmp_path):
 def test_damaged_sources_are_named(trained, captions, tmp_path):
     parts = load_pipeline(trained / "teacher")
     cases = {
-        "z.png: it is no image": ("z.png", b"no image"),
-        "z.png: image file is truncated": ("z.png", png(5)[:100]),
+        "z.png': it is no picture": ("z.png", b"no image"),
+        "z.png': image file is truncated": ("z.png", png(5)[:100]),
         "z.txt is not UTF-8": ("z.txt", b"\xff\xfe"),
         "0.tar is no tar archive": ("0.tar", b"x" * 2000),
     }
