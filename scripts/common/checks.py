@@ -17,6 +17,8 @@ SWITCHES += ("keep_features", "beside", "side_by_side", "per_class", "analytic_f
 NAMES = ("model", "teacher", "out", "dest", "features", "images", "mask", "pipeline")
 OPTIONAL = ("w", "num_steps", "preview", "stages")
 """Settings that may be null whatever their default is, unless that is a range."""
+LISTED = ("solvers", "schedules", "bases")
+"""Groups that list things by name, of which some may be taken out."""
 
 Range = Annotated[
     list | float,
@@ -185,7 +187,7 @@ def _check_complete(settings: Mapping[str, Any], defaults: Mapping[str, Any], pa
         if not isinstance(value, Mapping) and not (value is None and name in OPTIONAL):
             inside = f" of {', '.join(map(str, default))}" if default else ""
             raise ValueError(f"{full} must be a mapping{inside}, but is {value!r}")
-        if isinstance(value, Mapping):
+        if isinstance(value, Mapping) and name not in LISTED:
             _check_complete(value, default, (*path, name))
 
 
