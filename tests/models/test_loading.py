@@ -113,9 +113,9 @@ def test_unknown_models(tmp_path):
         load_denoiser("digits-techer")
     with pytest.raises(ValueError, match="holds no model: expected one of model.safetensors"):
         load_denoiser(tmp_path)
-    (tmp_path / "model.bin").write_bytes(b"x")
+    (tmp_path / "model.onnx").write_bytes(b"x")
     with pytest.raises(ValueError, match=r"models end in \.safetensors"):
-        load_denoiser(tmp_path / "model.bin")
+        load_denoiser(tmp_path / "model.onnx")
 
 
 def test_damaged_files(tmp_path):

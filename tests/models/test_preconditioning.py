@@ -141,7 +141,7 @@ def test_constants_stay_in_float64_and_out_of_the_state():
 
 
 def test_errors():
-    with pytest.raises(ValueError, match="unknown preconditioning 'ddim': choose one of edm, eps"):
+    with pytest.raises(ValueError, match="unknown preconditioning 'ddim': choose one of denoised, edm, eps"):
         make_preconditioning("ddim")
     with pytest.raises(TypeError, match="has no option 'sigma'"):
         make_preconditioning("edm", sigma=1.0)

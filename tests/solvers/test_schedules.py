@@ -136,7 +136,7 @@ def test_gits_chooses_levels_of_the_fine_schedule(metric):
         ("polynomial", {"num_steps": 3, **ENDS, "rho": 0.0}, ValueError, "rho"),
         ("logsnr", {"num_steps": 3, "sigma_min": 0.0, "sigma_max": 1.0}, ValueError, "sigma_min > 0"),
         ("discrete", {"num_steps": 3, **ENDS, "table": [2.0, 1.0]}, ValueError, "increasing"),
-        ("align_your_steps", {"model": "sd3"}, ValueError, "deepfloyd, sd15, sdxl, svd"),
+        ("align_your_steps", {"model": "sd3"}, ValueError, "sd15, sdxl, deepfloyd, svd"),
         ([], {}, ValueError, "at least 2"),
         ([1.0], {}, ValueError, "at least 2"),
         ([1.0, 2.0], {}, ValueError, "strictly decrease"),

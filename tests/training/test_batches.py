@@ -80,7 +80,8 @@ import sys
 sys.path.insert(0, {root!r})
 import torch, torch.distributed as dist
 from tests.training.problems import Fit, HeldRows, settings
-from diffdistill.training import Run, Trainer, distributed
+import diffdistill.distributed as distributed
+from diffdistill.training import Run, Trainer
 distributed.BUCKET_BYTES = 100
 dist.init_process_group("gloo", init_method="file://" + {rendezvous!r}, rank=int(sys.argv[1]), world_size=2)
 torch.set_num_threads(1)

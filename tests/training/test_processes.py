@@ -84,10 +84,10 @@ def work(folder):
     results["frozen"] = train(folder / "frozen", parallel="fsdp", updates=4, frozen=True)
     results["full disk"] = full_disk(folder / "full disk")
     planned = plan(tiny_denoiser(), num_steps=3)
-    results["samples"] = draw_to(folder / "parts", planned, range(5, 12), LABELS, batch_size=2).x
+    results["samples"] = draw_to(folder / "parts", planned, range(5, 12), LABELS, key="", batch_size=2).x
     results["errors"] = [
         message(lambda: train(folder / "odd", batch_size=3)),
-        message(lambda: draw_to(folder / "few", planned, range(1), None)),
+        message(lambda: draw_to(folder / "few", planned, range(1), None, key="")),
     ]
     results["gradients"] = averaged_gradients()
     results["finished"] = seen_finished(folder / "mark")
@@ -173,7 +173,7 @@ def work_of_four(folder):
         "resumed": train(folder / "begun by two", parallel="fsdp", updates=55),
         "uneven": uneven_rows(),
         "samples": draw_to(
-            folder / "parts of four", plan(tiny_denoiser(), num_steps=3), range(5, 12), LABELS, batch_size=2
+            folder / "parts of four", plan(tiny_denoiser(), num_steps=3), range(5, 12), LABELS, key="", batch_size=2
         ).x,
     }
 
@@ -343,7 +343,7 @@ def test_rows_that_do_not_divide_are_read_back(four):
 def test_samples_do_not_depend_on_the_number_of_processes(one, two, four):
     planned, threads = plan(tiny_denoiser(), num_steps=3), torch.get_num_threads()
     torch.set_num_threads(1)  # as each of the two has: convolutions round differently on several
-    alone = draw_to(one[0] / "alone", planned, range(5, 12), LABELS, batch_size=2).x
+    alone = draw_to(one[0] / "alone", planned, range(5, 12), LABELS, key="", batch_size=2).x
     torch.set_num_threads(threads)
     for found in (*two, *four):
         assert torch.equal(found["samples"], alone)
