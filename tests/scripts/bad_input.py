@@ -311,7 +311,7 @@ CASES = {
         ["table=digits_students", "+table.rows.0.modle=x"],
         ["did you mean table.rows.0.model?"],
     ),
-    "a setting that was taken out": ("distill_steps", ["~start_steps"], ["start_steps is missing"]),
+    "a setting that was taken out": ("distill_steps", ["~weighting"], ["weighting is missing"]),
     "a folder of presets": ("sample", ["--config-dir=/nowhere"], ["--config-dir", "'/nowhere'"]),
     # settings that are read at other times only
     "steps of stored samples": ("evaluate", ["samples=GREY", "num_steps=4"], ["num_steps has no effect", "model="]),
