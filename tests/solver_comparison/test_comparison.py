@@ -159,7 +159,9 @@ def test_the_scripts(tmp_path, monkeypatch):
 
     config = compose("compare_solvers", [])
     kept = ("heun", "ipndm-3", "polynomial_3", "logsnr", "gits")
-    left = [f"~{part}.{name}" for part in ("solvers", "schedules", "bases") for name in config[part] if name not in kept]
+    left = [
+        f"~{part}.{name}" for part in ("solvers", "schedules", "bases") for name in config[part] if name not in kept
+    ]
     few = ["num_samples=6", "batch_size=4", "tuning_samples=3", "evaluations=[2,3]", "reference.num_steps=3"]
     call(compare_solvers, *left, *few, "start.sigmas=[9.0]", f"out={tmp_path / 'solvers'}")
     rows = list(csv.DictReader((tmp_path / "solvers" / "solvers.csv").read_text().splitlines()))
